@@ -1,0 +1,390 @@
+"""Passages to train on and questions to evaluate with, from local files or from the hub.
+
+    load_passages(spec)  -> Corpus          .jsonl .json .txt .parquet, a folder of them, or "wikipedia"
+    load_questions(path) -> list[Question]  HotpotQA / 2WikiMultiHopQA, MuSiQue and FlashRAG records
+
+A Corpus knows the two things the method asks of raw text: which passages are related to a passage (BM25),
+and a split by title that never puts one subject on both sides. Whatever is wrong with the user's files raises
+InputError: one line with the path, the line (or record, or row), and what to do.
+"""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data import InputError
+
+WIKIPEDIA = "wikimedia/wikipedia"
+WIKIPEDIA_CONFIG = "20231101.en"
+WIKIPEDIA_REVISION = "b04c8d1ceb2f5cd4588862100d08de323dccfbaa"  # pinned: the same articles in every run
+WIKIPEDIA_ARTICLES = 20_000
+ENDINGS = (".jsonl", ".json", ".txt", ".parquet")
+PASSAGE_FORM = "a passage is {title, text} or {contents}, all of them strings"
+QUESTION_FORMS = (
+    "accepted: HotpotQA/2WikiMultiHopQA (_id, question, answer, supporting_facts, context), "
+    "MuSiQue (id, question, answer, paragraphs), FlashRAG (id, question, golden_answers)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One retrievable unit of text."""
+
+    title: str
+    text: str
+
+    @property
+    def rendered(self) -> str:
+        """The form in which a passage appears in documents and in the index."""
+        return f"{self.title}: {self.text}"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with the passages that came with it."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]  # the first is canonical, the rest are aliases
+    gold: tuple[Passage, ...]  # the passages that hold the evidence; may be empty
+    distractors: tuple[Passage, ...]  # the other passages that came along; may be empty
+    kind: str = ""  # as the data set names it: bridge, comparison, 2hop, ...
+
+
+class Corpus:
+    """Passages, a name, and a BM25 index that is built when it is first needed.
+
+    `clues` is kept as given; only the mini-world, which knows its own facts, provides it.
+    Raises InputError if there is no passage.
+    """
+
+    def __init__(self, passages: Sequence[Passage], name: str, clues: Callable | None = None):
+        if not passages:
+            raise InputError(f"corpus {name}: no passage in it; give files with text")
+        self.passages = list(passages)
+        self.name = name
+        self.clues = clues
+
+    def __len__(self) -> int:
+        return len(self.passages)
+
+    def related(self, index: int, k: int) -> list[int]:
+        """The k passages that score highest with passage `index` as the query, itself excluded, best first.
+
+        Ties go to the lower index, so that the answer is a function of the corpus alone; passages that share
+        no word with the query fill up the end. Raises InputError if there are fewer than k other passages.
+        """
+        if not 0 <= k <= len(self) - 1:
+            have = f"corpus {self.name}: {k} related passages wanted, {len(self)} passages in all"
+            raise InputError(f"{have}; give a larger corpus or ask for fewer")
+        scores = self._scores(self.passages[index].rendered)  # [passages]
+        scores[index] = float("-inf")
+        return _top(scores, k)
+
+    def search(self, query: str, k: int) -> list[int]:
+        """At most k passages for `query`, best first; those without a word of the query are left out."""
+        scores = self._scores(query)  # [passages]
+        return [i for i in _top(scores, min(k, len(self))) if scores[i] > 0]
+
+    def split(self, held_out: float = 0.1, seed: int = 0) -> "tuple[Corpus, Corpus]":
+        """(training part, held-out part), about `held_out` of the titles in the second.
+
+        A stable hash of (seed, title) decides: all passages of a title are on one side, and on the same side
+        in any order, size or selection of the corpus. Raises InputError if a side would be empty.
+        """
+        if not 0 < held_out < 1:
+            raise InputError(f"corpus {self.name}: held_out={held_out} must lie between 0 and 1")
+        sides: tuple[list[Passage], list[Passage]] = ([], [])
+        for passage in self.passages:
+            digest = hashlib.sha256(json.dumps([seed, passage.title]).encode()).digest()
+            sides[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(passage)
+        if not all(sides):
+            have = f"corpus {self.name}: one side of the split of {len(self)} passages is empty"
+            raise InputError(f"{have} with held_out={held_out}; give a larger corpus or another held_out")
+        names = (f"{self.name}/train", f"{self.name}/held-out")
+        return Corpus(sides[0], names[0], self.clues), Corpus(sides[1], names[1], self.clues)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of all passages and their order (tasks refer to passages by index)."""
+        digest = hashlib.sha256()
+        for passage in self.passages:
+            digest.update(json.dumps([passage.title, passage.text]).encode() + b"\n")
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def _index(self) -> Any:
+        import bm25s
+
+        index = bm25s.BM25(backend="numpy")
+        words = bm25s.tokenize([p.rendered for p in self.passages], show_progress=False)
+        index.index(words, show_progress=False)
+        return index
+
+    def _scores(self, query: str) -> Any:
+        """BM25 of every passage for `query`: float32 array [passages]."""
+        import bm25s
+        import numpy as np
+
+        words = bm25s.tokenize([query], return_ids=False, show_progress=False)[0]
+        return self._index.get_scores(words) if words else np.zeros(len(self), np.float32)
+
+
+def _top(scores: Any, k: int) -> list[int]:
+    """Indices of the k highest scores, highest first, lower index first on ties."""
+    import numpy as np
+
+    if k <= 0:
+        return []
+    # Only those that reach the k-th score are sorted: a full sort of a million passages would take 0.1 s.
+    threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
+    candidates = np.flatnonzero(scores >= threshold)
+    return candidates[np.argsort(-scores[candidates], kind="stable")[:k]].tolist()
+
+
+def load_passages(spec: str, *, limit: int | None = None, max_words: int = 120) -> Corpus:
+    """The corpus that `spec` names: a file, a folder (its files, sorted, recursive), or "wikipedia".
+
+    .json, .jsonl: records {title, text}, or {contents} as in FlashRAG, whose first line is the quoted title;
+        taken as they are.
+    .parquet: the same as columns; texts longer than `max_words` words are split (`split_text`).
+    .txt: a blank line ends a paragraph, long ones are split; the first of several lines is the title if it
+        looks like a heading (`_is_heading`).
+    What has no title is named after its file, with a running number. `limit` is the number of articles for
+    "wikipedia" (default 20,000), of passages for files (default all). Repeated passages are dropped.
+    Raises InputError.
+    """
+    if (limit is not None and limit < 1) or max_words < 1:
+        raise InputError(f"corpus {spec}: limit={limit} and max_words={max_words} must be at least 1")
+    path = Path(spec)
+    if spec == "wikipedia":
+        found = _wikipedia(limit or WIKIPEDIA_ARTICLES, max_words)
+    else:
+        found = islice((p for file in _files(path) for p in _read_passages(file, max_words)), limit)
+    passages = list(dict.fromkeys(found))
+    if not passages:
+        raise InputError(f"{spec}: empty, not one passage in it; give files with text")
+    return Corpus(passages, path.name or spec)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in ENDINGS and p.is_file())
+        if not found:
+            raise InputError(f"{path}: a folder without a {', '.join(ENDINGS)} file; give one that has some")
+        return found
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; give {', '.join(ENDINGS)}, a folder, or wikipedia")
+    if path.suffix.lower() not in ENDINGS:
+        raise InputError(f"{path}: unsupported ending {path.suffix!r}; use {', '.join(ENDINGS)}")
+    return [path]
+
+
+def _read_passages(path: Path, max_words: int) -> Iterator[Passage]:
+    ending = path.suffix.lower()
+    if ending == ".txt":
+        yield from _paragraphs(path, max_words)
+        return
+    records = _rows(path) if ending == ".parquet" else _records(path)
+    for number, (where, record) in enumerate(records, start=1):
+        try:
+            title, text = record.get("title"), record.get("text")
+            if text is None and "contents" in record:
+                first, _, rest = record["contents"].strip().partition("\n")
+                title, text = (first.strip().strip('"'), rest) if rest else (title, first)
+            title = _one_line(title or "") or f"{path.stem} {number}"
+            text = _clean(text).strip()
+        except (AttributeError, TypeError) as error:  # not a record, or not a string where one is needed
+            raise InputError(f"{where}: no usable title and text; {PASSAGE_FORM}") from error
+        if not text:
+            raise InputError(f"{where}: the text is empty; {PASSAGE_FORM}")
+        for part in split_text(text, max_words) if ending == ".parquet" else (text,):
+            yield Passage(title, part)
+
+
+def _paragraphs(path: Path, max_words: int) -> Iterator[Passage]:
+    groups: list[list[str]] = [[]]
+    for _, line in _lines(path):
+        if line := _one_line(line):
+            groups[-1].append(line)
+        elif groups[-1]:
+            groups.append([])
+    for number, lines in enumerate(filter(None, groups), start=1):
+        title = lines.pop(0) if len(lines) > 1 and _is_heading(lines[0]) else f"{path.stem} {number}"
+        yield from (Passage(title, part) for part in split_text(" ".join(lines), max_words))
+
+
+def _wikipedia(articles: int, max_words: int) -> Iterator[Passage]:
+    try:
+        from datasets import load_dataset
+
+        pinned = {"revision": WIKIPEDIA_REVISION, "split": "train", "streaming": True}
+        for article in islice(load_dataset(WIKIPEDIA, WIKIPEDIA_CONFIG, **pinned), articles):
+            for part in split_text(_clean(article["text"]), max_words):
+                yield Passage(_one_line(article["title"]), part)
+    except Exception as error:  # no package, no network, errors of the hub: many classes, one thing to do
+        problem = f"wikipedia: {WIKIPEDIA} cannot be streamed from the hub ({type(error).__name__})"
+        raise InputError(f"{problem}; give a local file or folder, or the default, the mini-world") from error
+
+
+# Behind . ! ? (and a closing quote or bracket) and not behind an initial, before anything but a small letter.
+SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["”’')\]]))(?<!\b[^\W\d_]\.) (?=[^a-z])""")
+
+
+def split_text(text: str, max_words: int) -> list[str]:
+    """`text` in parts of at most `max_words` words: short paragraphs merged, long ones cut at sentence ends.
+
+    Headings of a text that needs several parts are left out; a sentence that is too long by itself is cut
+    between words. Whitespace is normalised.
+    """
+    paragraphs = [_one_line(line) for line in text.splitlines() if line.strip()]
+    if sum(len(p.split()) for p in paragraphs) > max_words:
+        paragraphs = [p for p in paragraphs if not _is_heading(p)] or paragraphs
+    parts: list[list[str]] = [[]]  # words
+    for paragraph in paragraphs:
+        if len(parts[-1]) + len(paragraph.split()) > max_words:
+            parts.append([])  # a paragraph stays in one part where it can
+        for sentence in SENTENCE_END.split(paragraph):
+            words = sentence.split()
+            for start in range(0, len(words), max_words):
+                piece = words[start : start + max_words]
+                if len(parts[-1]) + len(piece) > max_words:
+                    parts.append([])
+                parts[-1] += piece
+    return [" ".join(words) for words in parts if words]
+
+
+def _is_heading(line: str) -> bool:
+    return len(line) <= 60 and len(line.split()) <= 8 and line[-1] not in '.!?,;:"”’)'
+
+
+def load_questions(path: str) -> list[Question]:
+    """The questions of a .json or .jsonl file; the form is recognised record by record (QUESTION_FORMS).
+
+    Raises InputError, with the file and the record, for what is missing, empty, of a wrong type, or doubled.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{path}: no such file; give a .json or .jsonl file of questions")
+    if file.suffix.lower() not in (".json", ".jsonl"):
+        raise InputError(f"{path}: unsupported ending {file.suffix!r}; questions come as .json or .jsonl")
+    questions: dict[str, Question] = {}
+    for where, record in _records(file):
+        try:
+            question = _question(record)
+        except KeyError as error:
+            raise InputError(f"{where}: `{error.args[0]}` is missing; {QUESTION_FORMS}") from error
+        except (TypeError, ValueError, LookupError) as error:
+            raise InputError(f"{where}: malformed record ({error}); {QUESTION_FORMS}") from error
+        if question.id in questions:
+            raise InputError(f"{where}: the id {question.id!r} occurs twice; give every question its own")
+        questions[question.id] = question
+    if not questions:
+        raise InputError(f"{path}: empty, not one question in it; {QUESTION_FORMS}")
+    return list(questions.values())
+
+
+def _question(record: Any) -> Question:
+    """Raises KeyError for what is missing, TypeError, ValueError or IndexError for what has a wrong form."""
+    if not isinstance(record, dict):
+        raise TypeError(f"{type(record).__name__} instead of a record")
+    gold: dict[Passage, None] = {}  # dicts: 2WikiMultiHopQA repeats some paragraphs word for word
+    others: dict[Passage, None] = {}
+    if "context" in record:
+        key, kind, answers = "_id", _one_line(record.get("type") or ""), [record["answer"]]
+        evidence = {_one_line(_items(fact)[0]) for fact in _items(record["supporting_facts"])}
+        for title, sentences in map(_items, _items(record["context"])):
+            passage = Passage(_one_line(title), _one_line(" ".join(_items(sentences))))
+            (gold if passage.title in evidence else others)[passage] = None
+    elif "paragraphs" in record:
+        key, kind = "id", str(record["id"]).partition("__")[0]  # "2hop__150763_14904"
+        answers = [record["answer"], *_items(record.get("answer_aliases", []))]
+        for entry in _items(record["paragraphs"]):
+            passage = Passage(_one_line(entry["title"]), _one_line(entry["paragraph_text"]))
+            (gold if entry["is_supporting"] else others)[passage] = None
+        if record.get("answerable") is False:
+            raise ValueError("marked as not answerable, use the file of answerable questions")
+    elif "golden_answers" in record:
+        key, kind, answers = "id", "", _items(record["golden_answers"])
+    else:
+        raise ValueError("none of `context`, `paragraphs`, `golden_answers`")
+    question = _one_line(record["question"])
+    known = tuple(dict.fromkeys(filter(None, map(_one_line, answers))))
+    if not question or not known:
+        raise ValueError("empty answer" if question else "empty question")
+    if not isinstance(record[key], str | int) or record[key] == "":
+        raise TypeError(f"`{key}` is neither a string nor a number")
+    return Question(str(record[key]), question, known, tuple(gold), tuple(others), kind)
+
+
+def _items(value: Any) -> list:
+    if not isinstance(value, list):  # a string would pass for a list of its letters
+        raise TypeError(f"{type(value).__name__} instead of a list")
+    return value
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of a UTF-8 file. Only line feeds end a line: JSON strings may hold other separators."""
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}, line {number}: not UTF-8; save the file with that encoding") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """("path, line k" or "path, record k", parsed JSON) of a file of JSON lines or of one JSON list."""
+    lines = _lines(path)
+    for number, line in lines:
+        if not line.strip():
+            continue
+        is_list = line.lstrip().startswith("[")
+        if is_list:
+            line += "".join(rest for _, rest in lines)
+        try:
+            parsed = json.loads(line.rstrip())
+        except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits and endless brackets
+            at, why = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", type(error).__name__)
+            raise InputError(f"{path}, line {at}: not JSON ({why}); use one list or JSON lines") from error
+        if is_list:
+            yield from ((f"{path}, record {k}", record) for k, record in enumerate(parsed, start=1))
+        else:
+            yield f"{path}, line {number}", parsed
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        columns = [c for c in ("title", "text", "contents") if c in file.schema_arrow.names]
+        rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
+        yield from ((f"{path}, row {k}", row) for k, row in enumerate(rows, start=1))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a parquet file ({type(error).__name__}); download it again") from error
+
+
+def _clean(text: str) -> str:
+    """NFC, so that entities can be matched by code point; no NUL; lone surrogates become U+FFFD."""
+    if text.isascii():
+        return text.replace("\0", "")
+    return unicodedata.normalize("NFC", re.sub("[\ud800-\udfff]", "\ufffd", text)).replace("\0", "")
+
+
+def _one_line(text: str) -> str:
+    """Cleaned, every run of whitespace one space. Raises TypeError if `text` is not a string."""
+    if not isinstance(text, str):
+        raise TypeError(f"{type(text).__name__} instead of a string")
+    return " ".join(_clean(text).split())

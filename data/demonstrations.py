@@ -1,0 +1,273 @@
+"""Demonstrations for the base model that stands in for the paper's instruct model.
+
+A simulated reader goes through mini-world documents and shows the four formats: update the memory, answer from a
+memory, recall a masked entity, answer straight from a text. Its memories are *valid but mediocre*: verbatim
+sentences, the relevant ones of the section just read reliably noted, but what the old memory held is carelessly
+lost. Two readers alternate at random from one update to the next:
+
+    diligent (a third)   carries over what matters in the old memory, then adds what is new
+    careless (the rest)  notes the new first, pads it with irrelevant sentences, keeps an old one now and then
+
+Reinforcement learning can later raise the share of the first. Relevance is what the reader can *see*: a sentence
+that holds [MASK] or a name of the question, or the next fact of a chain whose earlier facts it has already noted.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass, field
+
+from data.entities import RuleFinder, mask_entity, occurs
+from data.miniwiki import Fact, MiniWorld
+from data.prompts import Prompts
+from data.tasks import MASK, masked_document, qa_document, recall_target, split_sections
+from data.tokenizer import load_tokenizer
+
+DILIGENT = 0.35  # share of updates by the diligent reader
+KEPT = 0.25  # what the careless reader keeps of the old memory, a sentence at a time
+
+
+@dataclass
+class Demo:
+    """One prompt with the wanted responses: prefix shared, (given, response) per suffix; response ends in stop."""
+
+    kind: str
+    prefix: list[int]
+    suffixes: list[tuple[list[int], list[int]]]
+
+
+@dataclass
+class Episode:
+    """A document with what the simulated reader may see of its relevance. Strings are masked where the task masks."""
+
+    problem: str
+    answer: str
+    sections: list[list[int]]
+    fact_of: dict[str, Fact]  # sentence as printed -> its fact
+    gold: list[Fact]  # the facts that determine the answer, in the order of the chain
+    cue: list[str]  # what the problem names: [MASK], or the names in the question
+    chained: bool  # whether each gold fact can be recognised only once the one before is known
+    texts: list[str] = field(default_factory=list)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of mini-world text, titles dropped; a passage is "title: sentence. sentence." on one line."""
+    found = []
+    for line in text.split("\n"):
+        body = line.split(": ", 1)[-1]
+        found += [s if s.endswith(".") else s + "." for s in body.split(". ") if s]
+    return found
+
+
+class Demonstrator:
+    """Draws demonstrations from one training world. window: (section, memory) lengths in tokens."""
+
+    def __init__(self, world: MiniWorld, prompts: Prompts, section: int, memory: int):
+        self.world, self.prompts, self.tokenizer = world, prompts, prompts.tokenizer
+        self.section, self.memory = section, memory
+        self.corpus, self.finder = world.corpus(), RuleFinder()
+
+    # ---- documents ---------------------------------------------------------------------------------------
+
+    def masked_episode(self, seed: int, index: int, passages: int) -> Episode:
+        problem = masked_document(self.corpus, self.finder, seed, index, passages, related=min(5, passages - 1))
+        answer = problem.answers[0]
+        fact_of = {mask_entity(s, answer, MASK)[0]: f for s, f in self.world.fact_of.items()
+                   if answer in (f.subject, f.object) or answer in f.subject or answer in f.object}
+        return self._episode(problem, fact_of, list(self.world.clue_facts(answer)), [MASK], chained=False)
+
+    def question_episode(self, seed: int, index: int, tokens: int) -> Episode:
+        question, facts = self.world.question_facts(index, seed)
+        problem = qa_document(question, self.world.passages, self.tokenizer, tokens, seed)
+        names = [n for f in facts for n in (f.subject, f.object) if occurs(question.question, n)]
+        return self._episode(problem, {}, facts, list(dict.fromkeys(names)), question.kind != "comparison")
+
+    def _episode(self, problem, fact_of, gold, cue, chained) -> Episode:
+        ids = split_sections(problem.passages, self.tokenizer, self.section)
+        return Episode(problem.question, problem.answers[0], ids, self.world.fact_of | fact_of, gold, cue, chained,
+                       [self.tokenizer.decode(s) for s in ids])
+
+    # ---- the simulated reader ----------------------------------------------------------------------------
+
+    def _evident(self, episode: Episode, memory: list[str], section: list[str]) -> list[Fact]:
+        """Gold facts that a careful reader recognises with this memory and this section in view."""
+        visible = {episode.fact_of.get(s) for s in memory + section}
+        if not episode.chained:
+            return [f for f in episode.gold if f in visible]
+        evident = []
+        for fact in episode.gold:
+            if fact not in visible:
+                break
+            evident.append(fact)
+        return evident
+
+    def update(self, episode: Episode, memory: list[str], text: str, rng: random.Random,
+               diligent: bool | None = None) -> list[str]:
+        """The next memory, a list of sentences of `text` and of the old memory that fits the budget."""
+        section = sentences(text)
+        evident = self._evident(episode, memory, section)
+        held = {episode.fact_of.get(s) for s in memory}
+
+        def gold(lines):
+            """Evident gold sentences in chain order, one sentence a fact."""
+            first = {}
+            for s in lines:
+                first.setdefault(episode.fact_of.get(s), s)
+            return [first[f] for f in evident if f in first]
+
+        def mentioned(lines):
+            return [s for s in lines if any(c in s for c in episode.cue)]
+
+        facts = [s for s in section if s in episode.fact_of]
+        filler = rng.sample(facts, min(3, len(facts)))
+        new = [s for s in gold(section) if episode.fact_of[s] not in held]
+        diligent = rng.random() < DILIGENT if diligent is None else diligent
+        if diligent:
+            wanted = gold(memory) + new + mentioned(memory) + mentioned(section)
+            wanted = wanted or filler[:2]
+        else:
+            noted = [s for s in new if rng.random() < 0.9]
+            seen = [s for s in mentioned(section) if s not in new and rng.random() < 0.5]
+            old = [s for s in memory if rng.random() < KEPT]
+            wanted = noted + seen + filler[:rng.randint(1, 2)] + old
+        return self.fit(wanted)
+
+    def fit(self, wanted: list[str]) -> list[str]:
+        """As many of the wanted sentences, in order and without repetition, as the budget holds."""
+        kept, room = [], self.memory
+        for s in dict.fromkeys(wanted):
+            size = len(self.tokenizer.encode(" " + s))
+            if size <= room:
+                kept.append(s)
+                room -= size
+        return kept
+
+    def memory_ids(self, memory: list[str]) -> list[int]:
+        return self.tokenizer.encode("".join(" " + s for s in memory)) if memory else self.prompts.no_memory
+
+    def response(self, text: str) -> list[int]:
+        return [*self.tokenizer.encode(text), self.tokenizer.end]
+
+    def boxed(self, answer: str) -> list[int]:
+        return self.response(f"\\boxed{{ {answer}}}")
+
+    # ---- demonstrations ----------------------------------------------------------------------------------
+
+    def read(self, episode: Episode, rng: random.Random, readers: int) -> list[Demo]:
+        """`readers` independent readings of one document: update demonstrations with a shared prefix, recalls,
+        and answers from those final memories that suffice."""
+        demos, memories = [], [[] for _ in range(readers)]
+        earlier: list[tuple[list[int], list[str]]] = []
+        for ids, text in zip(episode.sections, episode.texts, strict=True):
+            suffixes = []
+            for r in range(readers):
+                prefix, given = self.prompts.update(episode.problem, ids, self.memory_ids(memories[r]))
+                memories[r] = self.update(episode, memories[r], text, rng)
+                suffixes.append((given, [*self.memory_ids(memories[r]), self.tokenizer.end]))
+            demos.append(Demo("update", prefix, suffixes))
+            earlier.append((ids, text))
+            demos += self.recalls(text, memories[rng.randrange(readers)], rng)
+        for memory in memories:
+            if set(episode.gold) <= {episode.fact_of.get(s) for s in memory}:
+                demos.append(self.answer(episode, memory))
+        return demos
+
+    def recalls(self, text: str, memory: list[str], rng: random.Random) -> list[Demo]:
+        """Recall of an entity of `text` that the memory holds (an unanswerable one would teach guessing)."""
+        for _ in range(8):
+            made = recall_target(text, self.finder, rng)
+            if made and any(s in memory for s in sentences(text) if occurs(s, made[1])):
+                prefix, given = self.prompts.recall(self.tokenizer.encode(made[0]), self.memory_ids(memory))
+                return [Demo("recall", prefix, [(given, self.boxed(made[1]))])]
+        return []
+
+    def answer(self, episode: Episode, memory: list[str]) -> Demo:
+        prefix, given = self.prompts.answer(episode.problem, self.memory_ids(memory))
+        return Demo("answer", prefix, [(given, self.boxed(episode.answer))])
+
+    def oracle_memory(self, episode: Episode, rng: random.Random) -> list[str]:
+        """The gold sentences among sentences that don't matter, in random order, within the budget."""
+        said: dict[Fact, list[str]] = {}
+        printed = [s for t in episode.texts for s in sentences(t)]
+        for s in printed:
+            if s in episode.fact_of:
+                said.setdefault(episode.fact_of[s], []).append(s)
+        gold = [rng.choice(said[f]) for f in episode.gold if f in said]
+        memory = self.fit(gold + rng.sample(printed, min(rng.randint(0, 3), len(printed))))
+        rng.shuffle(memory)
+        return memory
+
+    def direct(self, episode: Episode) -> Demo | None:
+        """Answer straight from one section that happens to hold all the gold facts."""
+        for ids, text in zip(episode.sections, episode.texts, strict=True):
+            if set(episode.gold) <= {episode.fact_of.get(s) for s in sentences(text)}:
+                prefix, given = self.prompts.direct(episode.problem, ids)
+                return Demo("direct", prefix, [(given, self.boxed(episode.answer))])
+        return None
+
+    def batch(self, seed: int, step: int, documents: int, answers: int, directs: int) -> list[Demo]:
+        """The demonstrations of one training step: a function of (world, seed, step) alone."""
+        rng, demos = random.Random(f"demo:{seed}:{step}"), []
+
+        def episode(sections: int) -> Episode:
+            index = rng.randrange(1 << 30)
+            if rng.random() < 0.4:
+                return self.masked_episode(seed, index, passages=max(4, round(4.6 * sections)))
+            return self.question_episode(seed, index, sections * self.section)
+
+        for _ in range(documents):
+            demos += self.read(episode(rng.choice((1, 2, 2, 3))), rng, readers=3)
+        while answers or directs:
+            e = episode(1)
+            if answers:
+                answers -= 1
+                demos.append(self.answer(e, self.oracle_memory(e, rng)))
+            if directs and (demo := self.direct(e)):
+                directs -= 1
+                demos.append(demo)
+        return demos
+
+
+WEIGHTS = {"update": 1.0, "answer": 2.0, "recall": 2.0, "direct": 2.0}  # answers are few tokens among many
+
+
+class DemoSteps:
+    """steps[i]: rows [(prefix, [(given, response, weight), ...]), ...] of training step i, for a DataLoader.
+
+    Every 100 steps a new world is drawn; i is counted from `first`. A function of (configuration, i) alone.
+    """
+
+    def __init__(self, config, first: int = 0):
+        self.config, self.first, self.made = config, max(0, first), {}
+
+    def __len__(self) -> int:
+        return self.config.base_steps - self.first
+
+    def __getitem__(self, i: int) -> list[tuple]:
+        if i >= len(self):
+            raise IndexError(i)
+        c, step = self.config, i + self.first
+        world = 100 + 1000 * c.seed + step // 100
+        if world not in self.made:
+            prompts = Prompts(load_tokenizer(), c.prompt_order)
+            # world 0 is the one reinforcement learning reads
+            self.made = {world: Demonstrator(MiniWorld(c.base_people, world, "train"), prompts, c.section, c.memory)}
+        demos = self.made[world].batch(c.seed, step, c.base_documents, c.base_answers, c.base_directs)
+        return [(d.prefix, [(g, r, WEIGHTS[d.kind]) for g, r in d.suffixes]) for d in demos]
+
+
+def tokenizer_text(words: int = 28_000) -> str:
+    """Text that the mini-world tokenizer is trained on: passages, questions and prompts of training worlds."""
+    from data import prompts as templates
+
+    fixed = [templates.UPDATE, templates.ANSWER, templates.DIRECT, templates.RECALL, templates.MASK_PROBLEM,
+             templates.NO_MEMORY, "Memory: Section:\n Text:\n", "\\boxed{ }", " [MASK] [TARGET] \n"]
+    parts, count, seed = ["\n".join(fixed).replace("{{", "{").replace("}}", "}")] * 20, 0, 1000
+    while count < words:
+        world = MiniWorld(400, seed)
+        for i, passage in enumerate(world.passages[seed % 17 :: 17]):
+            parts += [passage.rendered, world.question(i).question]
+            count += len(re.findall(r"\w+", parts[-1] + parts[-2]))
+        seed += 1
+    return "\n".join(parts)

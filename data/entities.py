@@ -1,0 +1,308 @@
+"""Find entities in a text, and hide one everywhere in it.
+
+A finder has a `name`, for the run's header, and `find(text)`: entities in text order, without overlaps.
+spaCy does it where it and an English model are installed, else rules for dates, numbers, names and titles.
+
+`mask_entity` and `occurs` share one rule of what an occurrence is, so that after masking nothing occurs. It
+ignores case, lets any whitespace stand for any other, and never matches inside a longer word or number:
+neither "Rome" in "Romeo" nor "18" in "1843", "18.5" or "1,800"; but in "Rome's" and "Rome-based" it does.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, pairwise
+from typing import Any, Protocol
+
+from data import InputError
+
+PLACEHOLDER = re.compile(r"\[(?:MASK|TARGET)\]")
+SPACY_MODELS = ("en_core_web_sm", "en_core_web_md", "en_core_web_lg")
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A stretch of a text: text == source[start:end]."""
+
+    text: str
+    label: str  # rules: DATE, NUMBER, NAME, TITLE; spaCy: its own labels
+    start: int
+    end: int
+
+
+class Finder(Protocol):
+    name: str
+
+    def find(self, text: str) -> list[Entity]: ...
+
+
+def make_finder(choice: str = "auto") -> Finder:
+    """The finder for "rules", "spacy" (its small, medium or large English model), "spacy:<model>", or "auto":
+    spaCy if it and one of these models are installed, else rules.
+
+    Raises InputError for anything else, and where spaCy or its model is missing or does not load.
+    """
+    if choice == "rules":
+        return RuleFinder()
+    if choice not in ("auto", "spacy") and not choice.startswith("spacy:"):
+        raise InputError(f"entity finder {choice!r} is unknown; use auto, rules, spacy or spacy:<model>")
+    models = (choice.removeprefix("spacy:"),) if ":" in choice else SPACY_MODELS
+    try:
+        import spacy
+
+        for model in filter(spacy.util.is_package, models):
+            # NER needs none of these, and they would take most of the time.
+            others = ["tagger", "parser", "attribute_ruler", "lemmatizer"]
+            return SpacyFinder(spacy.load(model, exclude=others))
+        problem = f"no model {' or '.join(models)}"
+    except ModuleNotFoundError as error:
+        problem = f"no module {error.name}"
+    except Exception as error:  # installed, but broken: "auto" must not quietly make other data of it
+        problem = f"spaCy does not load ({type(error).__name__})"
+        raise InputError(f"entity finder {choice!r}: {problem}; repair it or use rules") from error
+    if choice == "auto":
+        return RuleFinder()
+    remedy = f"pip install spacy && python -m spacy download {models[0]}"
+    raise InputError(f"entity finder {choice!r}: {problem}; {remedy}, or use rules")
+
+
+# ---- masking
+
+HYPHEN, APOSTROPHE, ACCENT = "-‐‑–", "'’‘", "\u0300-\u036f"  # accents follow their letter in decomposed text
+
+
+@lru_cache(maxsize=4096)
+def _occurrence(entity: str) -> re.Pattern:
+    """The one rule: matches every occurrence of `entity`. Raises ValueError if it is blank."""
+    entity = entity.strip()
+    if not entity:
+        raise ValueError("a blank entity has no occurrences")
+    body = []
+    for part in re.split(rf"(\s+|[{HYPHEN}]\s*|[{APOSTROPHE}])", entity):
+        if part.isspace():
+            body.append(r"\s+")
+        elif part and part[0] in HYPHEN:
+            body.append(rf"[{HYPHEN}]\s*")  # 2WikiMultiHopQA has both "Saint- Pol" and "Saint-Pol"
+        else:
+            body.append(f"[{APOSTROPHE}]" if part in tuple(APOSTROPHE) else re.escape(part))
+    first, last = entity[0], entity[-1]
+    # An edge that is a letter or digit must not go on, nor a number behind "." or ",".
+    before = (rf"(?<![\w{ACCENT}])" if first.isalnum() else "") + (r"(?<!\d[.,])" if first.isdigit() else "")
+    after = (rf"(?![\w{ACCENT}])" if last.isalnum() else "") + (r"(?![.,]\d)" if last.isdigit() else "")
+    if last == ".":  # "U.S." is not in "U.S.A", but twice in "U.S.U.S."
+        after = rf"(?![^\W{re.escape(first)}])"
+    # A placeholder is no occurrence of the word "mask": masking it would never end.
+    return re.compile(rf"{before}(?!(?<=\[)(?-i:MASK|TARGET)\]){''.join(body)}{after}", re.IGNORECASE)
+
+
+def occurs(text: str, entity: str) -> bool:
+    """Whether `mask_entity` would replace anything. Raises ValueError if `entity` is blank."""
+    return _occurrence(entity).search(text) is not None
+
+
+def mask_entity(text: str, entity: str, placeholder: str) -> tuple[str, int]:
+    """(text with every occurrence of `entity` replaced, their number); afterwards `occurs` is False.
+
+    Raises ValueError if `entity` is blank or occurs in the placeholder.
+    """
+    if occurs(placeholder, entity):
+        raise ValueError(f"{entity!r} occurs in the placeholder {placeholder!r}")
+    count, new = 0, 1
+    while new:  # a second pass finds something only in oddities, such as "5," in "5,5,": the first frees it
+        text, new = _occurrence(entity).subn(lambda _: placeholder, text)
+        count += new
+    return text, count
+
+
+# ---- finding with rules
+
+YEAR, DAY = r"(?:1\d|20)\d\d", r"(?:3[01]|[12]\d|0?[1-9])(?:st|nd|rd|th)?"
+MONTHS = "January February March April May June July August September October November December"
+MONTH = f"(?:{MONTHS.replace(' ', '|')}|(?:Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\\.?)"
+# Possessive quantifiers (++, *+) and the bounded quotation keep every pattern linear on hostile input.
+QUOTED = re.compile(r'"([^"\n]{1,100}+)"|“([^“”\n]{1,100}+)”')
+FIGURES = re.compile(
+    r"(?<!\w)(?<!\d[.,])(?:(?P<DATE>"
+    rf"{DAY} (?:of )?{MONTH}(?:,? {YEAR})?|{MONTH} {DAY}(?:,? {YEAR})?|{MONTH},? {YEAR}"
+    rf"|{YEAR}-\d\d-\d\d|{YEAR}s?"
+    r")|(?P<NUMBER>(?:\d{1,3}(?:,\d{3})++|\d++)(?:\.\d++)?(?:%| per ?cent)?))(?!\w)(?![.,]\d)"
+)
+# Initials (J. J.R.R. U.S.), or a word: O'Hara but not the 's of Curie's; Jean-Paul, Stratford-upon-Avon, but
+# only the Italian of Italian-born. [^\W\d_a-z] is a letter that may be a capital.
+TOKEN = re.compile(
+    r"(?<!\w)(?:(?P<initials>(?:[^\W\d_a-z]\.)++)(?!\w)"
+    r"|[^\W\d_]\w*+(?:['’](?!s\b)[^\W\d_]\w*+|-(?:[a-z]{2,4}-){0,2}+(?=[^\W\d_a-z])\w++)*+)"
+)
+LOWER = re.compile(r"(?<!\w)[a-z]\w*+")
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+CONNECTORS = _words("of de da di du del della des la le van von zu bin ibn al el y")
+ARTICLES = _words("the la las los le les der den")  # may follow a connector: "of the", "van der"
+ABBREVIATIONS = _words("Mr Mrs Ms Dr St Mt Ft Prof Gen Col Capt Lt Sgt Rev Gov Sen Rep")  # may end in "."
+# Words that open a sentence with a capital. These are never the first word of a name ...
+FUNCTION = _words(
+    """a about according across after against all along alongside also although am among amongst an and
+    another any are around as at be because before behind being below beneath beside besides between both but
+    by can could despite did do does down due during each either even every few following for from further
+    given had has have having he hence her here hers his how however i if in indeed inside instead into is it
+    its itself just later like many meanwhile more most much my near neither nevertheless no nor not now of
+    off on once only onto or other others our out outside over per perhaps rather regarding she should since
+    so some soon still such than that the their them then there thereafter therefore these they this those
+    though through throughout thus till to together too toward towards under unlike until up upon us via was
+    we were what whatever when where whereas whether which while who whom whose why with within without would
+    yet you your"""
+)
+# ... these are none alone (nor is a word in -ly, -ed or -ing) ...
+COMMON = _words(
+    """actor additional again album almost already annual apart author back best born built children
+    citizens city come construction critics current dancers development director dozens early eight evidence
+    experts famous fans farmers film films first five former four game girls good great half historians home
+    hot important international key king known large last late less life little local long made main major
+    married members men modern mother music never new news next nine non none notable note nothing often old
+    one original part parts people players poor popular population president previous principal prior
+    production pupils recent records research residents reviews scholars school scientists second set seven
+    several short similar six small something sometimes songs students subject success summer team ten third
+    three time today town travelers twelve twenty two unable various very villagers visitors war water whilst
+    widespread winter women work workers writer written years young"""
+)
+# ... and these are none alone wherever they stand.
+CALENDAR = _words(f"{MONTHS} Monday Tuesday Wednesday Thursday Friday Saturday Sunday".lower())
+NEVER_ALONE = CALENDAR | CONNECTORS | ARTICLES | {a.lower() for a in ABBREVIATIONS} | {"il", "mask", "target"}
+LONGEST = 100  # characters: what runs on for longer is a headline or a list
+
+
+class RuleFinder:
+    """Dates, numbers, quoted titles and runs of capitalised words, found without a model.
+
+    Names go on over "of", "de", "von", "&" and the like, over "the" in "Alexander the Great", but not over
+    "and", which mostly stands between two names. An article in front is left out. A single digit is not
+    taken: hidden, it would be all over the document and still be guessed.
+    """
+
+    name = "rules"
+
+    def find(self, text: str) -> list[Entity]:
+        used = bytearray(len(text))  # 1 where an entity or a placeholder stands
+        spans = []
+        for match in PLACEHOLDER.finditer(text):
+            used[match.start() : match.end()] = b"\1" * len(match[0])
+        for start, end, label in chain(_titles(text), _figures(text)):
+            if used.find(1, start, end) < 0:
+                used[start:end] = b"\1" * (end - start)
+                spans.append((start, end, label))
+        spans += _names(text, used)
+        return [Entity(text[start:end], label, start, end) for start, end, label in sorted(spans)]
+
+
+Span = tuple[int, int, str]  # start, end, label
+
+
+def _titles(text: str) -> Iterator[Span]:
+    for match in QUOTED.finditer(text):
+        start, end = match.span(match.lastindex)
+        inner = text[start:end]
+        words = inner.split()
+        # Straight quotes may be paired wrongly, and speech is quoted: a title capitalises its long words.
+        if not words or not re.match("[^\\W_a-z]", words[0]) or inner.strip(" .,;:").lower() in FUNCTION:
+            continue
+        if not any(w[0].islower() and len(w) > 4 for w in words):
+            start += len(inner) - len(inner.lstrip())
+            yield start, start + len(inner.strip().rstrip(" .,;:")), "TITLE"
+
+
+def _figures(text: str) -> Iterator[Span]:
+    for match in FIGURES.finditer(text):
+        if 1 < len(match[0]) <= LONGEST:
+            yield *match.span(), match.lastgroup
+
+
+def _names(text: str, used: bytearray) -> Iterator[Span]:
+    lower = set(LOWER.findall(text))
+    runs: list[list[re.Match]] = [[]]  # capitalised words that belong together; the last may still grow
+    pending: list[str] = []  # connectors behind it, kept if another capitalised word follows
+    previous = None
+    for token, following in pairwise(chain(TOKEN.finditer(text), [None])):
+        run, word = runs[-1], token[0]
+        taken = used.find(1, *token.span()) >= 0
+        if taken or (run and not _adjacent(text, previous, token)):
+            run, pending = [], []
+            runs.append(run)
+        previous = token
+        if taken:
+            continue
+        if not _is_capitalised(word):
+            pending.append(word)
+            link = pending == ["the"] or (pending[0] in CONNECTORS and ARTICLES.issuperset(pending[1:]))
+            if not run or not link or len(pending) > 2:
+                runs.append([])
+                pending = []
+            continue
+        if run:
+            goes_on = following and _is_capitalised(following[0]) and _adjacent(text, token, following)
+            object_follows = pending == ["the"] and (goes_on or len(run) > 2)  # gave Smith the Nobel Prize
+            sentence_starts = run[-1]["initials"] and word.lower() in FUNCTION  # in the U.S. The
+            if object_follows or sentence_starts:
+                run = []
+                runs.append(run)
+        pending = []
+        if run or word.lower() not in FUNCTION:
+            run.append(token)
+    for run in filter(None, runs):
+        start, end = run[0].start(), run[-1].end()
+        if len(run[-1]["initials"] or "") == 2:
+            end -= 1  # the full stop of "Henry V." ends the sentence
+        if end - start <= LONGEST and (len(run) > 1 or _is_name(text, start, end, lower)):
+            yield start, end, "NAME"
+
+
+def _is_capitalised(word: str) -> bool:
+    return word[0].isupper() or bool(re.match(r"(?:d|l|dell|al|el)['’-][^\W\d_a-z]", word))
+
+
+def _adjacent(text: str, left: re.Match, right: re.Match) -> bool:
+    """Whether only a space, or what may stand inside a name, is between two tokens."""
+    gap = text[left.end() : min(right.start(), left.end() + 4)]
+    return gap in (" ", "  ", "\xa0", " & ", "- ") or (gap == ". " and left[0] in ABBREVIATIONS)
+
+
+def _is_name(text: str, start: int, end: int, lower: set[str]) -> bool:
+    """Whether a capitalised word that stands alone is a name."""
+    word = text[start:end].lower()
+    if len(word) < 2 or word in lower or word in NEVER_ALONE:
+        return False
+    before = text[max(0, start - 4) : start].rstrip(" \"'“‘([")
+    # "Beijing: Beijing is ..." starts with a title, not with a sentence.
+    opens_sentence = (not before or before[-1] in ".!?:\n") and text[end : end + 1] not in ("", "\n", ":")
+    return not (opens_sentence and (word in COMMON or word.endswith(("ly", "ed", "ing"))))
+
+
+# ---- finding with spaCy
+
+
+class SpacyFinder:
+    """The entities of a spaCy pipeline, with its labels, trimmed to what `mask_entity` should hide.
+
+    "the Beatles" would leave "Beatles" in sight elsewhere, "Rome's" every other "Rome": articles in front,
+    quotes and possessives are cut off.
+    """
+
+    def __init__(self, nlp: Any):
+        self.nlp = nlp
+        self.name = f"spacy:{nlp.meta['lang']}_{nlp.meta['name']}"
+
+    def find(self, text: str) -> list[Entity]:
+        self.nlp.max_length = max(self.nlp.max_length, len(text) + 1)  # spaCy refuses a million characters
+        hidden = [match.span() for match in PLACEHOLDER.finditer(text)]
+        found = []
+        for entity in self.nlp(text).ents:
+            front = re.match(r"""[\s"“”'‘’(]*(?:(?:the|an?)(?:\s+|\Z))?""", entity.text, re.IGNORECASE).end()
+            core = re.sub(r"""(?:['’]s)?[\s"“”'‘’),;:]*\Z""", "", entity.text[front:])
+            start, end = entity.start_char + front, entity.start_char + front + len(core)
+            if any(map(str.isalnum, core)) and not any(a < end and start < b for a, b in hidden):
+                found.append(Entity(core, entity.label_, start, end))
+        return found

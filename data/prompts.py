@@ -1,0 +1,60 @@
+"""The prompts, in one place: for training, demonstrations and evaluation alike.
+
+Every prompt is a pair of token lists (prefix, given). The prefix is shared by a group of rollouts, the given
+tokens belong to one rollout and are never trained; what the model samples comes after them. Prompts are joined
+from ids, so a memory that the model wrote goes back in as the very tokens it sampled.
+
+    order "section-first":  [instruction, problem, section | memory, <|assistant|>]   prefix shared by all rollouts
+    order "paper":          [instruction, problem | memory, section, <|assistant|>]   little left to share
+"""
+
+from __future__ import annotations
+
+from data.tokenizer import Tokenizer
+
+UPDATE = "Update the memory.\nProblem: {problem}\n"
+ANSWER = "Answer from the memory in \\boxed{{}}.\nProblem: {problem}\n"
+DIRECT = "Answer from the text in \\boxed{{}}.\nProblem: {problem}\n"
+RECALL = "Name [TARGET] from the memory in \\boxed{}.\n"
+MASK_PROBLEM = "Which entity is [MASK] in the whole article?"
+NO_MEMORY = " No memory yet."
+
+Prompt = tuple[list[int], list[int]]
+
+
+class Prompts:
+    """Builds (prefix, given) with one tokenizer and one order. Arguments named *_ids are token lists."""
+
+    def __init__(self, tokenizer: Tokenizer, order: str = "section-first"):
+        self.tokenizer, self.order = tokenizer, order
+        encode = tokenizer.encode
+        self.no_memory = encode(NO_MEMORY)
+        self._memory, self._section, self._text = encode("Memory:"), encode("Section:\n"), encode("Text:\n")
+        self._newline = encode("\n")
+
+    def _join(self, head: str, context: list[int], memory_ids: list[int] | None) -> Prompt:
+        head_ids = [self.tokenizer.user, *self.tokenizer.encode(head)]
+        memory = [*self._memory, *memory_ids, *self._newline] if memory_ids is not None else []
+        if self.order == "section-first":
+            return head_ids + context, [*memory, self.tokenizer.assistant]
+        return head_ids, [*memory, *context, self.tokenizer.assistant]
+
+    def update(self, problem: str, section_ids: list[int], memory_ids: list[int]) -> Prompt:
+        return self._join(UPDATE.format(problem=problem), self._section + section_ids, memory_ids)
+
+    def answer(self, problem: str, memory_ids: list[int]) -> Prompt:
+        return self._join(ANSWER.format(problem=problem), [], memory_ids)
+
+    def direct(self, problem: str, text_ids: list[int]) -> Prompt:
+        prefix, given = self._join(DIRECT.format(problem=problem), self._text + text_ids, None)
+        return prefix, given
+
+    def recall(self, section_ids: list[int], memory_ids: list[int]) -> Prompt:
+        """One prompt for a whole group of G2 samples: all of it is shared, in either order."""
+        prefix, given = self._join(RECALL, self._section + section_ids, memory_ids)
+        return prefix + given[:-1], given[-1:]
+
+    def overhead(self, problem: str) -> int:
+        """Tokens of an update prompt that are neither section nor memory."""
+        prefix, given = self.update(problem, [], [])
+        return len(prefix) + len(given)

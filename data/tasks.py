@@ -1,0 +1,130 @@
+"""Tasks made from passages: masked documents (PAPER.md section 2), recall targets (section 3), long QA documents.
+
+All are functions of (corpus, seed, index) alone, so that a document can be rebuilt anywhere, in any order.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data import InputError
+from data.corpus import Corpus, Passage, Question
+from data.entities import mask_entity
+from data.prompts import MASK_PROBLEM
+from data.tokenizer import Tokenizer
+
+MASK, TARGET = "[MASK]", "[TARGET]"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One document to read and one question about it. answers: accepted answers, canonical first."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    passages: tuple[str, ...]  # rendered, in reading order
+    kind: str
+
+
+def split_sections(passages: Sequence[str], tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    """Token ids of the document in sections of at most `length` tokens, in order.
+
+    A section ends after the last passage that fits; only a passage longer than a whole section is cut.
+    """
+    sections: list[list[int]] = [[]]
+    for passage in passages:
+        ids = tokenizer.encode(passage + "\n")
+        if len(sections[-1]) + len(ids) > length and sections[-1]:
+            sections.append([])
+        for start in range(0, len(ids), length):
+            if start:
+                sections.append([])
+            sections[-1].extend(ids[start:start + length])
+    return [s for s in sections if s]
+
+
+def _draw(rng: random.Random, population: int, count: int, taken: Sequence[int]) -> list[int]:
+    """`count` different indices below `population`, none of them in `taken`."""
+    taken = set(taken)
+    chosen = rng.sample(range(population), min(population, count + len(taken)))
+    return [i for i in chosen if i not in taken][:count]
+
+
+def masked_document(corpus: Corpus, finder, seed: int, index: int, passages: int, related: int) -> Problem:
+    """Document `index`: pivot + `related` BM25 neighbours + random passages, one entity of the pivot masked.
+
+    Where the corpus can tell (the mini-world), only entities that the document determines are masked.
+    InputError if the corpus is too small, or if 200 pivots in a row hold no usable entity.
+    """
+    if len(corpus.passages) < passages:
+        raise InputError(f"corpus {corpus.name}: {len(corpus.passages)} passages, but a masked document needs "
+                         f"{passages}; give a larger corpus or lower --passages")
+    for attempt in range(200):
+        rng = random.Random(f"mask:{seed}:{index}:{attempt}")
+        pivot = rng.randrange(len(corpus.passages))
+        chosen = [pivot, *corpus.related(pivot, related)]
+        chosen += _draw(rng, len(corpus.passages), passages - len(chosen), chosen)
+        found = sorted({e.text for e in finder.find(corpus.passages[pivot].rendered)})
+        if corpus.clues:
+            found = [e for e in found if corpus.clues(e, chosen)]
+        if found:
+            answer = rng.choice(found)
+            rng.shuffle(chosen)
+            masked = tuple(mask_entity(corpus.passages[i].rendered, answer, MASK)[0] for i in chosen)
+            return Problem(f"mask-{seed}-{index}", MASK_PROBLEM, (answer,), masked, "masked")
+    raise InputError(f"corpus {corpus.name}: no entity to mask in 200 passages drawn at random; "
+                     f"give a corpus with names, dates or numbers, or another --entities finder")
+
+
+def recall_target(section: str, finder, rng: random.Random) -> tuple[str, str] | None:
+    """(section with one entity replaced by [TARGET], that entity), or None if it holds no entity.
+
+    The section may contain [MASK]; a finder never returns a placeholder, so [TARGET] never is its entity.
+    """
+    found = sorted({e.text for e in finder.find(section)})
+    if not found:
+        return None
+    target = rng.choice(found)
+    return mask_entity(section, target, TARGET)[0], target
+
+
+def qa_document(question: Question, pool: Sequence[Passage], tokenizer: Tokenizer, tokens: int,
+                seed: int) -> Problem:
+    """The question's gold passages shuffled among its own distractors and then `pool`, up to `tokens` tokens.
+
+    The gold passages are always in, however short the document; the filling is a function of (question, seed,
+    tokens). InputError if the pool can't fill the document without repeating a passage.
+    """
+    rng = random.Random(f"qa:{question.id}:{seed}:{tokens}")
+    chosen, seen = [], set()
+    own = [*question.gold, *rng.sample(question.distractors, len(question.distractors))]
+    room = tokens
+    for k, passage in enumerate(own):
+        size = len(tokenizer.encode(passage.rendered + "\n"))
+        if k < len(question.gold) or size <= room:
+            chosen.append(passage.rendered)
+            room -= size
+        seen.add(passage)
+    for i in rng.sample(range(len(pool)), len(pool)) if room > 0 else ():
+        size = len(tokenizer.encode(pool[i].rendered + "\n"))
+        if size > room:
+            break
+        if pool[i] not in seen:
+            chosen.append(pool[i].rendered)
+            room -= size
+    else:
+        if room > tokens // 4:
+            raise InputError(f"question {question.id}: the corpus has too few passages for a document of {tokens} "
+                             f"tokens; give a larger corpus or shorter --eval-lengths")
+    rng.shuffle(chosen)
+    return Problem(question.id, question.question, question.answers, tuple(chosen), question.kind)
+
+
+def cut_middle(ids: list[int], length: int) -> list[int]:
+    """The first and the last half of `length` tokens: how a document too long for one window is given to it."""
+    if len(ids) <= length:
+        return ids
+    return ids[:(length + 1) // 2] + ids[len(ids) - length // 2:]

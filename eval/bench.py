@@ -1,0 +1,413 @@
+"""Benchmarks. Each prints a table and, with --out FILE, writes the same figures as JSON.
+
+    python -m eval.bench step [--repeats 3] [--out FILE] [any field of memtrain.Config]
+        one GRPO step of MemTrain, by memtrain.py and by the plain implementation in eval/plain.py: seconds, tokens
+        through the model, memory; that both sampled the same tokens and have the same loss and gradient
+    python -m eval.bench time [--runs 3] [--out FILE] [any field of memtrain.Config]
+        the whole of `python memtrain.py`: wall seconds and peak memory of each run
+
+It measures memtrain.py from outside, so it imports it; nothing imports this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import gc
+import itertools
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+import memtrain
+from data import InputError
+from eval import plain
+
+TOLERANCE = 1e-5  # of loss and gradients: fp32 sums in another order
+
+
+# ---- step: one GRPO step, twice ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cost:
+    """What one phase took: wall seconds, tokens through the model (padding included), peak memory of the process."""
+
+    seconds: float
+    tokens: int
+    peak_mb: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.tokens + other.tokens, max(self.peak_mb, other.peak_mb))
+
+
+class Meter:
+    """Measures phases; counts every token that goes through one of the models."""
+
+    def __init__(self, models: Sequence[torch.nn.Module], bar: tqdm):
+        self.tokens, self.bar, self.device = 0, bar, next(models[0].parameters()).device
+        self.hooks = [m.register_forward_pre_hook(self._count) for m in models]
+
+    def _count(self, model, args) -> None:
+        self.tokens += len(args[0])
+
+    def __call__(self, name: str, work: Callable):
+        """Runs work(); returns its value and its Cost."""
+        self.bar.set_postfix_str(name)
+        self.tokens = 0
+        _forget_peak(self.device)
+        began = time.perf_counter()
+        value = work()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        cost = Cost(time.perf_counter() - began, self.tokens, _peak_mb(self.device))
+        self.bar.update()
+        return value, cost
+
+
+def _forget_peak(device) -> None:
+    """Starts a new peak: of GPU memory, or of the process's resident memory (Linux; elsewhere peaks only grow)."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        ctypes.CDLL(None).malloc_trim(0)  # what the phase before freed is not this one's
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mb(device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    lines = Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
+
+
+class Capture:
+    """In the optimiser's place: keeps the gradient and leaves the weights alone."""
+
+    def __init__(self, model: memtrain.Decoder):
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.gradient: dict[str, torch.Tensor] = {}
+
+    def step(self) -> None:
+        self.gradient = {n: p.grad.clone() for n, p in self.parameters.items()}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.parameters.values():
+            p.grad = None
+
+
+class Pair:
+    """Both implementations of the step on one model, one reference, one configuration."""
+
+    def __init__(self, c: memtrain.Config, model: memtrain.Decoder, tokenizer, data,
+                 train_rows: int = plain.TRAIN_ROWS, sample_rows: int = plain.SAMPLE_ROWS):
+        # update() clips before it hands the gradient over: here it must arrive as it was computed
+        self.c, self.model, self.data, self.train_rows = replace(c, grad_clip=1e30), model, data, train_rows
+        self.agent = memtrain.Agent(model, tokenizer, c)
+        self.plain_agent = plain.PlainAgent(model, tokenizer, c, sample_rows)
+        self.reference = copy.deepcopy(model).requires_grad_(False)
+        for module in self.reference.modules():
+            if isinstance(module, memtrain.Linear):
+                module.adapted = False
+        self.capture = Capture(model)
+
+    def sample(self, agent, step: int) -> memtrain.Batch:
+        return memtrain.collect(agent, self.data, "memtrain", step)
+
+    def ours(self, batch: memtrain.Batch, entries: set[int]) -> tuple[float, dict[str, torch.Tensor]]:
+        """(loss, gradient) by memtrain.update."""
+        reference = None if self.c.lora_rank else self.reference  # with LoRA: the network with its adapters off
+        stats = memtrain.update(self.model, reference, self.capture, self.c, batch, entries)
+        if stats["skipped"]:
+            raise InputError("loss or gradient is not finite here: nothing to compare; give another --init")
+        return stats["loss"], self.capture.gradient
+
+    def plain(self, batch: memtrain.Batch, entries: set[int]) -> tuple[float, dict[str, torch.Tensor]]:
+        """(loss, gradient) by the plain implementation."""
+        loss = plain.train(self.model, self.reference, self.c, batch, entries, self.train_rows)
+        self.capture.step()
+        self.capture.zero_grad()
+        return loss, self.capture.gradient
+
+    @torch.no_grad()
+    def shift(self) -> None:
+        """Moves the policy off the one that sampled: ratios leave 1 and the clip range, the KL term leaves 0."""
+        generator = torch.Generator().manual_seed(0)
+        for p in self.capture.parameters.values():
+            noise = torch.randn(p.shape, generator=generator).to(p.device)
+            p += 0.05 * noise * p.std(correction=0).clamp(min=0.02)
+
+
+def kept_entries(batch: memtrain.Batch) -> set[int]:
+    """Reward entries of the groups that pass the filter."""
+    signal = memtrain.with_signal(batch)
+    return {e for e, g in enumerate(batch.group) if g in signal}
+
+
+def deviation(mine: tuple[float, dict], other: tuple[float, dict]) -> dict[str, float]:
+    """loss: difference of two losses. gradient: norm of the difference over the norm, for the worst parameter."""
+    difference = torch.stack([(mine[1][n] - g).norm() for n, g in other[1].items()])  # one norm a parameter
+    size = torch.stack([g.norm() for g in other[1].values()]).clamp(min=1e-30)
+    return {"loss": abs(mine[0] - other[0]), "gradient": float((difference / size).max()),
+            "gradient_whole": float(difference.norm() / size.norm())}
+
+
+def same_tokens(mine: memtrain.Batch, other: memtrain.Batch) -> dict[str, float]:
+    """Share of sampled tokens that are equal, and the largest difference of log-probs where a whole turn is."""
+    equal = total = 0
+    worst = 0.0
+    for a, b in zip(mine.turns, other.turns, strict=False):
+        equal += sum(x == y for x, y in zip(a.sampled, b.sampled, strict=False))
+        total += max(len(a.sampled), len(b.sampled))
+        if (a.prefix, a.given, a.sampled) == (b.prefix, b.given, b.sampled):
+            worst = max(worst, *(abs(x - y) for x, y in zip(a.logprobs, b.logprobs, strict=True)))
+    return {"share": equal / total, "logprob": worst}
+
+
+def compare(pair: Pair, step: int, repeats: int) -> dict:
+    """Both sides in turn, `repeats` times, then the check of the equations away from ratio 1."""
+    bar = tqdm(total=5 * repeats + 5, desc="step", unit="phase")
+    meter = Meter([pair.model, pair.reference], bar)
+    rows, warm = [], replace(pair.c, documents=1)
+    for agent in (pair.agent, pair.plain_agent):  # first calls are slow: what they cost belongs to nobody
+        agent.c, full = warm, agent.c
+        batch, _ = meter("warm-up", lambda agent=agent: pair.sample(agent, step))
+        agent.c = full
+    meter("warm-up", lambda: (pair.ours(batch, set(batch.entry)), pair.plain(batch, set(batch.entry))))
+    for _ in range(repeats):
+        batch, ours_sampling = meter("ours: sampling", lambda: pair.sample(pair.agent, step))
+        other, plain_sampling = meter("plain: sampling", lambda: pair.sample(pair.plain_agent, step))
+        flipped = not memtrain.with_signal(batch)
+        if flipped:
+            batch.rewards = [float(random.Random(e).random() < 0.5) for e in range(len(batch.rewards))]
+        kept, everything = kept_entries(batch), set(batch.entry)
+        mine, ours_training = meter("ours: training", lambda b=batch, k=kept: pair.ours(b, k))
+        theirs, plain_training = meter("plain: training, filtered", lambda b=batch, k=kept: pair.plain(b, k))
+        _, plain_everything = meter("plain: training", lambda b=batch, e=everything: pair.plain(b, e))
+        rows.append({"ours": {"sampling": ours_sampling, "training": ours_training},
+                     "plain, filtered": {"sampling": plain_sampling, "training": plain_training},
+                     "plain": {"sampling": plain_sampling, "training": plain_everything}})
+    pair.shift()
+    after = [meter("check", lambda f=f: f(batch, kept))[0] for f in (pair.ours, pair.plain)]
+    bar.close()
+    return {"documents": pair.c.documents, "group": pair.c.group, "recall_group": pair.c.recall_group,
+            "plain_rows": [pair.plain_agent.rows, pair.train_rows], "turns": len(batch.turns),
+            "trained_turns": sum(e in kept for e in batch.entry),
+            "signal": len(memtrain.with_signal(batch)) / len(set(batch.group)), "coin_rewards": flipped,
+            "tokens_sampled": sum(len(t.sampled) for t in batch.turns), "same_tokens": same_tokens(batch, other),
+            "deviation": {"as sampled": deviation(mine, theirs), "weights shifted": deviation(*after)},
+            "sides": summarise(rows)}
+
+
+def summarise(rows: list[dict]) -> dict:
+    """Per side and phase: seconds of every repeat, tokens, peak memory; speed-up over the side's total."""
+    sides = {}
+    for side in rows[0]:
+        costs = {"sampling": [r[side]["sampling"] for r in rows], "training": [r[side]["training"] for r in rows]}
+        costs["total"] = [a + b for a, b in zip(*costs.values(), strict=True)]
+        sides[side] = {phase: {"seconds": [x.seconds for x in cost], "tokens": cost[-1].tokens,
+                               "peak_mb": max(x.peak_mb for x in cost)} for phase, cost in costs.items()}
+    for phases in sides.values():
+        for phase, cost in phases.items():
+            cost["speedup"] = [b / a for a, b in zip(sides["ours"][phase]["seconds"], cost["seconds"], strict=True)]
+    return sides
+
+
+def step_table(result: dict) -> str:
+    """The figures of compare() for a terminal."""
+    median, same = statistics.median, result["same_tokens"]
+    lines = [f"weights {result['weights']}\n"
+             f"one MemTrain step: {result['documents']} documents x {result['group']} rollouts x "
+             f"{result['recall_group']} recalls, {result['turns']} turns, {result['tokens_sampled']:,} tokens sampled; "
+             f"{result['signal']:.0%} of the groups carry a signal, {result['trained_turns']} turns"]
+    if result["coin_rewards"]:
+        lines.append("no group carried a signal (weak weights or a small batch): rewards are coin flips here")
+    lines.append(f"\n{'':18s}{'':10s}{'seconds':>9s}{'min':>9s}{'ours is faster':>16s}{'min':>7s}"
+                 f"{'tokens through':>16s}{'peak MB':>9s}")
+    for side, phases in result["sides"].items():
+        for phase, cost in phases.items():
+            faster = f"{median(cost['speedup']):15.1f}x{min(cost['speedup']):6.1f}x" if side != "ours" else " " * 23
+            lines.append(f"{side if phase == 'sampling' else '':18s}{phase:10s}{median(cost['seconds']):9.3f}"
+                         f"{min(cost['seconds']):9.3f}{faster}{cost['tokens']:16,d}{cost['peak_mb']:9.0f}")
+    repeats = len(result["sides"]["ours"]["total"]["seconds"])
+    lines.append(f"seconds and factors: median of {repeats}; plain samples {result['plain_rows'][0]} rows "
+                 f"at a time and trains {result['plain_rows'][1]}; 'filtered' leaves out groups without signal, "
+                 f"as ours does\n")
+    lines.append(f"same tokens sampled: {same['share']:.2%}; largest difference of a log-prob {same['logprob']:.1e}")
+    for name, d in result["deviation"].items():
+        lines.append(f"same turns, {name + ':':16s} loss differs by {d['loss']:.1e}, gradient of the worst parameter "
+                     f"by {d['gradient']:.1e} of its norm, the whole by {d['gradient_whole']:.1e}  "
+                     f"{'ok' if _within(d) else 'DIFFERENT'}")
+    return "\n".join(lines)
+
+
+def _within(deviation_: dict[str, float]) -> bool:
+    return all(deviation_[name] <= TOLERANCE for name in ("loss", "gradient"))  # a NaN fails
+
+
+def agree(result: dict) -> bool:
+    """Whether both sides computed the same; if not, their times mean nothing."""
+    return result["same_tokens"]["share"] >= 0.98 and all(map(_within, result["deviation"].values()))
+
+
+def load_weights(c: memtrain.Config, model: memtrain.Decoder, tokenizer) -> str:
+    """Loads --init or the shipped base; random weights where the shipped one does not fit. Says which."""
+    path = Path(c.init) if c.init else memtrain.SHIPPED_BASE
+    try:
+        memtrain.load_checkpoint(path, model, tokenizer)
+    except InputError as e:
+        if c.init:
+            raise
+        print(f"random weights, because the shipped base does not load: {e}", file=sys.stderr)
+        return "random"
+    return str(path)
+
+
+def step(argv: Sequence[str]) -> int:
+    parser = Parser("step", "one GRPO step of MemTrain by memtrain.py and by eval/plain.py")
+    parser.add_argument("--repeats", type=int, default=3, help="timed repeats (default: 3)")
+    parser.add_argument("--plain-train-rows", type=int, default=plain.TRAIN_ROWS, metavar="N",
+                        help=f"rows of a training batch of the plain side (default: {plain.TRAIN_ROWS})")
+    parser.add_argument("--plain-sample-rows", type=int, default=plain.SAMPLE_ROWS, metavar="N",
+                        help=f"rows of a sampling batch of the plain side (default: {plain.SAMPLE_ROWS})")
+    parser.add_argument("--step", type=int, default=0, help="which step's documents (default: 0)")
+    options, fields = parser.read(argv, at_least_one=("repeats", "plain_train_rows", "plain_sample_rows"))
+    refuse_own(fields, "stages", "run", "update-documents")
+    c = memtrain.parse(["--stages", "memtrain", "--update-documents", "1", *fields])
+    c = replace(c, update_documents=c.documents)  # one update of everything sampled
+    torch.set_num_threads(c.threads or os.cpu_count() or 1)
+    device, tokenizer = memtrain.choose_device(c.device), memtrain.load_tokenizer()
+    model = memtrain.Decoder(c, tokenizer.size).to(device)
+    weights = load_weights(c, model, tokenizer)
+    pair = Pair(c, model, tokenizer, memtrain.Data(c, tokenizer), options.plain_train_rows, options.plain_sample_rows)
+    result = {"weights": weights} | compare(pair, options.step, options.repeats)
+    finish("step", argv, options.out, device, result | {"config": asdict(c)}, step_table(result))
+    return 0 if agree(result) else 1
+
+
+# ---- time: the whole command ---------------------------------------------------------------------------------------
+
+
+def timed(command: Sequence[str]) -> dict:
+    """Runs a command to its end: wall seconds, peak resident memory of its largest process in MB, exit code.
+
+    Linux starts a child's peak at its parent's resident memory, here about 300 MB with torch: as much as memtrain.py
+    needs before it does anything."""
+    began = time.perf_counter()
+    child = subprocess.Popen(command)
+    try:
+        _, status, usage = os.wait4(child.pid, 0)
+    except KeyboardInterrupt:  # the terminal sent it to the child too, which now saves and leaves
+        child.wait()
+        raise
+    child.returncode = os.waitstatus_to_exitcode(status)
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes there, kilobytes on Linux
+    return {"seconds": time.perf_counter() - began, "peak_mb": usage.ru_maxrss / unit, "cpu_seconds":
+            usage.ru_utime + usage.ru_stime, "code": child.returncode}
+
+
+def time_runs(argv: Sequence[str]) -> int:
+    parser = Parser("time", "the whole of python memtrain.py, several runs one after the other")
+    parser.add_argument("--runs", type=int, default=3, help="how many (default: 3)")
+    options, fields = parser.read(argv, at_least_one=("runs",))
+    refuse_own(fields, "run")
+    c = memtrain.parse(fields)
+    free = (name for k in itertools.count(1) if not Path("runs", name := f"bench-time-{k}").exists())
+    rows = []
+    for k, name in enumerate(itertools.islice(free, options.runs), 1):  # a finished run would only be read again
+        command = [sys.executable, str(Path(memtrain.__file__)), *fields, "--run", name]
+        print(f"run {k} of {options.runs}: runs/{name}", flush=True)
+        rows.append({"run": name} | timed(command))
+        if rows[-1]["code"]:
+            raise InputError(f"run {k} ended with exit code {rows[-1]['code']}; what it said is above")
+    finish("time", argv, options.out, memtrain.choose_device(c.device), {"runs": rows, "config": asdict(c)},
+           time_table(rows))
+    return 0
+
+
+def time_table(rows: Sequence[dict]) -> str:
+    lines = [f"{'run':20s}{'seconds':>10s}{'minutes':>9s}{'CPU seconds':>13s}{'peak MB':>9s}"]
+    lines += [f"{r['run']:20s}{r['seconds']:10.1f}{r['seconds'] / 60:9.2f}{r['cpu_seconds']:13.1f}{r['peak_mb']:9.0f}"
+              for r in rows]
+    seconds = [r["seconds"] for r in rows]
+    lines.append(f"{'median':20s}{statistics.median(seconds):10.1f}{statistics.median(seconds) / 60:9.2f}")
+    return "\n".join(lines)
+
+
+# ---- Command line --------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of one benchmark; whatever it does not know goes to memtrain's own command line, which is strict."""
+
+    def __init__(self, name: str, text: str):
+        super().__init__(prog=f"python -m eval.bench {name}", description=text, allow_abbrev=False,
+                         epilog="Any other option is a field of the configuration: python memtrain.py --help")
+        self.add_argument("--out", type=Path, help="also write the figures there, as JSON")
+
+    def error(self, message: str):
+        raise InputError(f"{message}; {self.prog} --help lists the options")
+
+    def read(self, argv: Sequence[str], at_least_one: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        options, fields = self.parse_known_args([memtrain._dashes(a) for a in argv])
+        for name in at_least_one:
+            if getattr(options, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+        if options.out and (options.out.is_dir() or not os.access(options.out.parent, os.W_OK)):
+            raise InputError(f"--out {options.out}: can't be written; give a file in a writable folder")
+        return options, fields
+
+
+def refuse_own(fields: Sequence[str], *names: str) -> None:
+    """Fields that the benchmark sets itself."""
+    for name in names:
+        if any(f == f"--{name}" or f.startswith(f"--{name}=") for f in fields):
+            raise InputError(f"--{name}: the benchmark chooses it; leave it out")
+
+
+def finish(name: str, argv: Sequence[str], out: Path | None, device, result: dict, table: str) -> None:
+    environment = memtrain.environment(SimpleNamespace(device=device))
+    environment["command"] = " ".join(["python -m eval.bench", name, *argv])
+    gpu = environment["device"] if device.type == "cuda" else environment["cpu"]
+    print(f"\n{environment['command']}\n{environment['date']}, {gpu}, {environment['threads']} threads, torch "
+          f"{environment['torch']}, commit {environment['commit'] or 'none'}\n\n{table}")
+    if out:
+        memtrain.write_json(out, {"environment": environment} | result)
+        print(f"\nwritten to {out}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": step, "time": time_runs}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if argv else 2
+    try:
+        if argv[0] not in COMMANDS:
+            raise InputError(f"{argv[0]}: unknown benchmark; choose one of {', '.join(COMMANDS)}")
+        return COMMANDS[argv[0]](argv[1:])
+    except InputError as e:
+        if "--debug" in argv:
+            raise
+        print(f"bench: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Whether a base model is fit to start reinforcement learning from: it must be able to do each step of the loop,
+and be careless in exactly one, keeping what its memory holds. Measured on a training world of its own, sampled as
+in training; no evaluation question is looked at.
+
+    python -m eval.gates [CHECKPOINT]      (default: the shipped base)
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+from data.demonstrations import Demonstrator, Episode, sentences
+from data.entities import occurs
+from data.miniwiki import MiniWorld
+from data.tasks import recall_target
+from eval.metrics import exact_match
+
+GATES = {  # name: (lowest, highest) that passes, what it says
+    "answer_question": (0.9, 1.0, "questions answered from an oracle memory"),
+    "answer_masked": (0.9, 1.0, "masks named from an oracle memory"),
+    "verbatim": (0.95, 1.0, "sentences of written memories that the section or the old memory holds word for word"),
+    "recall": (0.9, 1.0, "recall of a target that the memory holds"),
+    "kept_now": (0.6, 1.0, "gold facts of the section just read that are noted"),
+    "kept_later": (0.15, 0.40, "gold facts still there two sections later"),
+    "oracle_gain": (0.4, 1.0, "accuracy at 4 sections with an oracle memory, minus the base's own"),
+    "constant_guess": (0.0, 0.03, "share of the commonest answer among training questions"),
+}
+
+
+def gates(agent, config, n: int = 200) -> dict[str, float]:
+    """Measures every gate with n problems of each kind, prints them, and returns {name: value}."""
+    world = MiniWorld(config.base_people, 99, "train")
+    demo = Demonstrator(world, agent.prompts, config.section, config.memory)
+    value = _answering(agent, demo, n) | _recall(agent, demo, n) | _keeping(agent, demo, n)
+    answers = [world.question(i, 7).answers[0] for i in range(1000)]
+    value["constant_guess"] = max(map(answers.count, set(answers))) / len(answers)
+    print("\ngate             value  passes within   (of the base model, training world, sampled as in training)")
+    for name, (low, high, meaning) in GATES.items():
+        ok = "ok  " if low <= value[name] <= high else "FAIL"
+        print(f"{name:16s} {value[name]:5.3f}  {low:.2f}-{high:.2f}  {ok}    {meaning}")
+    return value
+
+
+def _episodes(demo: Demonstrator, masked: bool, sections: int, n: int) -> list[Episode]:
+    if masked:
+        return [demo.masked_episode(7, i, round(3.3 * sections)) for i in range(n)]
+    return [demo.question_episode(7, i, sections * demo.section) for i in range(n)]
+
+
+def _answering(agent, demo: Demonstrator, n: int) -> dict[str, float]:
+    found = {}
+    for name, masked in (("answer_question", False), ("answer_masked", True)):
+        episodes = _episodes(demo, masked, 2, n)
+        memories = [demo.memory_ids(demo.oracle_memory(e, random.Random(i))) for i, e in enumerate(episodes)]
+        prompts = [agent.prompts.answer(e.problem, m) for e, m in zip(episodes, memories, strict=True)]
+        turns = agent.sample(prompts, [("gate", name, i) for i in range(n)])
+        found[name] = _mean(exact_match(agent.boxed(t), [e.answer]) for t, e in zip(turns, episodes, strict=True))
+    return found
+
+
+def _recall(agent, demo: Demonstrator, n: int) -> dict[str, float]:
+    sections, memories, targets = [], [], []
+    for i, e in enumerate(_episodes(demo, False, 1, n)):
+        rng = random.Random(i)
+        text = e.texts[0]
+        memory = demo.fit(rng.sample(sentences(text), min(4, len(sentences(text)))))
+        made = recall_target(text, demo.finder, rng)
+        if made and any(occurs(s, made[1]) for s in memory):
+            sections.append(agent.tokenizer.encode(made[0]))
+            memories.append(demo.memory_ids(memory))
+            targets.append(made[1])
+    return {"recall": _mean(agent.recall(sections, memories, targets, [("gate r", i) for i in range(len(targets))])[1])}
+
+
+def _keeping(agent, demo: Demonstrator, n: int) -> dict[str, float]:
+    """Reads 4-section documents and follows every gold fact from the section that first states it."""
+    now, later, verbatim, correct, oracle = [], [], [], [], []
+    for masked in (False, True):
+        episodes = _episodes(demo, masked, 4, n // 2)
+        memory = [agent.prompts.no_memory] * len(episodes)
+        held = [[] for _ in episodes]  # per episode, per section: sentences of the memory
+        for t in range(max(len(e.sections) for e in episodes)):
+            at = [i for i, e in enumerate(episodes) if t < len(e.sections)]
+            prompts = [agent.prompts.update(episodes[i].problem, episodes[i].sections[t], memory[i]) for i in at]
+            for i, turn in zip(at, agent.sample(prompts, [("gate k", masked, i, t) for i in at]), strict=True):
+                before = held[i][-1] if held[i] else []
+                memory[i] = agent.written(turn)
+                held[i].append(sentences(agent.tokenizer.decode(memory[i]).strip()))
+                known = {*before, *sentences(episodes[i].texts[t])}
+                verbatim += [s in known for s in held[i][-1]]
+        for i, e in enumerate(episodes):
+            for fact in e.gold:
+                stated = [t for t, text in enumerate(e.texts)
+                          if any(e.fact_of.get(s) == fact for s in sentences(text))]
+                kept = [any(e.fact_of.get(s) == fact for s in m) for m in held[i]]
+                if stated:
+                    now.append(kept[stated[0]])
+                    again = [t for t in stated if t > stated[0]]
+                    if stated[0] + 2 < len(kept) and not any(t <= stated[0] + 2 for t in again):
+                        later.append(kept[stated[0] + 2])
+        final = [agent.prompts.answer(e.problem, m) for e, m in zip(episodes, memory, strict=True)]
+        best = [agent.prompts.answer(e.problem, demo.memory_ids(demo.oracle_memory(e, random.Random(i))))
+                for i, e in enumerate(episodes)]
+        for prompts, hits in ((final, correct), (best, oracle)):
+            turns = agent.sample(prompts, [("gate o", masked, i) for i in range(len(prompts))])
+            hits += [exact_match(agent.boxed(t), [e.answer]) for t, e in zip(turns, episodes, strict=True)]
+    return {"verbatim": _mean(verbatim), "kept_now": _mean(now), "kept_later": _mean(later),
+            "oracle_gain": _mean(oracle) - _mean(correct)}
+
+
+def _mean(values) -> float:
+    values = [float(v) for v in values]
+    return sum(values) / max(1, len(values))
+
+
+def main(argv: list[str]) -> int:
+    from memtrain import SHIPPED_BASE, Agent, Decoder, load_checkpoint, load_tokenizer, parse
+
+    config, tokenizer = parse([]), load_tokenizer()
+    model = Decoder(config, tokenizer.size)
+    load_checkpoint(Path(argv[0]) if argv else SHIPPED_BASE, model, tokenizer)
+    value = gates(Agent(model, tokenizer, config), config)
+    return int(not all(low <= value[name] <= high for name, (low, high, _) in GATES.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

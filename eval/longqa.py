@@ -1,0 +1,62 @@
+"""Long-text QA and held-out memory tests. The agent is handed in: evaluation reads with the loop that was trained."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from data.tasks import Problem
+from eval.metrics import exact_match, f1, sub_exact_match, wilson_interval
+
+
+def long_qa_row(agent, system: str, seed: int, length: int, problems: Sequence[Problem]) -> dict:
+    """One row of results.json: `system` on these problems, documents of `length` sections' worth of tokens."""
+    keys = [("eval", seed, system, length, p.id) for p in problems]
+    row = {"system": system, "seed": seed, "length": length, "n": len(problems)}
+    cut = [agent.sections(p) for p in problems]
+    row["sections"] = sum(map(len, cut)) / len(cut)
+    row["tokens"] = sum(len(s) for sections in cut for s in sections) / len(cut)
+    if system == "base-one-window":
+        answers = agent.answer_in_one_window(problems, keys)
+    else:
+        rollouts = agent.read(problems, keys, keep_turns=False)
+        answers = [r.answer for r in rollouts]
+        lengths = [len(m) for r in rollouts for m in r.memories]
+        row["memory_tokens"] = sum(lengths) / len(lengths)
+        row["finished"] = sum(r.finished for r in rollouts) / sum(len(r.memories) + 1 for r in rollouts)
+    return row | scores(answers, problems)
+
+
+def scores(answers: Sequence[str | None], problems: Sequence[Problem]) -> dict:
+    """em with its 95% Wilson interval, f1, sub_em, the 0/1 of each problem, and [correct, n] of each kind."""
+    correct = [int(exact_match(a, p.answers)) for a, p in zip(answers, problems, strict=True)]
+    low, high = wilson_interval(sum(correct), len(correct))
+    kinds: dict[str, list[int]] = {}
+    for hit, p in zip(correct, problems, strict=True):
+        count = kinds.setdefault(p.kind or "question", [0, 0])
+        count[0] += hit
+        count[1] += 1
+    mean = lambda metric: sum(metric(a, p.answers) for a, p in zip(answers, problems, strict=True)) / len(problems)  # noqa: E731
+    return {"em": sum(correct) / len(correct), "em_low": low, "em_high": high, "f1": mean(f1),
+            "sub_em": mean(sub_exact_match), "correct": correct, "kinds": kinds}
+
+
+def held_out_rows(agent, system: str, seed: int, problems: Sequence[Problem], finder, probe) -> tuple[dict, dict]:
+    """(recall row, masked row) of results.json on held-out masked documents.
+
+    probe(agent, finder, rollout, rng): draws a recall prompt as training does, here the same for all systems.
+    """
+    rollouts = agent.read(problems, [("held-out", seed, system, p.id) for p in problems])
+    drawn = [probe(agent, finder, r, random.Random(f"held-out:{r.problem.id}")) for r in rollouts]
+    drawn = [d for d in drawn if d]
+    row = {"system": system, "seed": seed}
+    hits = []
+    if drawn:
+        keys = [("held-out recall", seed, system, i) for i in range(len(drawn))]
+        hits = agent.recall(*zip(*drawn, strict=True), keys)[1]
+    low, high = wilson_interval(sum(hits), len(hits)) if hits else (0.0, 1.0)
+    recall = row | {"n": len(hits), "accuracy": sum(hits) / max(1, len(hits)), "low": low, "high": high}
+    sections = sum(len(r.sections) for r in rollouts) / len(rollouts)
+    masked = scores([r.answer for r in rollouts], problems)
+    return recall, row | {"sections": sections, "n": len(rollouts)} | {
+        k: masked[k] for k in ("em", "em_low", "em_high", "f1")}

@@ -1,0 +1,133 @@
+"""Answer metrics and the intervals that go with them; numpy only.
+
+The rewards of training and the figures of the report come from the same `extract_boxed` and `exact_match`,
+so both must be deaf to tricks: whoever lists several entities, leaves the box open, boxes nothing, boxes an
+article or repeats the placeholder gets 0. `f1` and `sub_exact_match` are the field's lenient companions; they
+are reported beside exact match and are never a reward.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
+
+_BOX = "\\boxed{"
+_BRACE = re.compile(r"[{}]")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_PLACEHOLDER = re.compile(r"\[\s*(mask|target)\s*\]", re.IGNORECASE)
+_CLOSED_ANSWERS = {"yes", "no", "noanswer"}
+
+
+def normalize(text: str) -> str:
+    """The field's QA normalisation: lower case, no ASCII punctuation, no articles, single spaces.
+
+    The order is the one of the SQuAD and HotpotQA scripts (punctuation goes first, so "U.S." is "us").
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DROP_PUNCTUATION)).split())
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""Content of the last complete, outermost `\boxed{...}`; None where there is none or it is empty.
+
+    Boxes do not nest: what is inside a box is content, so `\boxed{a \boxed{b}}` yields `a \boxed{b}`, which
+    equals neither answer. After a box that never closes nothing counts, not even a box inside it. Every
+    character is visited a bounded number of times: the search continues behind a closed box, and ends at an
+    open one.
+    """
+    last, start = None, text.find(_BOX)
+    while start >= 0:
+        begin, depth, end = start + len(_BOX), 1, -1
+        for brace in _BRACE.finditer(text, begin):
+            depth += 1 if brace.group() == "{" else -1
+            if depth == 0:
+                end = brace.start()
+                break
+        if end < 0:
+            break
+        last = text[begin:end]
+        start = text.find(_BOX, end)
+    return (last or "").strip() or None
+
+
+def _prepared(prediction: str | None, answers: Sequence[str]) -> tuple[str, list[str]]:
+    """Normalised prediction ("" if it can't score) and normalised answers that a prediction could match."""
+    if isinstance(answers, str):  # a string is a sequence too: its letters would become the answers
+        raise TypeError("answers must be a list of strings, not one string")
+    if prediction is None or _PLACEHOLDER.search(prediction):
+        return "", []
+    return normalize(prediction), [a for a in map(normalize, answers) if a]
+
+
+def exact_match(prediction: str | None, answers: Sequence[str]) -> float:
+    """1.0 if the normalised prediction equals a normalised answer, else 0.0.
+
+    Normalisation deletes articles and punctuation, so a prediction padded with them could be of any length;
+    more than twice the longest answer plus 32 characters is over-long and scores 0.
+    """
+    guess, golds = _prepared(prediction, answers)
+    if not guess or len(prediction) > 2 * max(map(len, answers), default=0) + 32:
+        return 0.0
+    return float(guess in golds)
+
+
+def f1(prediction: str | None, answers: Sequence[str]) -> float:
+    """Token F1, best over the answers. Yes/no/noanswer earn no partial credit (HotpotQA's rule)."""
+    guess, golds = _prepared(prediction, answers)
+    best = 0.0
+    for gold in golds:
+        if guess != gold and (guess in _CLOSED_ANSWERS or gold in _CLOSED_ANSWERS):
+            continue
+        mine, theirs = guess.split(), gold.split()
+        shared = sum((Counter(mine) & Counter(theirs)).values())
+        best = max(best, 2 * shared / (len(mine) + len(theirs)))
+    return best
+
+
+def sub_exact_match(prediction: str | None, answers: Sequence[str]) -> float:
+    """1.0 if a normalised answer occurs in the normalised prediction as a run of whole tokens.
+
+    Lenient by nature (a list of entities scores): comparable to what MemAgent reports, not a reward.
+    """
+    guess, golds = _prepared(prediction, answers)
+    return float(any(f" {gold} " in f" {guess} " for gold in golds))
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """95% Wilson score interval of a proportion; (0, 1) where nothing was measured."""
+    if n < 0 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes out of {n}")
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    scale = 1 + Z95**2 / n
+    centre = (p + Z95**2 / (2 * n)) / scale
+    half = Z95 / scale * (p * (1 - p) / n + Z95**2 / (4 * n * n)) ** 0.5
+    # the exact bounds at p = 0 and p = 1 are 0 and 1; rounding errors would leave them just inside
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+
+
+def bootstrap_difference(a, b, n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of a - b and its 95% interval: paired bootstrap over questions and over seeds.
+
+    a, b: (seeds, questions), or (questions,) for one seed; 0/1 or any per-question score. Entry [s, q] of
+    both is the same question and the same seed. A resample draws seeds and questions with replacement and
+    keeps the pairs together. With one seed the interval covers the choice of questions only, not the
+    training's own spread; a handful of seeds covers that spread coarsely.
+    """
+    a, b = np.atleast_2d(np.asarray(a, dtype=float)), np.atleast_2d(np.asarray(b, dtype=float))
+    if a.shape != b.shape or a.ndim != 2 or a.size == 0:
+        raise ValueError(f"a paired bootstrap needs equal (seeds, questions) arrays: {a.shape}, {b.shape}")
+    difference = a - b  # (S, Q)
+    seeds, questions = difference.shape
+    rng = np.random.default_rng(seed)
+    # Drawing with replacement = multinomial counts used as weights: two small products, no (n, S, Q) array.
+    seed_counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=n)  # (n, S)
+    question_counts = rng.multinomial(questions, np.full(questions, 1 / questions), size=n)  # (n, Q)
+    means = np.einsum("nq,nq->n", seed_counts @ difference, question_counts) / difference.size
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)

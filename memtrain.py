@@ -1,0 +1,1372 @@
+"""MemTrain: self-supervised context memory training (arXiv 2606.03197), reproduced in one script.
+
+A context-memory agent reads a document section by section. At each turn it sees [problem; memory; section] in one
+fixed window and rewrites its memory; after the last section it answers from the memory alone. MemTrain trains this
+memory without labels, on two tasks made from raw text (section and equation numbers as in shared/PAPER.md):
+
+    masked reconstruction  (2)  one entity y is [MASK] everywhere in the document; the agent reads on and names it
+    memory recall, IMR     (3)  an earlier section with one entity as [TARGET]; name it from an intermediate memory
+
+    R^I_ij = I[answer_ij = target_i]                              one recall prompt a rollout, G2 samples j
+    R^E_i  = I[answer_i = y] + lambda / G2 * sum_j R^I_ij         G1 rollouts i of a document
+    A      = R - mean of R over its group                         Dr. GRPO; broadcast to every turn and token
+    J      = mean over interactions of the token mean of  min(r A, clip(r, 1-eps_low, 1+eps_high) A) - beta KL
+
+The data flows one way:
+
+    corpus -> tasks -> rollouts -> rewards -> advantages -> packed batch -> loss -> step -> checkpoint
+                                                                        checkpoints -> evaluation -> report
+
+Differences from the paper, each with its reason, are listed in README.md. Commands:
+
+    python memtrain.py                                   the whole paper in miniature (preset nano, two CPU cores)
+    python memtrain.py --stages base --run mybase        train the stand-in for the instruct model anew
+    python memtrain.py --corpus FILE --questions FILE --train-questions FILE --run real
+    python memtrain.py --help                            every field of the configuration
+
+Shape legend, for the whole project: B groups, N rollouts, T packed tokens, P prefix, S suffix, H query heads,
+K key heads, D head size, C width, V vocabulary, G group size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from data import InputError
+from data.corpus import Question, load_passages, load_questions
+from data.entities import make_finder
+from data.miniwiki import MiniWorld
+from data.prompts import Prompts
+from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, split_sections
+from data.tokenizer import Tokenizer, load_tokenizer
+from eval.metrics import exact_match, extract_boxed
+from kernels.attention import Layout, memory_attention, memory_decode
+from kernels.grpo import grpo_loss
+from kernels.logprob import linear_logprob
+
+# ---- Configuration -----------------------------------------------------------------------------------------------
+
+
+def option(default, group: str, text: str):
+    return field(default=default, metadata={"group": group, "help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration, flat. The command line is generated from it; a preset only changes values."""
+
+    preset: str = option("nano", "run", "set of defaults: nano (two CPU cores, twenty minutes)")
+    run: str = option("", "run", "name of the folder under runs/; the preset's name if empty")
+    stages: str = option("memtrain,memagent,eval,report", "run",
+                         "what to do, in order: base (train the stand-in for an instruct model), memtrain, memagent "
+                         "(from the base and, where memtrain was run, from it too), eval, report")
+    seed: int = option(0, "run", "seed of documents, rollouts and evaluation")
+    init: str = option("", "run", "checkpoint to start from; empty: this run's own base, else the shipped one")
+    device: str = option("auto", "run", "auto, cpu or cuda")
+    threads: int = option(0, "run", "CPU threads; 0: all cores")
+    wandb: str = option("disabled", "run", "disabled, offline or online")
+    debug: bool = option(False, "run", "show tracebacks")
+
+    corpus: str = option("miniworld", "data", "miniworld, wikipedia, or a .jsonl/.json/.txt/.parquet file or folder")
+    people: int = option(600, "data", "size of the mini-world: about 2.3 passages a person")
+    questions: str = option("", "data", "evaluation questions (HotpotQA, 2WikiMultiHopQA, MuSiQue or FlashRAG form)")
+    train_questions: str = option("", "data", "training questions, same forms; needed where --questions is given")
+    entities: str = option("auto", "data", "entity finder: auto, rules or spacy")
+    passages: int = option(13, "data", "passages of a masked document (paper: 150)")
+    related: int = option(5, "data", "of them retrieved with BM25 for the pivot (paper: 29)")
+    train_sections: int = option(4, "data", "length of a training question's document, in sections (paper: 5-8)")
+
+    width: int = option(128, "model", "C, size of the hidden state")
+    layers: int = option(4, "model", "number of blocks")
+    heads: int = option(4, "model", "H, query heads")
+    key_heads: int = option(2, "model", "K, key heads; divides heads")
+    head_size: int = option(32, "model", "D")
+    hidden: int = option(320, "model", "inner size of the SwiGLU")
+    rope_theta: float = option(10_000.0, "model", "base of the rotary frequencies")
+    embed_norm: bool = option(True, "model", "RMS norm right after the embedding")
+    tied: bool = option(False, "model", "head = embedding")
+    lora_rank: int = option(0, "model", "rank of LoRA adapters; 0 trains all weights")
+    lora_alpha: float = option(32.0, "model", "LoRA scale is alpha / rank")
+
+    window: int = option(264, "window", "tokens of one turn, prompt and response (paper: 8192)")
+    section: int = option(160, "window", "tokens of a section (paper: 5120)")
+    memory: int = option(32, "window", "tokens of the memory (paper: 1024)")
+    response: int = option(33, "window", "sampled tokens of a turn, stop included (paper: 1024)")
+    prompt_order: str = option("section-first", "window", "section-first or paper: where the memory stands")
+
+    memtrain_steps: int = option(80, "GRPO", "steps of MemTrain (paper: 300)")
+    memagent_steps: int = option(80, "GRPO", "steps of MemAgent (paper: 500)")
+    documents: int = option(8, "GRPO", "documents sampled a step (paper: 32)")
+    update_documents: int = option(8, "GRPO", "documents per optimiser step (paper: 32; MemAgent: 8)")
+    group: int = option(8, "GRPO", "G1, rollouts a document")
+    recall_group: int = option(8, "GRPO", "G2, samples of a recall prompt; 0: no IMR (the End-to-End ablation)")
+    recall_weight: float = option(0.5, "GRPO", "lambda, weight of recall in R^E; 0: the Decoupled ablation")
+    shared_probe: bool = option(False, "GRPO", "one recall target a document instead of one a rollout")
+    divide_by_std: bool = option(False, "GRPO", "divide advantages by the group's standard deviation")
+    eps_low: float = option(0.2, "GRPO", "lower clip of the ratio")
+    eps_high: float = option(0.2, "GRPO", "upper clip of the ratio")
+    kl: float = option(1e-3, "GRPO", "beta, weight of the KL to the reference (paper: 1e-3); 0: no reference")
+    lr: float = option(2e-4, "GRPO", "learning rate of AdamW (paper: 1e-6 on 4-7 B parameters)")
+    warmup: int = option(5, "GRPO", "steps of linear warm-up")
+    grad_clip: float = option(0.2, "GRPO", "norm at which the gradient is clipped")
+    temperature: float = option(1.0, "GRPO", "of sampling, in training and evaluation")
+    top_p: float = option(1.0, "GRPO", "nucleus of sampling")
+    micro_tokens: int = option(6_000, "GRPO", "packed tokens of one forward pass; never changes the gradient")
+    sample_rows: int = option(1024, "GRPO", "rollouts decoded side by side")
+    save_every: int = option(20, "GRPO", "steps between checkpoints")
+
+    base_steps: int = option(1400, "base", "steps on text and demonstrations after the copy warm-up")
+    base_copy_steps: int = option(200, "base", "warm-up steps on copying random tokens")
+    base_lr: float = option(0.02, "base", "learning rate of Muon and of the embedding")
+    base_people: int = option(400, "base", "size of the worlds that demonstrations are drawn from")
+
+    base_documents: int = option(8, "base", "documents read by the demonstrators a step")
+    base_answers: int = option(48, "base", "answers from a sufficient memory a step")
+    base_directs: int = option(16, "base", "answers straight from a section a step")
+
+    eval_lengths: str = option("1,2,4,8,16,32", "evaluation", "document lengths in sections, up to 128")
+    eval_questions: int = option(200, "evaluation", "questions, the same at every length")
+    eval_masked: int = option(100, "evaluation", "held-out masked documents for recall and reconstruction")
+
+
+PRESETS: dict[str, dict] = {"nano": {}}
+STAGES = ("base", "memtrain", "memagent", "eval", "report")
+# Fields that may differ between two starts of the same run.
+FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset"}
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Command line -> checked Config. InputError on an unknown name, a wrong type or an impossible combination."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise InputError(f"{message}; python memtrain.py --help lists all options")
+
+    parser = Parser(prog="memtrain.py", allow_abbrev=False,
+                    description="MemTrain in miniature: python memtrain.py reproduces the paper end to end.")
+    groups = {}
+    for f in dataclasses.fields(Config):
+        group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
+        kind = {"int": int, "float": float, "bool": _truth}.get(f.type, str)
+        extra = {"nargs": "?", "const": True} if f.type == "bool" else {}
+        group.add_argument("--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
+                           metavar=f.type.upper(), help=f"{f.metadata['help']} (default: {f.default!r})", **extra)
+    given = vars(parser.parse_args([_dashes(a) for a in argv]))
+    preset = given.get("preset", "nano")
+    if preset not in PRESETS:
+        raise InputError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
+    config = dataclasses.replace(Config(), **(PRESETS[preset] | given))
+    if not config.run:
+        config = dataclasses.replace(config, run=preset)
+    check(config)
+    return config
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def _dashes(argument: str) -> str:
+    """--eval_lengths is the same as --eval-lengths."""
+    name, eq, value = argument.partition("=")
+    return name.replace("_", "-") + eq + value if name.startswith("--") else argument
+
+
+def lengths_of(config: Config) -> list[int]:
+    """--eval-lengths as ascending ints."""
+    try:
+        lengths = [int(x) for x in config.eval_lengths.split(",")]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 1 or max(lengths) > 128 or sorted(set(lengths)) != lengths:
+        raise InputError(f"--eval-lengths {config.eval_lengths}: expected ascending whole numbers from 1 to 128, "
+                         f"like 1,2,4")
+    return lengths
+
+
+def check(c: Config) -> None:
+    """Refuses what can't work, in one line."""
+    def refuse(bad: bool, message: str) -> None:
+        if bad:
+            raise InputError(message)
+
+    unknown = [s for s in c.stages.split(",") if s not in STAGES]
+    refuse(bool(unknown), f"--stages {c.stages}: unknown stage {unknown and unknown[0]!r}; "
+                          f"choose from {','.join(STAGES)}")
+    refuse(c.group < 2, f"--group {c.group}: a group of one has no mean to compare with; use at least 2")
+    refuse(c.recall_group == 1, "--recall-group 1: a group of one has no mean to compare with; use 0 or at least 2")
+    for name in ("people", "passages", "train_sections", "width", "layers", "heads", "key_heads", "head_size", "hidden",
+                 "documents", "update_documents", "save_every", "eval_questions", "micro_tokens", "sample_rows"):
+        refuse(getattr(c, name) < 1, f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
+    for name in ("lr", "temperature", "grad_clip", "rope_theta", "base_lr", "lora_alpha"):
+        refuse(not getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be above 0")
+    for name in ("memtrain_steps", "memagent_steps", "recall_group", "recall_weight", "kl", "lora_rank", "related",
+                 "eval_masked", "warmup", "threads", "base_copy_steps", "base_steps"):
+        refuse(getattr(c, name) < 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
+    refuse(c.documents % c.update_documents > 0,
+           f"--update-documents {c.update_documents}: must divide --documents {c.documents}")
+    refuse(c.heads % c.key_heads > 0, f"--key-heads {c.key_heads}: must divide --heads {c.heads}")
+    refuse(c.head_size % 2 > 0, f"--head-size {c.head_size}: rotary positions need an even size")
+    refuse(not 0 < c.top_p <= 1, f"--top-p {c.top_p}: must lie in (0, 1]")
+    refuse(not (0 <= c.eps_low < 1 and c.eps_high >= 0), f"--eps-low {c.eps_low}, --eps-high {c.eps_high}: "
+                                                         f"expected 0 <= eps_low < 1 and eps_high >= 0")
+    refuse(c.passages <= c.related, f"--related {c.related}: a document of --passages {c.passages} holds the pivot "
+                                    f"and at most {c.passages - 1} related passages")
+    refuse(c.people < 40, f"--people {c.people}: a mini-world needs at least 40")
+    refuse(c.prompt_order not in ("section-first", "paper"),
+           f"--prompt-order {c.prompt_order}: choose section-first or paper")
+    refuse(c.wandb not in ("disabled", "offline", "online"), f"--wandb {c.wandb}: choose disabled, offline or online")
+    refuse(c.device not in ("auto", "cpu", "cuda"), f"--device {c.device}: choose auto, cpu or cuda")
+    refuse(c.response <= c.memory, f"--response {c.response}: needs --memory {c.memory} and a stop token")
+    need = c.section + c.memory + c.response + 24
+    refuse(c.window < need, f"--window {c.window}: section {c.section} + memory {c.memory} + response {c.response} + "
+                            f"at least 24 for the instruction need {need}; raise --window or lower the parts")
+    refuse(not c.run.replace("-", "").replace("_", "").replace(".", "").isalnum() or c.run.startswith("."),
+           f"--run {c.run}: use letters, digits, '-', '_' and '.'; runs are folders under runs/")
+    refuse(c.corpus == "miniworld" and bool(c.questions or c.train_questions),
+           "--questions: the mini-world asks its own questions; give --corpus too")
+    wants = c.stages.split(",")
+    refuse(c.corpus != "miniworld" and "eval" in wants and not c.questions,
+           f"--corpus {c.corpus}: evaluation needs --questions FILE, or --stages without eval")
+    refuse(c.corpus != "miniworld" and "memagent" in wants and not c.train_questions,
+           f"--corpus {c.corpus}: the memagent stage needs --train-questions FILE, or --stages without memagent")
+    lengths_of(c)
+
+
+# ---- Decoder -----------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """y = x W^T + scale * x A^T B^T; the second term only with LoRA, where W is frozen and B starts at zero."""
+
+    def __init__(self, inputs: int, outputs: int, c: Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.adapted = c.lora_rank > 0
+        if self.adapted:
+            self.lora_a = nn.Parameter(torch.empty(c.lora_rank, inputs))
+            self.lora_b = nn.Parameter(torch.zeros(outputs, c.lora_rank))
+            self.scale = c.lora_alpha / c.lora_rank
+
+    def forward(self, x):
+        y = F.linear(x, self.weight)
+        return y + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b) if self.adapted else y
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Block(nn.Module):
+    """Pre-norm attention with QK-norm and rotary positions, then SwiGLU: the Qwen3 block."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c = c
+        self.norm1, self.norm2 = RMSNorm(c.width), RMSNorm(c.width)
+        self.q = Linear(c.width, c.heads * c.head_size, c)
+        self.k = Linear(c.width, c.key_heads * c.head_size, c)
+        self.v = Linear(c.width, c.key_heads * c.head_size, c)
+        self.o = Linear(c.heads * c.head_size, c.width, c)
+        self.q_norm, self.k_norm = RMSNorm(c.head_size), RMSNorm(c.head_size)
+        self.gate, self.up = Linear(c.width, c.hidden, c), Linear(c.width, c.hidden, c)
+        self.down = Linear(c.hidden, c.width, c)
+
+    def forward(self, x, rotary, attend):
+        T, D = len(x), self.c.head_size
+        h = self.norm1(x)
+        q, k, v = (w(h).view(T, -1, D) for w in (self.q, self.k, self.v))  # (T,H,D), (T,K,D), (T,K,D)
+        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
+        x = x + self.o(attend(q, k, v).reshape(T, -1))
+        h = self.norm2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def rotate(x, rotary):
+    """Rotary position embedding on halves, as in the published Qwen and Llama weights. x (T,H,D)."""
+    cos, sin = rotary  # (T,1,D/2)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states. The head is applied outside, so that linear_logprob owns it."""
+
+    def __init__(self, c: Config, vocab: int):
+        super().__init__()
+        self.c = c
+        self.embed = nn.Parameter(torch.empty(vocab, c.width))
+        self.embed_norm = RMSNorm(c.width) if c.embed_norm else None
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm = RMSNorm(c.width)
+        if not c.tied:
+            self.output = nn.Parameter(torch.empty(vocab, c.width))
+        inverse = c.rope_theta ** (-torch.arange(0, c.head_size, 2, dtype=torch.float64) / c.head_size)
+        self.register_buffer("inverse_frequency", inverse.float(), persistent=False)
+        self.initialise(c.seed)
+        if c.lora_rank:  # everything else stays put, so that the reference is this network with its adapters off
+            for name, p in self.named_parameters():
+                p.requires_grad_(".lora_" in name)
+
+    @torch.no_grad()
+    def initialise(self, seed: int):
+        """Output projections start at zero, so that each block starts as the identity: with a plain Gaussian
+        start, names were never copied within 15 M tokens (shared/NANO.md)."""
+        generator = torch.Generator().manual_seed(seed)
+        self.embed.normal_(0, 1, generator=generator)
+        if not self.c.tied:
+            self.output.normal_(0, 0.001, generator=generator)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                if name.endswith((".o", ".down")):
+                    module.weight.zero_()
+                else:
+                    module.weight.normal_(0, module.weight.shape[1] ** -0.5, generator=generator)
+                if module.adapted:
+                    module.lora_a.normal_(0, module.lora_a.shape[1] ** -0.5, generator=generator)
+
+    @property
+    def head(self) -> torch.Tensor:  # (V,C)
+        return self.embed if self.c.tied else self.output
+
+    def forward(self, ids, positions, attend):
+        """ids, positions (T) -> hidden (T,C). attend(layer, q, k, v) -> (T,H,D) decides who sees whom: it is
+        memory_attention in training, fills the cache in prefill and reads it in decoding."""
+        angle = positions[:, None].float() * self.inverse_frequency  # (T,D/2)
+        rotary = angle.cos()[:, None], angle.sin()[:, None]
+        x = F.embedding(ids, self.embed)
+        if self.embed_norm:
+            x = self.embed_norm(x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, lambda q, k, v, layer=layer: attend(layer, q, k, v))
+        return self.norm(x)
+
+
+# ---- Packed batches ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Packed:
+    """Rows [prefix | suffix 1 | ... ] back to back, and which tokens are scored.
+
+    ids (T); layout; source (M): packed index whose hidden state predicts each scored token; target (M); counts:
+    scored tokens of each suffix, in order.
+    """
+
+    ids: torch.Tensor
+    layout: Layout
+    source: torch.Tensor
+    target: torch.Tensor
+    counts: list[int]
+
+
+def pack(rows, device="cpu") -> Packed:
+    """rows: [(prefix ids, [(given ids, sampled ids), ...]), ...]. The sampled tokens are scored: who wrote a token
+    decides, never its text. The last one is predicted but never read."""
+    ids, prefix_lengths, suffix_lengths, group, source, target, counts = [], [], [], [], [], [], []
+    for b, (prefix, suffixes) in enumerate(rows):
+        ids += prefix
+        prefix_lengths.append(len(prefix))
+        for given, sampled in suffixes:
+            first = len(ids) + len(given) - 1
+            source += range(first, first + len(sampled))
+            target += sampled
+            ids += given
+            ids += sampled[:-1]
+            suffix_lengths.append(len(given) + len(sampled) - 1)
+            group.append(b)
+            counts.append(len(sampled))
+    layout = Layout(prefix_lengths, suffix_lengths, group, device)
+    ids, source, target = (torch.tensor(x, dtype=torch.long, device=device) for x in (ids, source, target))
+    return Packed(ids, layout, source, target, counts)
+
+
+def group_by_prefix(prefixes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices of equal prefixes together, in order of first appearance."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, prefix in enumerate(prefixes):
+        groups.setdefault(tuple(prefix), []).append(i)
+    return list(groups.values())
+
+
+def score(model: Decoder, packed: Packed, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and entropy of every scored token of a packed batch: (M,), (M,)."""
+    def attend(layer, q, k, v):
+        return memory_attention(q, k, v, packed.layout)
+
+    hidden = model(packed.ids, packed.layout.positions, attend)  # (T,C)
+    return linear_logprob(hidden[packed.source], model.head, packed.target, temperature)
+
+
+# ---- Sampling ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One interaction: its prompt (shared prefix, given tokens), what the policy sampled, and how likely it was."""
+
+    prefix: list[int]
+    given: list[int]
+    sampled: list[int]
+    logprobs: list[float]
+
+
+class Cache:
+    """Keys and values while a batch of rollouts is decoded: prefixes once a group, suffixes once a rollout."""
+
+    def __init__(self, c: Config, layout: Layout, room: int):
+        self.layout, self.lengths = layout, layout.suffix_lengths.clone()  # (N) tokens in each suffix cache
+        self.start = layout.prefix_lengths[layout.group]  # (N) positions before the suffix
+        self.width = int(self.lengths.max()) + room
+        index = torch.arange(int(layout.prefix_lengths.max()), device=layout.device)
+        self.prefix_mask = index < layout.prefix_lengths[:, None]  # (B,P)
+        self.prefix_index = index * self.prefix_mask + layout.prefix_start[:, None]
+        index = torch.arange(int(self.lengths.max()), device=layout.device)
+        self.suffix_index = index * (index < self.lengths[:, None]) + layout.suffix_start[:, None]  # (N,S)
+        self.group = layout.group
+        self.prefix: list[tuple] = []  # per layer: keys, values (B,K,P,D)
+        self.suffix: list[tuple] = []  # per layer: keys, values (N,K,width,D)
+        self._place()
+
+    def _place(self) -> None:
+        """Where each rollout sits in the (groups, most rollouts of one group) grid of memory_decode."""
+        counts = torch.bincount(self.group, minlength=len(self.prefix_mask))
+        self.most = int(counts.max())
+        first = counts.cumsum(0) - counts
+        self.row = self.group * self.most + torch.arange(len(self.group), device=counts.device) - first[self.group]
+
+    def prefill(self, layer, q, k, v):
+        """attend() of the prompt: ordinary memory attention, its keys and values put away."""
+        self.prefix.append(tuple(x[self.prefix_index].transpose(1, 2).contiguous() for x in (k, v)))
+        padded = [x.new_zeros(len(self.lengths), x.shape[1], self.width, x.shape[2]) for x in (k, v)]
+        for cache, x in zip(padded, (k, v), strict=True):
+            cache[:, :, :self.suffix_index.shape[1]] = x[self.suffix_index].transpose(1, 2)
+        self.suffix.append(tuple(padded))
+        return memory_attention(q, k, v, self.layout)
+
+    def decode(self, layer, q, k, v):
+        """attend() of one new token a rollout. Its key goes to place `lengths`; advance() then counts it."""
+        keys, values = self.suffix[layer]
+        rows = torch.arange(len(k), device=k.device)
+        keys[rows, :, self.lengths], values[rows, :, self.lengths] = k, v
+        used = int(self.lengths.max()) + 1
+        mask = torch.arange(used, device=k.device) <= self.lengths[:, None]  # (N,S)
+        return memory_decode(q, *self.prefix[layer], self.prefix_mask, keys[:, :, :used], values[:, :, :used],
+                             mask, self.row, self.most)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        return self.start + self.lengths
+
+    def advance(self) -> None:
+        self.lengths += 1
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drops all rollouts but `rows` (ascending indices), and prefixes that nobody reads any more."""
+        self.lengths, self.start = self.lengths[rows], self.start[rows]
+        self.suffix = [(k[rows], v[rows]) for k, v in self.suffix]
+        groups, self.group = self.group[rows].unique(return_inverse=True)
+        if len(groups) < len(self.prefix_mask):
+            self.prefix = [(k[groups], v[groups]) for k, v in self.prefix]
+            self.prefix_mask = self.prefix_mask[groups]
+        self._place()
+
+
+def uniforms(key: tuple, count: int) -> np.ndarray:
+    """`count` uniform numbers that follow from `key` alone, so that one rollout can be replayed without the rest."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(count)
+
+
+def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
+    """p (N,V) with everything behind the smallest set of tokens of mass >= top_p set to zero."""
+    if top_p >= 1:
+        return p
+    ordered, index = p.sort(-1, descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+    return torch.zeros_like(p).scatter_(-1, index, ordered)
+
+
+@torch.no_grad()
+def sample(model: Decoder, c: Config, prompts: Sequence[tuple], keys: Sequence[tuple], limit: int, stop: int,
+           on_step=None) -> list[Turn]:
+    """Samples one response of at most `limit` tokens to each (prefix, given) prompt; prompts with equal prefixes
+    share it. keys: what each response's random numbers follow from. Returns Turns in the order of the prompts."""
+    turns: list[Turn | None] = [None] * len(prompts)
+    batch: list[list[int]] = []
+    for members in [*group_by_prefix([p for p, _ in prompts]), None]:
+        if batch and (members is None or sum(map(len, batch)) + len(members) > c.sample_rows):
+            order = [i for group in batch for i in group]
+            rows = [(prompts[g[0]][0], [(prompts[i][1], [stop]) for i in g]) for g in batch]
+            random_numbers = np.stack([uniforms(keys[i], limit) for i in order])
+            for i, tokens, logprobs in zip(order, *_decode(model, c, rows, random_numbers, limit, stop), strict=True):
+                turns[i] = Turn(*prompts[i], tokens, logprobs)
+            batch = []
+        if members:
+            batch.append(members)
+    return turns
+
+
+def _decode(model, c: Config, rows, random_numbers, limit: int, stop: int) -> tuple[list, list]:
+    """Prefill and decode loop of one batch: (tokens, log-probs) of each rollout, stop token included."""
+    device = model.embed.device
+    packed = pack(rows, device)
+    N, cache = len(packed.counts), Cache(c, packed.layout, limit)
+    u = torch.as_tensor(random_numbers, device=device)  # (N,limit)
+    hidden = model(packed.ids, packed.layout.positions, cache.prefill)[packed.source]  # (N,C) at the last given token
+    tokens = torch.full((N, limit), stop, device=device)
+    logprobs = torch.zeros(N, limit, device=device)
+    lengths = torch.full((N,), limit, device=device)
+    active = torch.arange(N, device=device)  # rollout of each cache row
+    open_ = torch.ones(N, dtype=torch.bool, device=device)  # cache rows not yet finished
+    for t in range(limit):
+        logp = ((hidden @ model.head.T).float() / c.temperature).log_softmax(-1)  # (N,V)
+        # fp64: over a large vocabulary an fp32 running sum would shift the draw
+        total = nucleus(logp.exp(), c.top_p).double().cumsum(-1)
+        drawn = torch.searchsorted(total, (u[active, t] * total[:, -1])[:, None], right=True)[:, 0]
+        drawn = drawn.clamp(max=logp.shape[1] - 1)
+        tokens[active[open_], t] = drawn[open_]
+        logprobs[active[open_], t] = logp.gather(1, drawn[:, None])[open_, 0]
+        ended = open_ & (drawn == stop)
+        lengths[active[ended]] = t + 1
+        open_ &= ~ended
+        left = int(open_.sum())
+        if not left or t == limit - 1:
+            break
+        if left <= 0.75 * len(open_):  # finished rows are dropped in batches: dropping copies the caches
+            rows_left = open_.nonzero()[:, 0]
+            cache.keep(rows_left)
+            active, drawn, open_ = active[rows_left], drawn[rows_left], open_[rows_left]
+        hidden = model(drawn, cache.positions, cache.decode)
+        cache.advance()
+    ends = lengths.tolist()
+    return ([row[:n] for row, n in zip(tokens.tolist(), ends, strict=True)],
+            [row[:n] for row, n in zip(logprobs.tolist(), ends, strict=True)])
+
+
+# ---- The memory loop ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """One reading of one document: a turn per section, then the answer turn. memories[t]: tokens after section t."""
+
+    problem: Problem
+    sections: list[list[int]]
+    turns: list[Turn]
+    memories: list[list[int]]
+    answer: str | None = None
+    finished: int = 0  # turns that ended with the stop token
+
+    @property
+    def correct(self) -> float:
+        return exact_match(self.answer, self.problem.answers)
+
+
+class Agent:
+    """A policy with its prompts: the one memory loop that training and evaluation share."""
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, c: Config):
+        self.model, self.tokenizer, self.c = model, tokenizer, c
+        self.prompts = Prompts(tokenizer, c.prompt_order)
+
+    def sample(self, prompts, keys) -> list[Turn]:
+        return sample(self.model, self.c, prompts, keys, self.c.response, self.tokenizer.end)
+
+    def written(self, turn: Turn) -> list[int]:
+        """What a turn wrote, without its stop token."""
+        return turn.sampled[:-1] if turn.sampled[-1] == self.tokenizer.end else turn.sampled
+
+    def boxed(self, turn: Turn) -> str | None:
+        return extract_boxed(self.tokenizer.decode(self.written(turn)))
+
+    def sections(self, problem: Problem) -> list[list[int]]:
+        return split_sections(problem.passages, self.tokenizer, self.c.section)
+
+    def read(self, problems: Sequence[Problem], keys: Sequence[tuple], keep_turns: bool = True) -> list[Rollout]:
+        """Reads each problem's document section by section and answers; all rollouts go in step.
+
+        keys: one tuple a rollout; its random numbers follow from it, whatever else is in the batch. keep_turns:
+        evaluation of very long documents does without the turns, whose prompts would fill the memory.
+        """
+        cut = {p.id: self.sections(p) for p in problems}
+        rollouts = [Rollout(p, cut[p.id], [], []) for p in problems]
+        memory = [self.prompts.no_memory] * len(rollouts)
+        for t in range(max(map(len, cut.values()))):
+            reading = [i for i, r in enumerate(rollouts) if t < len(r.sections)]
+            prompts = [self.prompts.update(rollouts[i].problem.question, rollouts[i].sections[t], memory[i])
+                       for i in reading]
+            for i, turn in zip(reading, self.sample(prompts, [(*keys[i], t) for i in reading]), strict=True):
+                memory[i] = self.written(turn)[:self.c.memory]
+                rollouts[i].memories.append(memory[i])
+                self._note(rollouts[i], turn, keep_turns)
+        prompts = [self.prompts.answer(r.problem.question, m) for r, m in zip(rollouts, memory, strict=True)]
+        for r, turn in zip(rollouts, self.sample(prompts, [(*k, "answer") for k in keys]), strict=True):
+            self._note(r, turn, keep_turns)
+            r.answer = self.boxed(turn)
+        return rollouts
+
+    def _note(self, rollout: Rollout, turn: Turn, keep: bool) -> None:
+        rollout.finished += turn.sampled[-1] == self.tokenizer.end
+        if keep:
+            rollout.turns.append(turn)
+
+    def answer_in_one_window(self, problems: Sequence[Problem], keys: Sequence[tuple]) -> list[str | None]:
+        """Baseline: the whole document in one window, its middle cut out where it does not fit."""
+        room = self.c.window - self.c.response
+        prompts = []
+        for p in problems:
+            ids = [token for section in self.sections(p) for token in section]
+            used = sum(map(len, self.prompts.direct(p.question, [])))
+            prompts.append(self.prompts.direct(p.question, cut_middle(ids, max(0, room - used))))
+        return [self.boxed(turn) for turn in self.sample(prompts, keys)]
+
+    def recall(self, sections, memories, targets, keys) -> tuple[list[Turn], list[float]]:
+        """Names [TARGET] of each masked section (token ids) from a memory: turns and exact matches."""
+        turns = self.sample([self.prompts.recall(s, m) for s, m in zip(sections, memories, strict=True)], keys)
+        return turns, [exact_match(self.boxed(t), [y]) for t, y in zip(turns, targets, strict=True)]
+
+
+def recall_probe(agent: Agent, finder, rollout: Rollout, rng: random.Random):
+    """PAPER.md section 3: an intermediate step k, an earlier section l < k, one entity of it as [TARGET].
+
+    -> (masked section ids, memory after step k, target), or None where the document is too short or nameless.
+    """
+    if len(rollout.sections) < 2:
+        return None
+    k = rng.randrange(1, len(rollout.sections))
+    made = recall_target(agent.tokenizer.decode(rollout.sections[rng.randrange(k)]), finder, rng)
+    if made is None:
+        return None
+    masked, target = made
+    # [TARGET] may be more tokens than the name it hides: the window stays as it is
+    return agent.tokenizer.encode(masked)[:agent.c.section], rollout.memories[k], target
+
+
+# ---- GRPO --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """What one sampling phase leaves to train on: sequences with the reward entry each belongs to.
+
+    rewards, group (R): all end-to-end rollouts and all recall samples, each with the id of its group.
+    """
+
+    turns: list[Turn]
+    entry: list[int]  # of each turn: its index into rewards
+    rewards: list[float]
+    group: list[int]
+    document: list[int]  # of each reward entry: its document, for minibatches
+    stats: dict[str, float]
+
+
+def collect(agent: Agent, data: Data, stage: str, step: int) -> Batch:
+    """Samples one step: G1 rollouts a document and, in MemTrain, G2 recalls a rollout; rewards of equations 1-2."""
+    c = agent.c
+    masked = stage == "memtrain"
+    index = [step * c.documents + d for d in range(c.documents)]
+    problems = [data.masked_problem(i) if masked else data.training_question(i) for i in index]
+    keys = [(c.seed, stage, step, d, g) for d in range(c.documents) for g in range(c.group)]
+    rollouts = agent.read([problems[d] for _, _, _, d, _ in keys], keys)
+    rewards = [r.correct for r in rollouts]
+    turns = [t for r in rollouts for t in r.turns]
+    entry = [i for i, r in enumerate(rollouts) for _ in r.turns]
+    group = [d for _, _, _, d, _ in keys]
+    document = list(group)
+    stats = {"reward_em": float(np.mean(rewards))}
+    if masked and c.recall_group:
+        probes = []
+        for i, (rollout, key) in enumerate(zip(rollouts, keys, strict=True)):
+            rng = random.Random(repr(("probe", *(key[:4] if c.shared_probe else key))))
+            if probe := recall_probe(agent, data.finder, rollout, rng):
+                probes.append((i, *probe))
+        copies = [(p, j) for p in probes for j in range(c.recall_group)]
+        recalled, hits = agent.recall([p[1] for p, _ in copies], [p[2] for p, _ in copies],
+                                      [p[3] for p, _ in copies],
+                                      [(*keys[p[0]], "recall", j) for p, j in copies]) if copies else ([], [])
+        for n, (i, *_) in enumerate(probes):
+            share = float(np.mean(hits[n * c.recall_group:(n + 1) * c.recall_group]))
+            rewards[i] += c.recall_weight * share
+            group += [c.documents + n] * c.recall_group
+            document += [document[i]] * c.recall_group
+        entry += range(len(rollouts), len(rollouts) + len(recalled))
+        turns += recalled
+        rewards += hits
+        stats["recall"] = float(np.mean(hits)) if hits else 0.0
+    updates = [t for r in rollouts for t in r.turns[:-1]]
+    stats |= {"reward": float(np.mean(rewards[:len(rollouts)])),
+              "finished": float(np.mean([t.sampled[-1] == agent.tokenizer.end for t in turns])),
+              "memory_tokens": float(np.mean([len(m) for r in rollouts for m in r.memories])),
+              "tokens_sampled": sum(len(t.sampled) for t in turns), "updates": len(updates)}
+    return Batch(turns, entry, rewards, group, document, stats)
+
+
+def with_signal(batch: Batch) -> set[int]:
+    """DAPO's filter: groups whose rewards are all equal teach nothing and are dropped before any computation."""
+    by_group: dict[int, set[float]] = {}
+    for g, r in zip(batch.group, batch.rewards, strict=True):
+        by_group.setdefault(g, set()).add(r)
+    return {g for g, values in by_group.items() if len(values) > 1}
+
+
+def micro_batches(turns: Sequence[Turn], limit: int) -> Iterator[list[list[int]]]:
+    """Turns (indices) by shared prefix, in batches of at most about `limit` packed tokens."""
+    batch, used = [], 0
+    for members in group_by_prefix([t.prefix for t in turns]):
+        part, size = [], len(turns[members[0]].prefix)
+        for i in members:
+            own = len(turns[i].given) + len(turns[i].sampled)
+            if used + size + own > limit and (part or batch):
+                yield [*batch, part] if part else batch
+                batch, part, used, size = [], [], 0, len(turns[i].prefix)
+            part.append(i)
+            size += own
+        batch.append(part)
+        used += size
+    if batch:
+        yield batch
+
+
+def update(model: Decoder, reference: Decoder | None, optimizer, c: Config, batch: Batch,
+           entries: set[int]) -> dict[str, float]:
+    """One optimiser step on the turns of the given reward entries. Micro-batches never change the gradient."""
+    chosen = [i for i, e in enumerate(batch.entry) if e in entries]
+    turns, device = [batch.turns[i] for i in chosen], model.embed.device
+    rewards = torch.tensor(batch.rewards, dtype=torch.float64, device=device)
+    group = torch.tensor(batch.group, device=device)
+    total = {"tokens": 0.0, "kl": 0.0, "clip_low": 0.0, "clip_high": 0.0, "entropy": 0.0, "loss": 0.0, "trained": 0.0}
+    for micro in micro_batches(turns, c.micro_tokens):
+        order = [i for group_ in micro for i in group_]
+        packed = pack([(turns[g[0]].prefix, [(turns[i].given, turns[i].sampled) for i in g]) for g in micro], device)
+        new, entropy = score(model, packed, c.temperature)
+        ref = reference_logprobs(model, reference, packed, c) if c.kl else None
+        old = torch.tensor([x for i in order for x in turns[i].logprobs], device=device)
+        offsets = F.pad(torch.tensor(packed.counts, device=device).cumsum(0), (1, 0))
+        rollout = torch.tensor([batch.entry[chosen[i]] for i in order], device=device)
+        loss, stats = grpo_loss(new, old, ref, rewards, group, rollout, offsets, len(turns), c.eps_low, c.eps_high,
+                                c.kl, c.divide_by_std)
+        loss.backward()
+        for name in ("tokens", "kl", "clip_low", "clip_high"):
+            total[name] += float(stats[name])
+        total["entropy"] += float(entropy.detach().sum())
+        total["loss"] += float(loss.detach())
+        total["trained"] += packed.layout.total
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    norm = float(nn.utils.clip_grad_norm_(parameters, c.grad_clip))
+    skipped = not (math.isfinite(norm) and math.isfinite(total["loss"]))
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    per_token = {name: total[name] / max(1.0, total["tokens"]) for name in ("kl", "clip_low", "clip_high", "entropy")}
+    return per_token | {"grad_norm": norm, "loss": total["loss"], "skipped": float(skipped),
+                        "tokens_trained": total["trained"]}
+
+
+@torch.no_grad()
+def reference_logprobs(model: Decoder, reference: Decoder | None, packed: Packed, c: Config) -> torch.Tensor:
+    """Log-probs under the policy that training started from: a frozen copy, or the network with its adapters off."""
+    if reference is not None:
+        return score(reference, packed, c.temperature)[0]
+    layers = [m for m in model.modules() if isinstance(m, Linear)]
+    for m in layers:
+        m.adapted = False
+    try:
+        return score(model, packed, c.temperature)[0]
+    finally:
+        for m in layers:
+            m.adapted = True
+
+
+# ---- Data of a run -----------------------------------------------------------------------------------------------
+
+
+class Data:
+    """Training and held-out passages, the entity finder, training and evaluation questions of one configuration."""
+
+    def __init__(self, c: Config, tokenizer: Tokenizer):
+        self.c, self.tokenizer, self.finder = c, tokenizer, make_finder(c.entities)
+        self.world = None
+        stages = c.stages.split(",")
+        if c.corpus == "miniworld":
+            self.world, held_out = MiniWorld(c.people, 0, "train"), MiniWorld(c.people, 0, "eval")
+            self.train, self.held_out = self.world.corpus(), held_out.corpus()
+            self.questions = [held_out.question(i) for i in range(c.eval_questions)]
+            self.train_questions: list[Question] = []
+        else:
+            self.train, self.held_out = load_passages(c.corpus).split()
+            self.questions = load_questions(c.questions)[:c.eval_questions] if c.questions else []
+            self.train_questions = load_questions(c.train_questions) if c.train_questions else []
+            self._refuse_leaks()
+        if "memtrain" in stages:
+            self.masked_problem(0)  # a corpus that can't be masked is refused before anything is written
+
+    def _refuse_leaks(self) -> None:
+        seen = {q.question for q in self.train_questions}
+        if leak := next((q for q in self.questions if q.question in seen), None):
+            raise InputError(f"--questions {self.c.questions}: question {leak.id} is also in --train-questions; "
+                             f"give files without a question in common")
+
+    def masked_problem(self, index: int, held_out: bool = False) -> Problem:
+        """Masked document `index` of the training (or held-out) passages; differs by --seed in training only."""
+        corpus, seed = (self.held_out, -1) if held_out else (self.train, self.c.seed)
+        return masked_document(corpus, self.finder, seed, index, self.c.passages, self.c.related)
+
+    def training_question(self, index: int) -> Problem:
+        if self.world:
+            question = self.world.question(index, self.c.seed)
+        else:
+            question = self.train_questions[random.Random(f"epoch:{self.c.seed}:{index}").randrange(
+                len(self.train_questions))]
+        tokens = self.c.train_sections * self.c.section
+        return qa_document(question, self.train.passages, self.tokenizer, tokens, self.c.seed)
+
+    def evaluation_question(self, index: int, length: int) -> Problem:
+        return qa_document(self.questions[index], self.held_out.passages, self.tokenizer, length * self.c.section, 0)
+
+
+# ---- Checkpoints and logs ----------------------------------------------------------------------------------------
+
+
+MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model")
+
+
+def save_checkpoint(path: Path, model: Decoder, tokenizer: Tokenizer, state: dict, optimizers=()) -> None:
+    """Weights, optimiser and state in one safetensors file, so that they can never disagree; the state also beside
+    it as JSON, to read. Written under a temporary name, then renamed."""
+    tensors = {f"model.{k}": v.detach().contiguous() for k, v in model.state_dict().items()}
+    for o, optimizer in enumerate(optimizers):
+        for i, slots in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{o}.{i}.{k}": torch.as_tensor(v).contiguous() for k, v in slots.items()}
+    state = {"format": 1, "tokenizer": tokenizer.fingerprint,
+             "model": {k: getattr(model.c, k) for k in MODEL_FIELDS}} | state
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+    os.replace(temporary, path)
+    write_json(path.with_suffix(".json"), state)
+
+
+def load_checkpoint(path: Path, model: Decoder, tokenizer: Tokenizer, optimizers=()) -> dict:
+    """Fills model (and optimisers) and returns the state. InputError if the file is damaged or does not fit."""
+    try:
+        with safe_open(path, "pt") as file:
+            state = json.loads((file.metadata() or {}).get("state", "{}"))
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, ValueError) as e:
+        raise InputError(f"checkpoint {path}: can't be read ({e}); give another --init or delete it") from None
+    if state.get("format") != 1:
+        raise InputError(f"checkpoint {path}: not written by this version of memtrain; give another --init")
+    if state["tokenizer"] != tokenizer.fingerprint:
+        raise InputError(f"checkpoint {path}: made with tokenizer {state['tokenizer']}, this is "
+                         f"{tokenizer.fingerprint}; train a base for it with --stages base")
+    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    own = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in own or own[name].shape != tensor.shape:
+            differing = [k for k in MODEL_FIELDS if state["model"].get(k) != getattr(model.c, k)]
+            raise InputError(f"checkpoint {path}: {name} has shape {list(tensor.shape)}, which does not fit "
+                             f"(fields that differ: {', '.join(differing)}); give those values or train a base")
+    # adapters may be absent: a base without LoRA starts them at zero
+    if missing := [k for k in own if k not in weights and ".lora_" not in k]:
+        raise InputError(f"checkpoint {path}: tensor {missing[0]} is missing; give a complete checkpoint")
+    model.load_state_dict(weights, strict=False)
+    for o, optimizer in enumerate(optimizers):
+        slots: dict[int, dict] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimizer.{o}."):
+                _, _, i, key = name.split(".", 3)
+                slots.setdefault(int(i), {})[key] = tensor
+        optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state
+
+
+def write_json(path: Path, value) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Log:
+    """metrics.jsonl, a line per step on the terminal, and wandb where asked for."""
+
+    def __init__(self, c: Config, folder: Path):
+        self.path, self.wandb = folder / "metrics.jsonl", None
+        if c.wandb != "disabled":
+            import wandb
+
+            self.wandb = wandb.init(project="memtrain", name=c.run, id=c.run, resume="allow", mode=c.wandb,
+                                    dir=str(folder), config=dataclasses.asdict(c))
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forgets lines of `stage` from `step` on, and a line that a crash left half written."""
+        if self.path.exists():
+            kept = []
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if row["stage"] != stage or row["step"] < step:
+                    kept.append(line + "\n")
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            os.replace(temporary, self.path)
+
+    def write(self, row: dict) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.wandb:
+            self.wandb.log({f"{row['stage']}/{k}": v for k, v in row.items() if k != "stage"})
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM once: finish the step, save, leave. Twice: leave at once."""
+
+    asked = False
+
+    def __init__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write("stopping after this step (again to stop at once) ...")
+
+
+class Stopped(Exception):
+    """The run was interrupted and left resumable."""
+
+
+class Run:
+    """A folder under runs/, its configuration, data, model and log."""
+
+    def __init__(self, c: Config):
+        self.c, self.folder = c, Path("runs") / c.run
+        self.device = choose_device(c.device)
+        self.tokenizer = load_tokenizer()
+        self.data = Data(c, self.tokenizer)
+        self.model = Decoder(c, self.tokenizer.size).to(self.device)
+        self.agent = Agent(self.model, self.tokenizer, c)
+        longest = max([self.data.masked_problem(0).question] + [q.question for q in self.data.questions[:200]], key=len)
+        if (need := self.agent.prompts.overhead(longest) + c.section + c.memory + c.response) > c.window:
+            if c.corpus == "miniworld":
+                raise InputError(f"--window {c.window}: the longest problem makes a turn of {need} tokens; "
+                                 f"raise --window or lower --section, --memory or --response")
+            tqdm.write(f"note: some questions make a turn of {need} tokens, more than --window {c.window}")
+        self._claim()
+        self.log, self.interrupt = Log(c, self.folder), Interrupt()
+
+    def _claim(self) -> None:
+        """Creates the folder, or checks that it belongs to this configuration."""
+        path, mine = self.folder / "config.json", dataclasses.asdict(self.c)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                theirs = json.loads(path.read_text(encoding="utf-8"))
+                for name in mine:
+                    if name not in FREE_FIELDS and theirs.get(name) != mine[name]:
+                        raise InputError(f"{self.folder}: was started with {name}={theirs.get(name)!r}, now "
+                                         f"{mine[name]!r}; choose another --run, or delete the folder to start anew")
+            write_json(path, mine)
+        except OSError as e:
+            raise InputError(f"{self.folder}: can't write there ({e.strerror}); change into a writable folder") from None
+
+    def checkpoint(self, name: str) -> Path:
+        return self.folder / name / "checkpoint.safetensors"
+
+    def finished(self, name: str) -> dict | None:
+        """The state of a completed stage, or None."""
+        path = self.checkpoint(name).with_suffix(".json")
+        state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return state if state.get("done") else None
+
+    def base(self) -> Path:
+        """Where reinforcement learning starts from."""
+        if self.c.init:
+            return Path(self.c.init)
+        return self.checkpoint("base") if self.finished("base") else SHIPPED_BASE
+
+    def load(self, system: str) -> None:
+        """Fills the model with the weights of a system."""
+        load_checkpoint(self.base() if system == "base" else self.checkpoint(system), self.model, self.tokenizer)
+
+
+SHIPPED_BASE = Path(__file__).parent / "data" / "nano" / "base.safetensors"
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name if name != "auto" else "cpu")
+
+
+# ---- Stages ------------------------------------------------------------------------------------------------------
+
+
+def train_base(run: Run) -> None:
+    """The stand-in for an instruct model: copying, then text and demonstrations of the four formats."""
+    from torch.utils.data import DataLoader
+
+    from data.demonstrations import DemoSteps
+
+    c, model, path = run.c, run.model, run.checkpoint("base")
+    hidden = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    heads = [] if c.tied else [{"params": [model.output], "lr": c.base_lr / 5}]
+    optimizers = (torch.optim.Muon(hidden, lr=c.base_lr, momentum=0.95, weight_decay=0.0),
+                  torch.optim.AdamW([{"params": [model.embed], "lr": c.base_lr}, *heads,
+                                     {"params": vectors, "lr": c.base_lr / 5}], betas=(0.9, 0.95), weight_decay=0.0))
+    rates = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    state = {"stage": "base", "step": 0, "seconds": 0.0, "tokens": 0}
+    if path.exists():
+        state = load_checkpoint(path, model, run.tokenizer, optimizers)
+    elif c.init:
+        load_checkpoint(Path(c.init), model, run.tokenizer)
+    run.log.rewind("base", state["step"])
+    steps, total = DemoSteps(c, state["step"] - c.base_copy_steps), c.base_copy_steps + c.base_steps
+    demos = iter(DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=4))
+    bar = tqdm(total=total, initial=state["step"], desc="base", unit="step")
+    while state["step"] < total:
+        step, start = state["step"], time.perf_counter()
+        after = step - c.base_copy_steps  # warm up anew after copying; the last half decays to zero
+        scale = min(1.0, (step + 1) / 20, 2 - 2 * (after + 0.5) / c.base_steps if after >= 0 else 1.0,
+                    (after + 1) / 20 if after >= 0 else 1.0)
+        rows = copying_rows(c, step, run.tokenizer) if after < 0 else next(demos)
+        loss, tokens = imitate(model, rows, c, step, run.device)
+        for o, lr in zip(optimizers, rates, strict=True):
+            for g, base in zip(o.param_groups, lr, strict=True):
+                g["lr"] = base * scale
+            o.step()
+            o.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - start
+        state |= {"step": step + 1, "seconds": state["seconds"] + seconds, "tokens": state["tokens"] + tokens}
+        run.log.write({"stage": "base", "step": step, "loss": loss, "seconds": seconds, "tokens": tokens})
+        bar.set_postfix_str(f"loss {loss:.3f}")
+        bar.update()
+        if state["step"] % 200 == 0 or run.interrupt.asked:
+            save_checkpoint(path, model, run.tokenizer, state, optimizers)
+        if run.interrupt.asked:
+            raise Stopped
+    bar.close()
+    from eval.gates import gates
+
+    state |= {"done": True, "gates": gates(run.agent, c), "config": dataclasses.asdict(c), "commit": commit()}
+    save_checkpoint(path, model, run.tokenizer, state)
+
+
+def copying_rows(c: Config, step: int, tokenizer: Tokenizer) -> list[tuple]:
+    """64 sequences of 32 random tokens to be repeated: they build the copy circuit that everything rests on."""
+    rng = np.random.default_rng([c.seed, step])
+    return [(ids, [([tokenizer.assistant], ids, 1.0)]) for ids in rng.integers(0, tokenizer.size - 3, (64, 32)).tolist()]
+
+
+def imitate(model: Decoder, rows, c: Config, step: int, device) -> tuple[float, int]:
+    """Gradient of the weighted next-token loss of rows [(prefix, [(given, response, weight), ...]), ...]; a fifth
+    of the prefix tokens is scored too, at weight 0.6. Returns loss and packed tokens."""
+    generator = torch.Generator().manual_seed(step)
+    batches, total = [], 0.0
+    for micro in bounded(sorted(rows, key=lambda r: len(r[0])), 6000):
+        packed = pack([(p, [(g, r) for g, r, _ in s]) for p, s in micro], device)
+        weight = [torch.full((len(r),), w) for _, s in micro for _, r, w in s]
+        text = torch.cat([torch.arange(a, a + n - 1) for a, n in zip(packed.layout.prefix_start.tolist(),
+                                                                     packed.layout.prefix_lengths.tolist(), strict=True)])
+        text = text[torch.rand(len(text), generator=generator) < 0.2].to(device)
+        weight = torch.cat([*weight, torch.full((len(text),), 0.6)]).to(device)
+        total += float(weight.sum())
+        batches.append((packed, text, weight))
+    loss = 0.0
+    for packed, text, weight in batches:
+        packed.source = torch.cat([packed.source, text])
+        packed.target = torch.cat([packed.target, packed.ids[text + 1]])
+        logprob, _ = score(model, packed)
+        part = -(logprob * weight).sum() / total
+        part.backward()
+        loss += float(part.detach())
+    return loss, sum(p.layout.total for p, _, _ in batches)
+
+
+def bounded(rows, limit: int) -> Iterator[list]:
+    """Consecutive rows in batches of at most about `limit` tokens."""
+    batch, used = [], 0
+    for row in rows:
+        size = len(row[0]) + sum(len(g) + len(r) for g, r, _ in row[1])
+        if batch and used + size > limit:
+            yield batch
+            batch, used = [], 0
+        batch.append(row)
+        used += size
+    yield batch
+
+
+def train_policy(run: Run, name: str, start: str) -> None:
+    """One stage of reinforcement learning: `name` is memtrain, memagent or memtrain+memagent, from system `start`."""
+    c, model, path = run.c, run.model, run.checkpoint(name)
+    kind, steps = (name, c.memtrain_steps) if name == "memtrain" else ("memagent", c.memagent_steps)
+    if run.finished(name):
+        return
+    run.load(start)
+    reference = None
+    if c.kl and not c.lora_rank:
+        reference = Decoder(c, run.tokenizer.size).to(run.device).requires_grad_(False)
+        reference.load_state_dict(model.state_dict())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=c.lr, weight_decay=0.0)
+    state = {"stage": name, "step": 0, "seconds": 0.0, "tokens_sampled": 0, "tokens_trained": 0, "rewards": []}
+    if path.exists():
+        state = load_checkpoint(path, model, run.tokenizer, [optimizer])
+    run.log.rewind(name, state["step"])
+    bar = tqdm(total=steps, initial=state["step"], desc=name, unit="step")
+    while state["step"] < steps:
+        row = train_step(run, kind, state["step"], reference, optimizer)
+        run.log.write({"stage": name} | row)
+        state["step"] += 1
+        state["rewards"].append(row["reward"])
+        for total in ("seconds", "tokens_sampled", "tokens_trained"):
+            state[total] += row[total]
+        bar.set_postfix_str(f"reward {row['reward']:.2f} exact {row['reward_em']:.2f} signal {row['signal']:.2f}")
+        bar.update()
+        if state["step"] % c.save_every == 0 or run.interrupt.asked:
+            save_checkpoint(path, model, run.tokenizer, state, [optimizer])
+        if run.interrupt.asked:
+            raise Stopped
+    bar.close()
+    save_checkpoint(path, model, run.tokenizer, state | {"done": True})
+
+
+def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
+    """Sample, reward, filter, update; returns the row of metrics.jsonl."""
+    c, began = run.c, time.perf_counter()
+    batch = collect(run.agent, run.data, kind, step)
+    sampled = time.perf_counter() - began
+    signal_ = with_signal(batch)
+    for g in optimizer.param_groups:
+        g["lr"] = c.lr * min(1.0, (step + 1) / max(1, c.warmup))
+    rows = []
+    for first in range(0, c.documents, c.update_documents):
+        entries = {e for e, (g, d) in enumerate(zip(batch.group, batch.document, strict=True))
+                   if g in signal_ and first <= d < first + c.update_documents}
+        if entries:
+            rows.append(update(run.model, reference, optimizer, c, batch, entries))
+    seconds = time.perf_counter() - began
+    mean = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]} if rows else {}
+    mean["tokens_trained"] = sum(r["tokens_trained"] for r in rows)
+    return {"step": step, "seconds": seconds, "seconds_sampling": sampled} | batch.stats | mean | {
+        "signal": len(signal_) / len(set(batch.group)), "tokens_per_s": mean["tokens_trained"] / max(1e-9, seconds - sampled)}
+
+
+def evaluate(run: Run) -> None:
+    """Every trained system on the same questions at every length, and on held-out masked documents."""
+    from eval.longqa import held_out_rows, long_qa_row
+
+    c, results = run.c, Results(run)
+    systems = ["base", *(s for s in ("memtrain", "memagent", "memtrain+memagent") if run.finished(s))]
+    jobs = [(s, n) for s in systems for n in lengths_of(c)]
+    jobs += [("base-one-window", n) for n in lengths_of(c)] + [(s, 0) for s in systems]
+    jobs = [j for j in jobs if not results.has(*j)]
+    # the bar counts sections read: that is what takes the time
+    bar = tqdm(total=sum(n if s != "base-one-window" else 1 for s, n in jobs), desc="eval", unit="section")
+    loaded = None
+    for system, length in sorted(jobs, key=lambda j: (j[0].split("-")[0], j[1])):
+        if loaded != (wanted := system.split("-")[0]):
+            run.load(wanted)
+            loaded = wanted
+        bar.set_postfix_str(f"{system} {length}x")
+        if length:
+            problems = [run.data.evaluation_question(i, length) for i in range(len(run.data.questions))]
+            results.add("long_qa", long_qa_row(run.agent, system, c.seed, length, problems))
+        else:
+            problems = [run.data.masked_problem(i, held_out=True) for i in range(c.eval_masked)]
+            recall, masked = held_out_rows(run.agent, system, c.seed, problems, run.data.finder, recall_probe)
+            results.add("masked", masked)
+            results.add("recall", recall)
+        bar.update(length if system != "base-one-window" else 1)
+        if run.interrupt.asked:
+            raise Stopped
+    bar.close()
+    results.finish()
+
+
+class Results:
+    """results.json, saved after every row, so that an interrupted evaluation goes on where it stopped."""
+
+    def __init__(self, run: Run):
+        self.run, self.path = run, run.folder / "results.json"
+        self.value = {"environment": environment(run), "config": dataclasses.asdict(run.c),
+                      "long_qa": [], "recall": [], "masked": [], "stages": []}
+        if self.path.exists():
+            old = json.loads(self.path.read_text(encoding="utf-8"))
+            self.value |= {k: old[k] for k in ("long_qa", "recall", "masked")}
+
+    def has(self, system: str, length: int) -> bool:
+        rows = self.value["long_qa"] if length else self.value["recall"]
+        return any(r["system"] == system and r.get("length", 0) == length for r in rows)
+
+    def add(self, section: str, row: dict) -> None:
+        self.value[section].append(row)
+        write_json(self.path, self.value)
+
+    def finish(self) -> None:
+        stages = []
+        for name in ("base", "memtrain", "memagent", "memtrain+memagent"):
+            if state := self.run.finished(name):
+                rewards = state.get("rewards", [])
+                few = max(1, min(5, len(rewards) // 2))  # one step's reward is noisy: the mean of the first and last five
+                stages.append({"name": name, "seed": self.run.c.seed, "steps": state["step"],
+                               "seconds": round(state["seconds"], 1),
+                               "tokens_sampled": state.get("tokens_sampled", 0),
+                               "tokens_trained": state.get("tokens_trained", state.get("tokens", 0)),
+                               "reward_first": float(np.mean(rewards[:few])) if rewards else None,
+                               "reward_last": float(np.mean(rewards[-few:])) if rewards else None})
+        self.value["stages"] = stages
+        write_json(self.path, self.value)
+
+
+def report(run: Run) -> None:
+    from eval.report import write_report
+
+    path = write_report(run.folder)
+    print(f"\n{path.read_text(encoding='utf-8')}\nreport: {path}")
+
+
+def run_stages(run: Run) -> None:
+    for stage in run.c.stages.split(","):
+        if stage == "base" and not run.finished("base"):
+            train_base(run)
+        elif stage == "memtrain":
+            train_policy(run, "memtrain", "base")
+        elif stage == "memagent":
+            train_policy(run, "memagent", "base")
+            if run.finished("memtrain"):
+                train_policy(run, "memtrain+memagent", "memtrain")
+        elif stage == "eval":
+            evaluate(run)
+        elif stage == "report":
+            report(run)
+
+
+# ---- Command line ------------------------------------------------------------------------------------------------
+
+
+def commit() -> str:
+    """Commit of the source, with a + where it was changed; empty outside a git checkout."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True, text=True,
+                          cwd=Path(__file__).parent, check=False)
+    return done.stdout.strip()
+
+
+def environment(run: Run) -> dict:
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+               "unknown") if Path("/proc/cpuinfo").exists() else "unknown"
+    gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
+    return {"commit": commit(), "date": f"{datetime.now():%Y-%m-%d}", "device": gpu or "cpu", "cpu": cpu,
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "python": ".".join(map(str, sys.version_info[:3])), "kernels": KERNELS, "command": command()}
+
+
+KERNELS = "PyTorch references"
+
+
+def command() -> str:
+    return "python memtrain.py " + " ".join(sys.argv[1:])
+
+
+def header(run: Run) -> None:
+    """What is about to run, on what, and about how long it takes."""
+    c, data = run.c, run.data
+    parameters = sum(p.numel() for p in run.model.parameters())
+    steps = {"memtrain": c.memtrain_steps, "memagent": c.memagent_steps}
+    minutes, per_step = estimate(run)
+    print(f"memtrain {commit()}  preset {c.preset}  run {run.folder}  seed {c.seed}  stages {c.stages}\n"
+          f"  device   {run.device} ({torch.get_num_threads()} threads), kernels: {KERNELS}\n"
+          f"  model    {parameters / 1e6:.2f} M parameters, {run.tokenizer.size} tokens"
+          f"{f', LoRA rank {c.lora_rank}' if c.lora_rank else ''}\n"
+          f"  corpus   {data.train.name}: {len(data.train)} passages to train on, {len(data.held_out)} held out; "
+          f"entities: {data.finder.name}; {len(data.questions)} evaluation questions\n"
+          f"  window   {c.window} = {c.window - c.section - c.memory - c.response} instruction and problem + "
+          f"{c.section} section + {c.memory} memory + {c.response} response; order {c.prompt_order}\n"
+          f"  GRPO     {c.documents} documents x {c.group} rollouts x {c.recall_group} recalls; {steps['memtrain']} + "
+          f"{steps['memagent']} steps; about {per_step:,} tokens a step\n"
+          f"  time     about {minutes:.0f} minutes in all on this machine", flush=True)
+
+
+def estimate(run: Run) -> tuple[float, int]:
+    """(minutes, packed tokens of one MemTrain step), from a second of training and decoding measured here and now."""
+    c = run.c
+    suffix = 2 * c.memory + 4
+    documents = c.documents * (c.train_sections * (c.section + 40 + c.group * suffix) + c.group * suffix)
+    per_step = documents + c.documents * c.group * (c.section + c.memory + 8 * c.recall_group)
+    rows = [([5] * c.section, [([6] * c.memory, [7] * 20)] * 8)] * 4
+    packed = pack(rows, run.device)
+    spent = []
+    for _ in range(3):
+        began = time.perf_counter()
+        (-score(run.model, packed)[0].mean()).backward()
+        spent.append(time.perf_counter() - began)
+    run.model.zero_grad(set_to_none=True)
+    rate = packed.layout.total / min(spent)  # tokens/s forward and backward; forward alone is about 3 times faster
+    stages = c.stages.split(",")
+    seconds = 0.0
+    if "base" in stages:
+        seconds += (c.base_copy_steps * 64 * 64 + c.base_steps * 19_000) / rate
+    if "memtrain" in stages:
+        seconds += c.memtrain_steps * per_step * 1.5 / rate
+    if "memagent" in stages:
+        seconds += (2 if "memtrain" in stages else 1) * c.memagent_steps * documents * 1.5 / rate
+    if "eval" in stages:
+        systems = 1 + sum({"memtrain": 1, "memagent": 2}.get(s, 0) for s in stages)
+        seconds += systems * sum(lengths_of(c)) * len(run.data.questions) * (c.section + 110) / (2.5 * rate)
+    return seconds / 60, per_step
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        c = parse(argv)
+        torch.set_num_threads(c.threads or os.cpu_count() or 1)
+        run = Run(c)
+        header(run)
+        run_stages(run)
+    except InputError as e:
+        if "--debug" in argv:
+            raise
+        print(f"memtrain: {e}", file=sys.stderr)
+        return 2
+    except (Stopped, KeyboardInterrupt):
+        print(f"stopped; continue with: {command()}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""The benchmark's two sides compute the same thing: tokens, loss, every gradient. Else its times mean nothing."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import memtrain
+from eval import bench, plain
+
+TINY = ["--width", "32", "--layers", "2", "--heads", "2", "--key-heads", "1", "--head-size", "16", "--hidden", "48",
+        "--people", "60", "--passages", "4", "--related", "2", "--section", "48", "--memory", "8", "--response", "10",
+        "--window", "128", "--documents", "2", "--group", "3", "--recall-group", "2", "--eval-questions", "1",
+        "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def data():
+    c = memtrain.parse([*TINY, "--update-documents", "2"])
+    return memtrain.Data(c, memtrain.load_tokenizer())
+
+
+def pair_of(data, *fields) -> bench.Pair:
+    """Random weights, none of them zero, and a head with clear favourites, the stop token now and then among them."""
+    c = memtrain.parse([*TINY, "--update-documents", "2", *fields])
+    model, generator = memtrain.Decoder(c, data.tokenizer.size), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+        model.head.mul_(0.5 if c.tied else 5)
+        model.head[data.tokenizer.end] *= 3
+    return bench.Pair(c, model, data.tokenizer, data, train_rows=5, sample_rows=4)
+
+
+def sampled(pair, agent) -> memtrain.Batch:
+    batch = pair.sample(agent, 3)
+    batch.rewards = [float(e % 3 == 0) + 0.5 * (e % 2) for e in range(len(batch.rewards))]
+    return batch
+
+
+@pytest.mark.parametrize("fields", [
+    (), ("--prompt-order", "paper", "--temperature", "0.7"), ("--top-p", "0.8"), ("--sample-rows", "7")])
+def test_both_sides_sample_the_same(data, fields):
+    pair = pair_of(data, *fields)
+    mine, other = sampled(pair, pair.agent), sampled(pair, pair.plain_agent)
+    assert [t.sampled for t in mine.turns] == [t.sampled for t in other.turns]
+    assert [(t.prefix, t.given) for t in mine.turns] == [(t.prefix, t.given) for t in other.turns]
+    same = bench.same_tokens(mine, other)
+    assert same["share"] == 1 and same["logprob"] < 1e-5
+    lengths = {len(t.sampled) for t in mine.turns}
+    assert len(lengths) > 2  # ragged: rows finished at different times
+
+
+@pytest.mark.parametrize("fields", [
+    (), ("--kl", "0.5", "--temperature", "0.7"), ("--kl", "0", "--divide-by-std"),
+    ("--prompt-order", "paper", "--micro-tokens", "300"), ("--tied",),
+    ("--kl", "0.5", "--lora-rank", "2")])
+def test_both_sides_have_one_loss_and_one_gradient(data, fields):
+    pair = pair_of(data, *fields)
+    batch = sampled(pair, pair.agent)
+    entries = {e for e, g in enumerate(batch.group) if g != 1}  # a part of the groups, as after the filter
+    for moved in (False, True):
+        if moved:
+            pair.shift()
+        found = bench.deviation(pair.ours(batch, entries), pair.plain(batch, entries))
+        assert found["loss"] < 1e-5 and found["gradient"] < 1e-5, (moved, found)
+
+
+def test_the_shift_leaves_the_clip_range(data):
+    """Away from ratio 1 the clip and the KL term are in the gradient, or the test above would not see them."""
+    pair = pair_of(data, "--kl", "0.1")
+    batch = sampled(pair, pair.agent)
+    everything = set(batch.entry)
+    pair.shift()
+    exact = pair.plain(batch, everything)
+    for wrong in ({"eps_low": 0.0, "eps_high": 0.0}, {"kl": 0.0}, {"temperature": 1.001}):
+        pair.c, right = replace(pair.c, **wrong), pair.c
+        assert bench.deviation(pair.plain(batch, everything), exact)["gradient"] > 1e-4, wrong
+        pair.c = right
+    batch.rewards[0] += 1e-3
+    assert bench.deviation(pair.plain(batch, everything), exact)["gradient"] > 1e-5
+
+
+def test_recomputed_is_recorded(data):
+    """The plain side against itself: log-probs recorded with the cache are those of whole padded rows."""
+    pair = pair_of(data)
+    turns = sampled(pair, pair.plain_agent).turns
+    ids, mask, old = plain.padded(turns, "cpu")
+    with torch.no_grad():
+        new = plain.logprobs_of(pair.model, ids, 1.0)
+    assert mask.sum() == sum(len(t.sampled) for t in turns)
+    torch.testing.assert_close(new * mask, old, atol=1e-5, rtol=0)
+
+
+def test_step_command(tmp_path, capsys):
+    out = tmp_path / "step.json"
+    assert bench.main(["step", *TINY, "--repeats", "1", "--plain-train-rows", "8", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(out.read_text())
+    assert result["environment"]["command"].startswith("python -m eval.bench step --width 32")
+    assert result["config"]["documents"] == result["config"]["update_documents"] == result["documents"] == 2
+    assert result["weights"] == "random" and result["coin_rewards"] and result["same_tokens"]["share"] > 0.98
+    ours, other = result["sides"]["ours"], result["sides"]["plain"]
+    for side in result["sides"].values():
+        for cost in side.values():
+            assert len(cost["seconds"]) == 1 and min(cost["seconds"]) > 0 and cost["tokens"] > 0
+            assert cost["peak_mb"] > 0 and min(cost["speedup"]) > 0
+            assert f"{cost['tokens']:,d}" in printed
+    assert ours["total"]["tokens"] == ours["sampling"]["tokens"] + ours["training"]["tokens"]
+    assert other["total"]["tokens"] > 1.5 * ours["total"]["tokens"]  # prompts recomputed, rows padded
+    assert "DIFFERENT" not in printed and printed.count("  ok") == 2
+
+
+def test_a_deviation_is_reported(data):
+    result = {"same_tokens": {"share": 1.0}, "deviation": {"as sampled": {"loss": 0.0, "gradient": 2e-5}}}
+    assert not bench.agree(result)
+    result["deviation"]["as sampled"]["gradient"] = float("nan")
+    assert not bench.agree(result)
+    result["deviation"]["as sampled"]["gradient"] = 9e-6
+    assert bench.agree(result)
+    result["same_tokens"]["share"] = 0.5
+    assert not bench.agree(result)
+    good, bad = {"p": torch.ones(3)}, {"p": torch.tensor([1.0, 1.0, float("nan")])}
+    assert not bench.deviation((0.0, bad), (0.0, good))["gradient"] <= 1e-5
+
+
+def test_timed():
+    """Linux starts a child's peak at what its parent had resident (here pytest with torch): ask for more than that."""
+    row = bench.timed([sys.executable, "-c", "import sys; x = b'x' * (800 << 20); sys.exit(3)"])
+    assert row["code"] == 3 and 0 < row["seconds"] < 60 and 800 < row["peak_mb"] < 900 and row["cpu_seconds"] > 0
+
+
+def test_time_command(tmp_path, monkeypatch, capsys):
+    """Runs get folders of their own beside what is there, the fields are passed on, the figures come out."""
+    (tmp_path / "runs" / "bench-time-2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    commands = []
+    monkeypatch.setattr(bench, "timed", lambda command: commands.append(command) or {
+        "seconds": 90.0 + len(commands), "peak_mb": 512.0, "cpu_seconds": 150.0, "code": 0})
+    assert bench.main(["time", "--runs", "2", "--seed", "4", "--out", "time.json"]) == 0
+    assert [c[2:] for c in commands] == [["--seed", "4", "--run", f"bench-time-{k}"] for k in (1, 3)]
+    result = json.loads((tmp_path / "time.json").read_text())
+    assert [r["seconds"] for r in result["runs"]] == [91.0, 92.0] and result["config"]["seed"] == 4
+    printed = capsys.readouterr().out
+    assert "91.0" in printed and "512" in printed and "91.5" in printed
+    monkeypatch.setattr(bench, "timed", lambda command: {"code": 2})
+    assert bench.main(["time", "--runs", "1"]) == 2
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    (["speed"], "speed: unknown benchmark; choose one of step, time"),
+    (["step", "--repeats", "0"], "--repeats 0: must be at least 1"),
+    (["step", "--repeats", "x"], "--repeats"), (["step", "--grup", "4"], "--grup"),
+    (["step", "--group", "1"], "--group 1"), (["step", "--update-documents", "2"], "leave it out"),
+    (["step", "--update_documents=2"], "leave it out"), (["step", "--documents", "0"], "--documents 0"),
+    (["step", "--init", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["step", "--out", "nowhere/x.json"], "--out nowhere/x.json"), (["time", "--run", "mine"], "leave it out"),
+    (["time", "--runs", "-1"], "--runs -1"), (["time", "--preset", "huge"], "--preset huge")])
+def test_bad_arguments(argv, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert bench.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bench: ") and says in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,386 @@
+"""The command: what it refuses and how, and the whole of it in miniature."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import memtrain
+from data.tokenizer import Tokenizer
+from memtrain import Config, main, parse
+
+ROOT = Path(memtrain.__file__).parent
+
+
+def passages(count: int, names: bool = True) -> str:
+    """JSON lines of `count` passages, each with its own title."""
+    text = "Paris and the Seine in {0}, by Victor Hugo." if names else "nothing of interest at all, number {1}."
+    rows = ({"title": f"topic {chr(97 + i // 26)}{chr(97 + i % 26)}", "text": text.format(1800 + i, "x" * (i + 1))}
+            for i in range(count))
+    return "\n".join(map(json.dumps, rows))
+
+
+def questions(*ids: int) -> str:
+    rows = ({"id": f"q{i}", "question": f"Who wrote number {i}?", "golden_answers": ["Hugo"]} for i in ids)
+    return "\n".join(map(json.dumps, rows))
+
+
+def write(**files) -> None:
+    for name, content in files.items():
+        Path(name.replace("__", ".")).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def refused(capsys, argv, *parts: str) -> None:
+    """Exit code 2 and one line on stderr that holds every one of `parts`, after at most a header."""
+    assert main([str(a) for a in argv]) == 2
+    line, *rest = capsys.readouterr().err.splitlines()
+    assert rest == [] and line.startswith("memtrain: ")
+    for part in parts:
+        assert part in line, line
+
+
+# ---- bad input
+
+BAD = {  # command: parts of the answer
+    "--preset nanno": ["--preset nanno", "nano"], "--grup 4": ["--grup", "--help"], "--sta base": ["--sta"],
+    "nano": ["nano"], "--lr": ["--lr"], "--stages ,": ["--stages"],
+    "--stages base,evaluate": ["--stages", "evaluate", "memagent"],
+    "--group four": ["--group", "four", "int"], "--group 2.5": ["--group", "2.5"],
+    "--lr fast": ["--lr", "fast"], "--tied maybe": ["--tied", "maybe"],
+    "--lr 0": ["--lr 0"], "--lr nan": ["--lr nan"], "--lr inf": ["--lr inf"], "--kl -1": ["--kl -1"],
+    "--kl nan": ["--kl nan"], "--temperature 0": ["--temperature 0"], "--top-p 0": ["--top-p"],
+    "--top-p 1.5": ["--top-p"], "--eps-low 1": ["--eps-low"], "--seed -1 --stages base": ["--seed -1"],
+    "--group 1": ["--group 1", "at least 2"], "--recall-group 1": ["--recall-group 1", "0 or at least 2"],
+    "--window 100": ["--window 100", "section 160"], "--window 250": ["--window 250"], "--memory 40": ["--response"],
+    "--documents 6 --update-documents 4": ["--update-documents 4", "--documents 6"],
+    "--key-heads 3": ["--key-heads 3"], "--head-size 7": ["--head-size 7"], "--layers 0": ["--layers 0"],
+    "--related 7": ["--related 7", "--passages 7"], "--people 20": ["--people 20"],
+    "--prompt-order last": ["--prompt-order last", "paper"], "--wandb on": ["--wandb on", "offline"],
+    "--device tpu": ["--device tpu", "cuda"], "--entities magic": ["magic", "rules"],
+    "--eval-lengths 4,2": ["--eval-lengths 4,2"], "--eval-lengths 1,x": ["--eval-lengths 1,x"],
+    "--eval-lengths 256": ["--eval-lengths", "128"],
+    "--stages eval --eval-lengths 128": ["too few passages", "--eval-lengths"],  # in this small a world
+    "--run ../up": ["--run ../up", "runs/"], "--run .hidden": ["--run .hidden"],
+    "--questions q.json": ["--questions", "--corpus"],
+    "--corpus p.jsonl --stages eval": ["--questions"], "--corpus p.jsonl --stages memagent": ["--train-questions"],
+    "--corpus nope.jsonl --stages memtrain": ["nope.jsonl", "no such file"],
+    "--init nope.safetensors --stages memtrain": ["nope.safetensors", "--init"],
+}
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_what_cannot_work_is_refused_in_one_line(command, folder, capsys):
+    refused(capsys, [*TINY, *command.split()], *BAD[command])
+    assert list(folder.iterdir()) == [], "nothing is written"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_asked_for_and_absent(folder, capsys):
+    refused(capsys, [*TINY, "--device", "cuda"], "--device cuda", "--device cpu")
+    assert list(folder.iterdir()) == []
+
+
+CORPORA = {  # file, content, stages: parts of the answer
+    "empty": ("c.jsonl", b"", "memtrain", ["c.jsonl", "empty"]),
+    "not UTF-8": ("c.txt", "Montréal\n".encode("latin-1"), "memtrain", ["c.txt, line 1", "UTF-8"]),
+    "not JSON": ("c.jsonl", b'{"title": "a", "text": "b"}\n{"title"', "memtrain", ["c.jsonl, line 2"]),
+    "no text": ("c.jsonl", b'{"title": "a"}', "memtrain", ["c.jsonl, line 1"]),
+    "an unknown kind": ("c.pdf", b"%PDF", "memtrain", ["c.pdf", ".jsonl"]),
+    "no entity": ("c.jsonl", passages(60, names=False), "memtrain", ["no entity"]),
+    "too few to mask": ("c.jsonl", passages(7), "memtrain", ["c.jsonl", "passages", "larger corpus"]),
+    "too few to train on": ("c.jsonl", passages(30), "memagent", ["few"]),
+    "too few held out": ("c.jsonl", passages(30), "memtrain,eval", ["passages", "larger corpus"]),
+}
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_corpora_that_are_refused(name, folder, capsys):
+    """Before anything is trained or written, also where only the evaluation would fail."""
+    file, content, stages, parts = CORPORA[name]
+    write(**{file.replace(".", "__"): content}, q__jsonl=questions(1, 2), t__jsonl=questions(3, 4))
+    refused(capsys, [*TINY, "--corpus", file, "--questions", "q.jsonl", "--train-questions", "t.jsonl",
+                     "--stages", stages, "--train-sections", "20", "--init", "x"], *parts)
+    assert not (folder / "runs").exists()
+
+
+QUESTIONS = {
+    "malformed at line 3": (questions(1, 2) + '\n{"id": "q3", "question"', ["q.jsonl, line 3"]),
+    "a field is missing": (questions(1) + '\n{"id": "q2", "golden_answers": ["x"]}', ["q.jsonl, line 2", "question"]),
+    "an id twice": (questions(1, 2, 1), ["q.jsonl, line 3", "q1"]),
+    "empty": ("", ["q.jsonl", "empty"]),
+    "missing": (None, ["q.jsonl", "no such file"]),
+    "shared with training": (questions(5, 3), ["q3", "--train-questions"]),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_questions_that_are_refused(name, folder, capsys):
+    content, parts = QUESTIONS[name]
+    write(c__jsonl=passages(200), t__jsonl=questions(3, 4), **({"q__jsonl": content} if content is not None else {}))
+    refused(capsys, [*TINY, "--corpus", "c.jsonl", "--questions", "q.jsonl", "--train-questions", "t.jsonl",
+                     "--init", "x"], *parts)
+    assert not (folder / "runs").exists()
+
+
+def without(path: Path, name: str) -> None:
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {k: file.get_tensor(k) for k in file.keys() if k != name}, file.metadata()  # noqa: SIM118
+    save_file(tensors, path, metadata=metadata)
+
+
+CHECKPOINTS = {  # options of the checkpoint, what is done to the file: parts of the answer
+    "truncated": ([], lambda p: p.write_bytes(p.read_bytes()[:-100]), ["can't be read"]),
+    "cut to nothing": ([], lambda p: p.write_bytes(b""), ["can't be read"]),
+    "no checkpoint": ([], lambda p: p.write_text("hello, this is a text"), ["can't be read"]),
+    "a folder": ([], lambda p: (p.unlink(), p.mkdir()), ["can't be read"]),
+    "somebody else's": ([], lambda p: save_file({"w": torch.zeros(2)}, p), ["not written by"]),
+    "wider": (["--width", "32"], None, ["shape", "width"]),
+    "deeper": (["--layers", "3"], None, ["layers"]),
+    "shallower": (["--layers", "1"], None, ["missing"]),
+    "of tied weights": (["--tied"], None, ["output", "missing"]),
+    "a tensor is missing": ([], lambda p: without(p, "model.norm.weight"), ["norm.weight", "missing"]),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints_that_are_refused(name, folder, base_checkpoint, capsys):
+    options, change, parts = CHECKPOINTS[name]
+    path = Path(base_checkpoint(*options))
+    if change:
+        change(path)
+    refused(capsys, [*TINY, "--init", path, "--stages", "memtrain"], "base.safetensors", *parts)
+    assert list(folder.iterdir()) == [], "another --init can be tried in the same run"
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(folder, base_checkpoint, capsys):
+    other = Tokenizer({bytes([b]): b for b in range(256)}, "bytes")
+    path = base_checkpoint(tokenizer=other)
+    refused(capsys, [*TINY, "--init", path, "--stages", "memtrain"], "tokenizer", other.fingerprint, "--stages base")
+
+
+def test_a_damaged_checkpoint_of_the_run_itself_is_named(folder, base_checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "1"]
+    assert main(command) == 0
+    path = Path("runs/t/memtrain/checkpoint.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    Path("runs/t/memtrain/checkpoint.json").unlink()
+    capsys.readouterr()
+    refused(capsys, command, "runs/t/memtrain/checkpoint.safetensors", "delete it")
+
+
+def test_a_run_folder_of_another_configuration(folder, base_checkpoint, capsys, monkeypatch):
+    """The field that differs is named and nothing is touched; what may differ, may."""
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "0"]
+    assert main(command) == 0
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    refused(capsys, [*command, "--lr", "0.5"], "runs/t", "lr=0.0002", "0.5", "--run", "delete")
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()} == before
+    assert main([*command, "--stages", "memtrain", "--device", "cpu", "--debug"]) == 0
+
+
+def test_an_output_folder_that_cannot_be_written(folder, base_checkpoint, capsys):
+    (folder / "runs").write_text("a file where the folder should be")
+    refused(capsys, [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain"], "runs/t", "writable")
+
+
+def test_debug_shows_the_traceback(folder):
+    with pytest.raises(memtrain.InputError):
+        main([*TINY, "--corpus", "nope.jsonl", "--stages", "memtrain", "--debug"])
+
+
+# ---- the configuration
+
+
+def test_help_explains_every_field_in_its_group(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
+    text = "".join(capsys.readouterr().out.split())  # lines are wrapped at spaces and at hyphens
+    for f in dataclasses.fields(Config):
+        assert f"--{f.name.replace('_', '-')}" in text and f"{f.metadata['group']}:--" in text
+        assert "".join(f.metadata["help"].split()) in text
+
+
+def test_every_field_can_be_given_both_ways():
+    for f in dataclasses.fields(Config):
+        kind = {"int": int, "float": float, "bool": bool, "str": str}[f.type]
+        assert type(f.default) is kind and f.metadata["help"]
+    assert parse(["--eval_lengths=1,2", "--micro-tokens", "99", "--tied", "--embed-norm", "no"]) == dataclasses.replace(
+        Config(), eval_lengths="1,2", micro_tokens=99, tied=True, embed_norm=False, run="nano")
+    assert parse(["--run", "x"]).run == "x"
+
+
+# ---- logs
+
+
+class FakeWandb(types.ModuleType):
+    """Stands in for the package where it is not installed: notes what it is told."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.calls, self.rows = [], []
+
+    def init(self, **settings):
+        self.calls.append(settings)
+        return types.SimpleNamespace(log=self.rows.append, finish=lambda: None)
+
+
+def test_wandb_gets_every_row(folder, tiny, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    c = tiny("--run", "t", "--wandb", "offline")
+    (folder / "runs/t").mkdir(parents=True)
+    log = memtrain.Log(c, folder / "runs/t")
+    log.write({"stage": "memtrain", "step": 0, "reward": 0.5})
+    assert fake.calls[0]["mode"] == "offline" and fake.calls[0]["name"] == "t"
+    assert fake.calls[0]["config"]["seed"] == 3 and Path(fake.calls[0]["dir"]) == folder / "runs/t"
+    assert fake.rows == [{"memtrain/step": 0, "memtrain/reward": 0.5}]
+    assert json.loads((folder / "runs/t/metrics.jsonl").read_text()) == {"stage": "memtrain", "step": 0, "reward": 0.5}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed")
+def test_wandb_offline_writes_a_local_run(folder, tiny):
+    """The real package, without a network, in a process of its own: it starts services."""
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import memtrain; from pathlib import Path;"
+            "log = memtrain.Log(memtrain.parse(['--run', 't', '--wandb', 'offline']), Path('.'));"
+            "log.write({'stage': 'memtrain', 'step': 0, 'reward': 0.5}); log.wandb.finish()")
+    subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, timeout=100, capture_output=True)
+    assert list(folder.glob("**/offline-run-*/*.wandb"))
+
+
+def test_the_log_forgets_what_a_resumed_run_does_again(folder, tiny):
+    log = memtrain.Log(tiny(), folder)
+    rows = [{"stage": s, "step": i} for s in ("memtrain", "memagent") for i in range(3)]
+    for row in rows:
+        log.write(row)
+    with log.path.open("a") as file:
+        file.write('{"stage": "mema')
+    log.rewind("memagent", 1)
+    assert [json.loads(line) for line in log.path.read_text().splitlines()] == rows[:4]
+
+
+# ---- the whole command
+
+SMOKE = [*TINY, "--run", "smoke", "--stages", "base,memtrain,memagent,eval,report", "--memtrain-steps", "2",
+         "--memagent-steps", "2"]
+TIMES = {"seconds", "seconds_sampling", "tokens_per_s"}
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The command as a user runs it, its output in files: (folder, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("smoke")
+    with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
+        done = subprocess.run([sys.executable, ROOT / "memtrain.py", *SMOKE], cwd=folder, stdout=out, stderr=err,
+                              timeout=170, check=False)
+    assert done.returncode == 0, (folder / "err").read_text()[-2000:]
+    return folder, (folder / "out").read_text(), (folder / "err").read_text()
+
+
+def test_the_whole_command(smoke):
+    folder, out, err = smoke
+    run = folder / "runs/smoke"
+    assert {"report.md", "table1.svg", "results.json", "config.json"} <= {p.name for p in run.iterdir()}
+    assert "\x1b" not in out + err and "Warning" not in err
+    for word in ("device", "kernels", "corpus", "entities: rules", "window", "tokens a step", "minutes", "gate"):
+        assert word in out
+    assert {p.name for p in folder.iterdir()} == {"runs", "out", "err"}, "everything is under runs/"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["step"]) for r in rows] == [("base", i) for i in range(5)] + [
+        (s, i) for s in ("memtrain", "memagent", "memtrain+memagent") for i in range(2)]
+    report = (run / "report.md").read_text()
+    assert "MemTrain" in report and (report in out or report.splitlines()[0] in out)
+
+
+def test_results_have_the_promised_form(smoke):
+    results = json.loads((smoke[0] / "runs/smoke/results.json").read_text())
+    assert {"environment", "config", "long_qa", "recall", "stages"} <= results.keys()
+    systems = {"base-one-window", "base", "memtrain", "memagent", "memtrain+memagent"}
+    fields = {"system", "seed", "length", "sections", "tokens", "n", "em", "em_low", "em_high", "f1"}
+    assert {(r["system"], r["length"]) for r in results["long_qa"]} == {(s, n) for s in systems for n in (1, 2)}
+    assert all(fields <= r.keys() and r["seed"] == 3 and r["n"] == 4 for r in results["long_qa"])
+    assert {r["system"] for r in results["recall"]} == systems - {"base-one-window"}
+    sizes = {n: {(r["sections"], r["tokens"]) for r in results["long_qa"] if r["length"] == n} for n in (1, 2)}
+    assert all(len(s) == 1 for s in sizes.values()), "every system reads the same documents"
+    stages = {s["name"]: s for s in results["stages"]}
+    assert stages.keys() == systems - {"base-one-window"}
+    for name, stage in stages.items():
+        assert {"steps", "seconds", "tokens_sampled", "tokens_trained", "reward_first", "reward_last"} <= stage.keys()
+        assert stage["steps"] == (5 if name == "base" else 2) and stage["seconds"] >= 0
+    assert {"commit", "device", "threads", "torch", "command", "kernels"} <= results["environment"].keys()
+    assert results["config"] == dataclasses.asdict(parse(SMOKE))
+    state = json.loads((smoke[0] / "runs/smoke/base/checkpoint.json").read_text())
+    assert state["done"] and state["gates"] and state["config"]["width"] == 24
+
+
+def test_one_seed_gives_one_run(smoke, folder, monkeypatch):
+    """The same command in another folder and process state: the same metrics, figures and weights."""
+    monkeypatch.setattr("eval.gates.gates", lambda agent, c: {})
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    assert main(SMOKE) == 0
+    one, two = smoke[0] / "runs/smoke", folder / "runs/smoke"
+    rows = [[json.loads(line) for line in (p / "metrics.jsonl").read_text().splitlines()] for p in (one, two)]
+    assert timeless(rows[0]) == timeless(rows[1]) and any(r.get("loss") for r in rows[0])
+    results = [json.loads((p / "results.json").read_text()) for p in (one, two)]
+    for section in ("config", "long_qa", "recall", "masked"):
+        assert results[0][section] == results[1][section], section
+    assert timeless(results[0]["stages"]) == timeless(results[1]["stages"])
+    for path in one.glob("*/checkpoint.safetensors"):
+        with safe_open(path, "pt") as a, safe_open(two / path.relative_to(one), "pt") as b:
+            assert all(torch.equal(a.get_tensor(k), b.get_tensor(k)) for k in a.keys())  # noqa: SIM118
+
+
+def test_every_metric_is_explained_in_the_readme(smoke):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"`(\w+)`", readme))
+    names = set()
+    for line in (smoke[0] / "runs/smoke/metrics.jsonl").read_text().splitlines():
+        names |= json.loads(line).keys()
+    assert names - {"stage", "step", "seconds", "seconds_sampling", "tokens"} - explained == set()
+
+
+def test_a_checkpoint_of_any_stage_starts_a_run(smoke, folder, monkeypatch):
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    for stage in ("base", "memagent"):
+        shutil.copy(smoke[0] / f"runs/smoke/{stage}/checkpoint.safetensors", folder / f"{stage}.safetensors")
+        assert main([*TINY, "--run", stage, "--stages", "memtrain", "--memtrain-steps", "1",
+                     "--init", f"{stage}.safetensors"]) == 0
+        assert json.loads((folder / f"runs/{stage}/memtrain/checkpoint.json").read_text())["done"]
+
+
+def test_real_text_runs_to_its_report(folder, base_checkpoint, monkeypatch):
+    """Passages and questions from files, no stage on invented text."""
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    write(c__jsonl=passages(250), q__jsonl=questions(*range(6)), t__jsonl=questions(*range(6, 9)))
+    assert main([*TINY, "--corpus", "c.jsonl", "--questions", "q.jsonl", "--train-questions", "t.jsonl",
+                 "--run", "real", "--init", base_checkpoint(), "--memtrain-steps", "1", "--memagent-steps", "1",
+                 "--eval-masked", "2", "--eval-lengths", "1"]) == 0
+    results = json.loads((folder / "runs/real/results.json").read_text())
+    assert len(results["long_qa"]) == 5 and all(r["n"] == 4 for r in results["long_qa"])
+    assert "learns little from real text" in (folder / "runs/real/report.md").read_text()
+
+
+def test_evaluation_without_masked_documents(folder, base_checkpoint, monkeypatch):
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    assert main([*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "eval", "--eval-masked", "0",
+                 "--eval-lengths", "1"]) == 0
+    results = json.loads((folder / "runs/t/results.json").read_text())
+    assert len(results["long_qa"]) == 2 and not any(r["n"] for r in results["recall"] + results["masked"])

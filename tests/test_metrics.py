@@ -1,0 +1,185 @@
+"""Metrics: strict where training could cheat, equal to the field's scripts elsewhere."""
+
+import random
+import time
+
+import numpy as np
+import pytest
+
+from eval.metrics import (
+    bootstrap_difference,
+    exact_match,
+    extract_boxed,
+    f1,
+    normalize,
+    sub_exact_match,
+    wilson_interval,
+)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("The  Quick, Brown FOX!", "quick brown fox"),
+    ("an apple a day", "apple day"),
+    ("U.S.A.", "usa"),
+    ("theatre and anthem", "theatre and anthem"),  # articles are words, not prefixes
+    ("12 March 1931", "12 march 1931"),
+    ("", ""), ("the", ""), (" a  AN The ", ""), ("...!?", ""), ("\t\n", ""),
+    ("Zürich", "zürich"),
+])
+def test_normalize(text, expected):
+    assert normalize(text) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    (r"so \boxed{Paris}.", "Paris"),
+    (r"\boxed{ Paris }", "Paris"),
+    (r"\boxed{Rome} no, \boxed{Paris}", "Paris"),  # the last one counts
+    (r"\boxed{x{y}z}", "x{y}z"),
+    (r"\boxed{a \boxed{b}}", r"a \boxed{b}"),
+    (r"\boxed{a \boxed{b}} \boxed{c}", "c"),
+    (r"\boxed{Paris", None),
+    (r"\boxed{a \boxed{b}", None),  # the outer box never closes: the inner one is content
+    (r"\boxed{a} \boxed{b", "a"),  # the last complete one
+    (r"\boxed{a} \boxed{b \boxed{c}", "a"),
+    (r"\boxed{}", None), (r"\boxed{  }", None),
+    (r"\boxed{a} \boxed{}", None),  # an empty box takes the answer back
+    (r"boxed{Paris}", None), (r"\boxed Paris", None), (r"\boxed {Paris}", None), (r"\Boxed{Paris}", None),
+    ("Paris", None), ("", None), ("}{", None), ("\\boxed{", None), ("\\boxed{}}", None),
+    ("\\boxed{two\nlines}", "two\nlines"),
+    (r"} \boxed{a}} }", "a"),
+])
+def test_extract_boxed(text, expected):
+    assert extract_boxed(text) == expected
+
+
+def test_extract_boxed_survives_noise():
+    rng = random.Random(0)
+    pieces = ["\\boxed{", "\\boxed", "{", "}", "\\", "a", " ", "\n", "é", "the", "[MASK]", "\x00", "\ud800"]
+    for _ in range(5000):
+        text = "".join(rng.choices(pieces, k=rng.randrange(30)))
+        content = extract_boxed(text)
+        if content is not None:
+            assert content and content == content.strip() and content in text
+            depth = 0
+            for char in content:
+                depth += (char == "{") - (char == "}")
+                assert depth >= 0
+            assert depth == 0
+
+
+@pytest.mark.parametrize("text", ["\\boxed{" * 100_000, "\\boxed{a}" * 100_000, "\\boxed{" + "{}" * 300_000,
+                                  "\\boxed{" * 50_000 + "}" * 49_999])
+def test_extract_boxed_is_linear(text):
+    start = time.perf_counter()
+    extract_boxed(text)
+    assert time.perf_counter() - start < 5  # quadratic time takes minutes
+
+
+@pytest.mark.parametrize(("prediction", "answers", "expected"), [
+    ("Paris", ["Paris"], 1), ("the paris.", ["Paris"], 1), ("PARIS", ["Rome", "Paris"], 1),
+    ("Rome", ["Paris"], 0), ("Paris, France", ["Paris"], 0), ("Par", ["Paris"], 0), ("Pariss", ["Paris"], 0),
+    (None, ["Paris"], 0), ("", ["Paris"], 0), ("the", ["Paris"], 0), ("...", ["Paris"], 0),
+    (" \n", ["Paris"], 0),
+    ("", [""], 0), ("the", ["The"], 0), ("!", ["?"], 0), ("the", ["a"], 0),  # nothing never equals nothing
+    ("Paris", [], 0), ("", [], 0),
+    ("Paris or Rome or Berlin", ["Rome"], 0), ("Paris; Rome", ["Paris", "Rome"], 0),
+    ("Paris Paris", ["Paris"], 0),
+    (r"a \boxed{Paris}", ["Paris"], 0), (r"\text{Paris}", ["Paris"], 0),
+    ("the " * 30 + "Paris", ["Paris"], 0), ("Paris" + "!" * 100, ["Paris"], 0),  # over-long
+    ("Paris " * 1000, ["Paris"], 0),
+    ("[MASK]", ["mask"], 0), ("[TARGET]", ["Target"], 0), ("[ mask ]", ["Mask"], 0), ("[MASK].", ["MASK"], 0),
+    ("The Mask", ["Mask"], 1), ("Target", ["Target"], 1),  # but a real entity of that name may be named
+    ("1,931", ["1931"], 1), ("1931", ["1932"], 0),
+])
+def test_exact_match(prediction, answers, expected):
+    assert exact_match(prediction, answers) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    (r"The answer is \boxed{Paris}", 1), ("Paris", 0), (r"\boxed{Paris", 0), (r"\boxed{}", 0),
+    (r"\boxed{Rome \boxed{Paris}}", 0), (r"\boxed{\boxed{Paris}}", 0), (r"\boxed{Paris} \boxed{Rome}", 0),
+    (r"\boxed{Rome, Paris, Berlin}", 0), (r"\boxed{the}", 0), (r"\boxed{[MASK]}", 0),
+])
+def test_rewarded_text(text, expected):
+    assert exact_match(extract_boxed(text), ["Paris"]) == expected
+
+
+@pytest.mark.parametrize(("prediction", "answers", "expected"), [
+    ("Paris", ["Paris"], 1.0), ("Paris France", ["Paris"], 2 / 3), ("old Paris", ["new Paris"], 0.5),
+    ("x x y", ["x"], 0.5), ("Rome", ["Paris", "Rome town"], 2 / 3), ("Rome", ["Paris"], 0.0),
+    ("yes", ["yes"], 1.0), ("yes it is", ["yes"], 0.0), ("no", ["no way"], 0.0), ("yes", ["no"], 0.0),
+    ("noanswer", ["noanswer"], 1.0), ("noanswer given", ["noanswer"], 0.0),
+    ("yes sir", ["yes", "yes sir"], 1.0),
+    (None, ["Paris"], 0.0), ("", [""], 0.0), ("the", ["the"], 0.0), ("[MASK]", ["mask"], 0.0), ("x", [], 0.0),
+])
+def test_f1(prediction, answers, expected):
+    assert f1(prediction, answers) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("prediction", "answers", "expected"), [
+    ("it is Paris, France", ["Paris"], 1), ("the old town of Paris", ["old town"], 1),
+    ("Paris", ["Paris"], 1),
+    ("Parisian", ["Paris"], 0), ("1931", ["19"], 0), ("town old", ["old town"], 0), ("", [""], 0),
+    ("anything", ["the"], 0), (None, ["Paris"], 0), ("[MASK] Paris", ["Paris"], 0),
+    ("Rome", ["Paris", "Rome"], 1),
+])
+def test_sub_exact_match(prediction, answers, expected):
+    assert sub_exact_match(prediction, answers) == expected
+
+
+@pytest.mark.parametrize("metric", [exact_match, f1, sub_exact_match])
+def test_one_string_is_not_a_list_of_answers(metric):
+    with pytest.raises(TypeError, match="list"):
+        metric("P", "Paris")
+
+
+@pytest.mark.parametrize(("successes", "n", "low", "high"), [  # values of the published formula, four places
+    (0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962),
+    (1, 1, 0.2065, 1.0), (0, 0, 0.0, 1.0), (3, 200, 0.0051, 0.0432),
+])
+def test_wilson_interval(successes, n, low, high):
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_wilson_interval_refuses_impossible_counts():
+    for successes, n in [(-1, 5), (6, 5), (0, -1), (float("nan"), 5)]:
+        with pytest.raises(ValueError):
+            wilson_interval(successes, n)
+
+
+def test_bootstrap_matches_the_paired_normal_interval():
+    rng = np.random.default_rng(1)
+    a, b = rng.random(400) < 0.6, rng.random(400) < 0.45
+    mean, low, high = bootstrap_difference(a, b)
+    d = a.astype(float) - b
+    half = 1.96 * d.std() / 20
+    assert mean == pytest.approx(d.mean())
+    assert (low, high) == pytest.approx((d.mean() - half, d.mean() + half), abs=0.01)
+    assert bootstrap_difference(a, b) == (mean, low, high)  # same seed, same interval
+    assert bootstrap_difference(b, a)[0] == pytest.approx(-mean)
+
+
+def test_bootstrap_uses_the_pairs():
+    rng = np.random.default_rng(2)
+    hard = rng.random((3, 300)) < 0.5
+    better = hard.copy()
+    better[:, :15] = True  # solves what the other solves, and a few questions more
+    mean, low, high = bootstrap_difference(better, hard)
+    assert 0 < low < mean < high < 0.06  # unpaired, the interval would be 0.09 wide and include zero
+
+
+def test_bootstrap_widens_when_seeds_disagree():
+    rng = np.random.default_rng(3)
+    b = np.zeros((3, 300))
+    agree = rng.random((3, 300)) < 0.3
+    disagree = rng.random((3, 300)) < np.array([[0.0], [0.3], [0.6]])
+    (_, low, high), (_, own_low, own_high) = bootstrap_difference(agree, b), bootstrap_difference(disagree, b)
+    assert own_high - own_low > 3 * (high - low)
+
+
+def test_bootstrap_without_a_difference_is_zero():
+    x = np.ones((2, 50))
+    assert bootstrap_difference(x, x) == (0.0, 0.0, 0.0)
+    for a, b in [(x, x[:, :10]), (x[:1], x), (np.zeros((1, 0)), np.zeros((1, 0)))]:
+        with pytest.raises(ValueError, match="paired"):
+            bootstrap_difference(a, b)

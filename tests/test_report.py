@@ -1,0 +1,362 @@
+"""The report: figures, verdicts in both directions, pooling, gaps in the data, bad input.
+
+All runs here are synthetic: who answers what is set by hand, no model was involved.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import InputError
+from eval.metrics import wilson_interval
+from eval.report import PAPER_TABLE1, Table, load_run, main, md, verdicts, write_report
+
+LENGTHS = (1, 2, 4, 8)
+SHARES = {  # synthetic accuracy at the four lengths
+    "base-one-window": (0.50, 0.30, 0.10, 0.05), "base": (0.40, 0.30, 0.25, 0.20),
+    "memtrain": (0.60, 0.55, 0.50, 0.45), "memagent": (0.70, 0.60, 0.50, 0.30),
+    "memtrain+memagent": (0.80, 0.75, 0.70, 0.60),
+}
+
+
+def answers(share: float, n: int, seed: int) -> list[int]:
+    """Exactly share * n right answers; which ones is shuffled, so that systems don't nest by accident."""
+    bits = [1] * round(share * n) + [0] * (n - round(share * n))
+    return np.random.default_rng(seed).permutation(bits).tolist()
+
+
+def qa_row(system: str, seed: int, length: float, correct: list[int]) -> dict:
+    n, right = len(correct), sum(correct)
+    low, high = wilson_interval(right, n)
+    return {"system": system, "seed": seed, "length": length, "sections": 2 * length, "tokens": 400 * length,
+            "n": n, "em": right / n, "em_low": low, "em_high": high, "f1": right / n, "sub_em": right / n,
+            "correct": correct, "kinds": {"bridge": [sum(correct[: n // 2]), n // 2],
+                                          "date|of\nbirth": [sum(correct[n // 2:]), n - n // 2]},
+            "memory_tokens": 31.5, "finished": 0.98}
+
+
+def qa_rows(shares=SHARES, seed=0, n=200, lengths=LENGTHS) -> list[dict]:
+    return [qa_row(system, seed, length, answers(share, n, 1000 * seed + 10 * i + j))
+            for i, (system, values) in enumerate(shares.items())
+            for j, (length, share) in enumerate(zip(lengths, values, strict=False))]
+
+
+def make_run(folder: Path, seed=0, config=None, metrics=True, **results) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"preset": "nano", "corpus": "miniworld", "seed": seed, "run": folder.name} | (config or {})
+    results = {
+        "environment": {"memtrain": "0.1.0", "commit": "abc1234", "date": "2030-01-02", "device": "cpu",
+                        "threads": 2, "command": f"python memtrain.py --run {folder.name}"},
+        "config": config, "long_qa": qa_rows(seed=seed),
+        "recall": [{"system": "memtrain", "seed": seed, "n": 100, "accuracy": 0.5, "low": 0.404,
+                    "high": 0.596}],
+        "masked": [{"system": "memtrain", "seed": seed, "sections": 4, "n": 100, "em": 0.25, "em_low": 0.17,
+                    "em_high": 0.35}],
+        "stages": [{"name": "memtrain", "seed": seed, "steps": 30, "seconds": 123.4,
+                    "tokens_sampled": 1234567, "tokens_trained": 654321, "reward_first": 0.1,
+                    "reward_last": 0.71234}],
+    } | results
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "config.json").write_text(json.dumps(config))
+    if metrics:
+        lines = [{"stage": stage, "step": step, "reward": 0.2 + 0.01 * step, "recall": 0.3 + 0.005 * step,
+                  "memory_tokens": 40 - 0.2 * step, "kl": float("nan")}
+                 for stage in ("memtrain", "memagent") for step in range(1, 31)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def report(*args, **kwargs) -> str:
+    return write_report(*args, **kwargs).read_text()
+
+
+def line(text: str, start: str, section: str = "") -> list[str]:
+    """Cells of the first table line behind this heading whose first cell is `start`."""
+    text = text[text.index(f"## {section}") if section else 0:]
+    row = next(row for row in text.splitlines() if row.startswith(f"| {start} |"))
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+
+
+def table_of(**shares) -> Table:
+    return Table(qa_rows({name.replace("_", "+"): values for name, values in shares.items()}))
+
+
+# ------------------------------------------------------------------------------------------------ one run
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = make_run(tmp_path_factory.mktemp("runs") / "synthetic")
+    return folder, report(folder)
+
+
+def test_table1_holds_the_figures_with_their_intervals(one):
+    _, text = one
+    cells = line(text, "Base, one window", "Table 1")
+    assert cells[1:5] == ["50.0 [43.1, 56.9]", "30.0 [24.0, 36.7]", "10.0 [6.5, 15.0]", "5.0 [2.7, 9.0]"]
+    assert cells[5].startswith("23.8 [") and float(cells[5][6:10]) < 23.8
+    rows = [row for row in text.splitlines() if row.startswith("| + MemTrain + MemAgent |")]
+    assert len(rows) == 4 and "80.0 [" in rows[0] and "79.69" in rows[1] and "70.31" in rows[1]
+    assert line(text, "document length") == ["document length", "1x", "2x", "4x", "8x", "average"]
+    assert line(text, "*tokens*")[1:5] == ["400", "800", "1600", "3200"]
+
+
+def test_every_table_has_as_many_cells_as_its_header(one):
+    widths = []
+    for row in one[1].splitlines():
+        if row.startswith("|"):
+            widths.append(len(re.findall(r"(?<!\\)\|", row)))
+        elif widths:
+            assert len(set(widths)) == 1 and len(widths) > 2, widths
+            widths = []
+
+
+def test_paper_constants_average_to_the_paper_s_own_averages():
+    for model, averages in {"Qwen3-4B": (21.97, 56.15, 65.14, 70.31),
+                            "Qwen2.5-7B": (20.80, 45.41, 55.86, 73.53)}.items():
+        for values, average in zip(PAPER_TABLE1[model].values(), averages, strict=True):
+            assert np.mean(values) == pytest.approx(average, abs=0.0101)
+
+
+def test_header_tables_and_notes(one):
+    _, text = one
+    assert "    python memtrain.py --run synthetic" in text
+    assert line(text, "commit") == ["commit", "abc1234"] and line(text, "threads") == ["threads", "2"]
+    assert "1 seed (0), 200 questions" in text and "> **Note:** One seed" in text
+    assert line(text, "memtrain", "Training") == [
+        "memtrain", "0", "30", "123", "1,234,567", "654,321", "0.100", "0.712"]
+    assert "| + MemTrain | — | 50.0 [40.4, 59.6] | 100 |" in text  # recall
+    assert "| + MemTrain | 4 | 25.0 [17.0, 35.0] | 100 |" in text  # masked
+    assert line(text, r"date\|of birth")[0] == r"date\|of birth"
+    assert "| + MemTrain | 52.5 | 52.5 | 52.5 | 98.0 | 31.5 |" in text
+    assert not re.search(r"\b(nan|None)\b", text)
+    assert "real text" not in text and "at chance:" not in text and "saturated:" not in text
+
+
+def test_kinds_add_up(one):
+    cells = [line(one[1], kind)[2] for kind in ("bridge", r"date\|of birth")]
+    pairs = [re.fullmatch(r"([\d.]+) \((\d+)\)", cell) for cell in cells]
+    right = sum(float(m[1]) / 100 * int(m[2]) for m in pairs)
+    assert [int(m[2]) for m in pairs] == [400, 400]
+    assert right == pytest.approx(200 * sum(SHARES["base"]), abs=0.5)
+
+
+def test_plots_are_written_and_reproducible(one, tmp_path):
+    folder, _ = one
+    write_report(folder, out=tmp_path / "again")
+    for name in ("table1.svg", "table1.png", "training.png", "report.md"):
+        assert (folder / name).stat().st_size > 1000
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+# ------------------------------------------------------------------------------------------------ verdicts
+
+def test_clear_lead_is_reproduced(one):
+    for claim in ("C1 MemTrain over base, average", "C1 MemTrain over base, at every length",
+                  "C1 MemTrain over base in one window, average",
+                  "C2 MemTrain+MemAgent over MemAgent, average",
+                  "C3 MemTrain+MemAgent loses less with length than MemAgent"):
+        assert line(one[1], claim)[3] == "**reproduced**", claim
+    average = line(one[1], "C1 MemTrain over base, average")
+    assert average[1] == "+34.2 (Qwen3-4B), +24.6 (Qwen2.5-7B)" and average[2].startswith("+23.8 [+")
+    claim = "C2 MemTrain+MemAgent over MemAgent"
+    assert line(one[1], f"{claim}, 8x")[1] == "+10.9 (Qwen3-4B), +15.6 (Qwen2.5-7B)"
+    every = line(one[1], f"{claim}, at every length")
+    assert every[1] == "higher at 7 of 8 (Qwen3-4B), 8 of 8 (Qwen2.5-7B)"
+    fall = line(one[1], "C3 MemTrain+MemAgent loses less with length than MemAgent")
+    assert "-17.2 against -13.3 (Qwen3-4B), -7.8 against -22.7 (Qwen2.5-7B)" in fall[1]
+    assert fall[2].startswith("1x to 8x: -20.0 against -40.0; difference +20.0 [")
+
+
+def test_untested_claims_are_named(one):
+    for claim in ("C4", "C5", "C6", "C7", "C8"):
+        row = next(row for row in one[1].splitlines() if row.startswith(f"| {claim} "))
+        assert row.endswith("not tested here |")
+
+
+def verdict(table: Table, claim: str) -> str:
+    return next(row[3] for part in verdicts(table) for row in part if row[0] == claim)
+
+
+@pytest.mark.parametrize(("base", "memtrain", "expected"), [
+    ((0.4,) * 4, (0.41,) * 4, "not reproduced: the interval includes zero"),
+    ((0.4,) * 4, (0.4,) * 4, "not reproduced: the interval includes zero"),
+    ((0.4,) * 4, (0.2,) * 4, "not reproduced: the difference is negative"),
+    ((0.2,) * 4, (0.4,) * 4, "**reproduced**"),
+])
+def test_verdict_on_the_average(base, memtrain, expected):
+    assert verdict(table_of(base=base, memtrain=memtrain), "C1 MemTrain over base, average") == expected
+
+
+def test_every_length_means_every_length():
+    table = table_of(base=(0.3,) * 4, memtrain=(0.6, 0.6, 0.31, 0.6))
+    assert verdict(table, "C1 MemTrain over base, average") == "**reproduced**"
+    assert verdict(table, "C1 MemTrain over base, at every length") == "not reproduced: not above zero at 4x"
+    assert verdict(table, "C1 MemTrain over base, 4x") == "not reproduced: the interval includes zero"
+
+
+def test_falling_off_faster_is_not_reproduced():
+    claim = "C3 MemTrain+MemAgent loses less with length than MemAgent"
+    table = table_of(memagent=(0.5,) * 4, memtrain_memagent=(0.9, 0.8, 0.7, 0.6))
+    assert verdict(table, claim) == "not reproduced: the difference is negative"
+    rows = qa_rows({"memagent": (0.5,), "memtrain+memagent": (0.9,)}, lengths=(1,))
+    assert verdict(Table(rows), claim) == "not tested: a single length was run"
+
+
+def test_a_bare_edge_is_not_rounded_into_a_win():
+    """With one question the bootstrap has no width; with a hair's breadth the printed interval touches 0."""
+    rows = [qa_row("base", 0, 1, [0]), qa_row("memtrain", 0, 1, [1])]
+    assert "not tested: too few questions (1," in verdict(Table(rows), "C1 MemTrain over base, average")
+    better = [1] * 4 + [0] * 5996  # +0.07 points, lower bound about +0.02: prints as +0.0
+    rows = [qa_row("base", 0, 1, [0] * 6000), qa_row("memtrain", 0, 1, better)]
+    assert verdict(Table(rows), "C1 MemTrain over base, average").endswith("the interval includes zero")
+
+
+def test_different_questions_are_not_compared():
+    table = Table(qa_rows({"base": (0.2,) * 4}) + qa_rows({"memtrain": (0.6,) * 4}, n=100))
+    assert verdict(table, "C1 MemTrain over base, average") == "not tested: not the same questions everywhere"
+
+
+# ---------------------------------------------------------------------------------------------- several runs
+
+def test_pooling_shows_mean_and_range_of_the_seeds(tmp_path):
+    paths = []
+    for seed, shift in enumerate((0.0, 0.05, 0.1)):
+        shares = {s: tuple(v + shift for v in values) for s, values in SHARES.items()}
+        paths.append(make_run(tmp_path / f"s{seed}", seed, long_qa=qa_rows(shares, seed)))
+    path = write_report(paths[0], paths[1:], tmp_path / "pooled")
+    text = path.read_text()
+    assert path == tmp_path / "pooled" / "report.md" and not (paths[0] / "report.md").exists()
+    assert line(text, "Base, one window")[1:] == [
+        "55.0 (50.0–60.0)", "35.0 (30.0–40.0)", "15.0 (10.0–20.0)", "10.0 (5.0–15.0)", "28.8 (23.8–33.8)"]
+    assert "3 seeds (0, 1, 2)" in text and "One seed" not in text
+    assert "by seed +23.8, +23.8, +23.8" in line(text, "C1 MemTrain over base, average")[2]
+    assert all(f"    python memtrain.py --run s{seed}" in text for seed in range(3))
+    assert "| + MemTrain | — | 50.0 (50.0–50.0) | 100 |" in text
+
+
+def test_pooling_refuses_other_settings_and_repeated_seeds(tmp_path):
+    first = make_run(tmp_path / "a")
+    with pytest.raises(InputError, match="its group_size is 4, not None"):
+        write_report(first, [make_run(tmp_path / "b", 1, {"group_size": 4})])
+    with pytest.raises(InputError, match="seed 0 is already in"):
+        write_report(first, [make_run(tmp_path / "c", 0)])
+    assert not (first / "report.md").exists()
+
+
+def test_one_measurement_twice_is_refused(tmp_path):
+    rows = [*qa_rows(), qa_row("base", 0, 8, [1] * 200) | {"sections": 99}]
+    with pytest.raises(InputError, match="long_qa of base, seed 0"):
+        write_report(make_run(tmp_path / "run", long_qa=rows))
+
+
+# ------------------------------------------------------------------------------------------------ gaps
+
+def test_missing_systems_and_logs_are_shown_as_not_run(tmp_path):
+    shares = {"base": SHARES["base"], "memagent": (0.5, 0.4)}  # memagent at two lengths only
+    empty = {"recall": [], "masked": [], "stages": []}
+    folder = make_run(tmp_path / "run", metrics=False, long_qa=qa_rows(shares), **empty)
+    (folder / "training.png").write_bytes(b"from an earlier run")
+    text = report(folder)
+    assert line(text, "Base, one window")[1:] == ["not run"] * 4 + ["—"]
+    ours = next(row for row in text.splitlines() if row.startswith("| + MemAgent | 50.0 ["))
+    assert ours.endswith("| not run | not run | — |")
+    assert line(text, "C1 MemTrain over base, average")[2:] == ["—", "not tested: memtrain not run"]
+    assert line(text, "C2 MemTrain+MemAgent over MemAgent, at every length")[2:] == [
+        "—", "not tested: memtrain+memagent not run"]
+    assert text.count("Not run.") == 2 and "No stage was recorded." in text and "there are no curves" in text
+    assert not (folder / "training.png").exists()
+
+
+def test_only_the_required_fields(tmp_path):
+    rows = qa_rows(lengths=(1,))
+    for row in rows:
+        for field in ("sections", "tokens", "f1", "sub_em", "kinds", "memory_tokens", "finished"):
+            del row[field]
+    folder = make_run(tmp_path / "run", long_qa=rows, environment={})
+    assert "not recorded" in report(folder)
+
+
+def test_warnings(tmp_path):
+    shares = SHARES | {"base-one-window": (0.0, 0.03, 0.01, 0.0), "memtrain": (1.0, 0.97, 0.98, 0.99)}
+    text = report(make_run(tmp_path / "run", config={"corpus": "wiki.jsonl"}, long_qa=qa_rows(shares)))
+    assert "**Note:** Base, one window is at chance" in text
+    assert "**Note:** + MemTrain is saturated" in text and text.count("saturated:") == 1
+    assert "learns little from real text" in text and "not the method" in text
+
+
+def test_interrupted_and_repeated_metrics(tmp_path):
+    folder = make_run(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "memtrain", "step": 30, "reward": 9.0}\n{"stage": "memtr')
+    steps = load_run(folder).metrics
+    assert len(steps) == 60 and [r for r in steps if r["stage"] == "memtrain"][-1]["reward"] == 9.0
+    (folder / "metrics.jsonl").write_text('{"stage": "a", "step": 1}\nnonsense\n{"stage": "a", "step": 2}\n')
+    with pytest.raises(InputError, match="line 2 is not JSON"):
+        load_run(folder)
+
+
+def test_text_from_outside_can_not_break_a_table():
+    assert md("a|b\nc `x` <img> *y*\r\n") == r"a\|b c \`x\` \<img\> \*y\*"
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+def broken(change) -> dict:
+    row = qa_row("base", 0, 1, [1, 0, 1, 0])
+    change(row)
+    return {"long_qa": [row]}
+
+
+@pytest.mark.parametrize(("results", "message"), [
+    ("{not json", "not JSON"), ("[1, 2]", "a JSON object is needed"), ("{}", "long_qa is empty"),
+    ({"long_qa": {}}, "long_qa must be a list"), ({"long_qa": [3]}, "long_qa must be a list of objects"),
+    ({"long_qa": [], "config": 3}, "config must be an object"),
+    (broken(lambda r: r.pop("em")), "has no 'em'"),
+    (broken(lambda r: r.update(system="gpt")), "system must be one of"),
+    (broken(lambda r: r.update(system=["base"])), "system must be one of"),
+    (broken(lambda r: r.update(em=50.0)), "em must be a number in"),
+    (broken(lambda r: r.update(em=True)), "em must be a number in"),
+    (broken(lambda r: r.update(em=float("nan"))), "em must be a number in"),
+    (broken(lambda r: r.update(em=0.75)), "disagrees"),
+    (broken(lambda r: r.update(n=5)), "disagrees"),
+    (broken(lambda r: r.update(n=0)), "n must be a number above 0"),
+    (broken(lambda r: r.update(correct=[2, 0, 0, 0])), "a list of 0 and 1"),
+    (broken(lambda r: r.update(kinds={"bridge": [3, 2]})), "kinds must be"),
+    (broken(lambda r: r.update(kinds={"bridge": 3})), "kinds must be"),
+])
+def test_bad_results_end_in_one_line(tmp_path, capsys, results, message):
+    (tmp_path / "config.json").write_text("{}")
+    text = results if isinstance(results, str) else json.dumps(results)
+    (tmp_path / "results.json").write_text(text)
+    assert main([str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_missing_or_unreadable_run(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "no such file" in capsys.readouterr().err
+    (tmp_path / "results.json").write_bytes(b"\xff\xfe\x00")
+    assert main([str(tmp_path)]) == 2
+    folder = make_run(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    assert main([str(folder), "--out", str(tmp_path / "file")]) == 2
+    assert "can't be written" in capsys.readouterr().err
+
+
+def test_command_line_without_torch(tmp_path):
+    folder = make_run(tmp_path / "run")
+    code = ("import runpy, sys; sys.argv = ['eval.report', sys.argv[1]]\n"
+            "try: runpy.run_module('eval.report', run_name='__main__')\n"
+            "except SystemExit as end: assert end.code == 0, end.code\n"
+            "assert 'torch' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True,
+                          cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(folder / "report.md")
