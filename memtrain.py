@@ -36,7 +36,9 @@ import hashlib
 import json
 import math
 import os
+import platform
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -83,7 +85,7 @@ class Config:
                          "what to do, in order: base (train the stand-in for an instruct model), memtrain, memagent "
                          "(from the base and, where memtrain was run, from it too), eval, report")
     seed: int = option(0, "run", "seed of documents, rollouts and evaluation")
-    init: str = option("", "run", "checkpoint to start from; empty: this run's own base, else the shipped one")
+    init: str = option("", "run", "checkpoint instead of the shipped base; the base stage trains on from it")
     device: str = option("auto", "run", "auto, cpu or cuda")
     threads: int = option(0, "run", "CPU threads; 0: all cores")
     wandb: str = option("disabled", "run", "disabled, offline or online")
@@ -116,10 +118,10 @@ class Config:
     response: int = option(33, "window", "sampled tokens of a turn, stop included (paper: 1024)")
     prompt_order: str = option("section-first", "window", "section-first or paper: where the memory stands")
 
-    memtrain_steps: int = option(80, "GRPO", "steps of MemTrain (paper: 300)")
-    memagent_steps: int = option(80, "GRPO", "steps of MemAgent (paper: 500)")
-    documents: int = option(8, "GRPO", "documents sampled a step (paper: 32)")
-    update_documents: int = option(8, "GRPO", "documents per optimiser step (paper: 32; MemAgent: 8)")
+    memtrain_steps: int = option(60, "GRPO", "steps of MemTrain (paper: 300)")
+    memagent_steps: int = option(60, "GRPO", "steps of MemAgent (paper: 500)")
+    documents: int = option(6, "GRPO", "documents sampled a step (paper: 32)")
+    update_documents: int = option(6, "GRPO", "documents per optimiser step (paper: 32; MemAgent: 8)")
     group: int = option(8, "GRPO", "G1, rollouts a document")
     recall_group: int = option(8, "GRPO", "G2, samples of a recall prompt; 0: no IMR (the End-to-End ablation)")
     recall_weight: float = option(0.5, "GRPO", "lambda, weight of recall in R^E; 0: the Decoupled ablation")
@@ -127,8 +129,8 @@ class Config:
     divide_by_std: bool = option(False, "GRPO", "divide advantages by the group's standard deviation")
     eps_low: float = option(0.2, "GRPO", "lower clip of the ratio")
     eps_high: float = option(0.2, "GRPO", "upper clip of the ratio")
-    kl: float = option(1e-3, "GRPO", "beta, weight of the KL to the reference (paper: 1e-3); 0: no reference")
-    lr: float = option(2e-4, "GRPO", "learning rate of AdamW (paper: 1e-6 on 4-7 B parameters)")
+    kl: float = option(0.0, "GRPO", "beta, weight of the KL to the reference (paper: 1e-3); 0: no reference")
+    lr: float = option(3e-4, "GRPO", "learning rate of AdamW (paper: 1e-6 on 4-7 B parameters)")
     warmup: int = option(5, "GRPO", "steps of linear warm-up")
     grad_clip: float = option(0.2, "GRPO", "norm at which the gradient is clipped")
     temperature: float = option(1.0, "GRPO", "of sampling, in training and evaluation")
@@ -254,6 +256,10 @@ def check(c: Config) -> None:
            f"--corpus {c.corpus}: evaluation needs --questions FILE, or --stages without eval")
     refuse(c.corpus != "miniworld" and "memagent" in wants and not c.train_questions,
            f"--corpus {c.corpus}: the memagent stage needs --train-questions FILE, or --stages without memagent")
+    for f in dataclasses.fields(Config):
+        value = getattr(c, f.name)
+        refuse(f.type == "float" and not math.isfinite(value), f"--{f.name.replace('_', '-')} {value}: must be finite")
+    refuse(c.seed < 0, f"--seed {c.seed}: must not be negative")
     lengths_of(c)
 
 
@@ -723,11 +729,10 @@ def collect(agent: Agent, data: Data, stage: str, step: int) -> Batch:
         turns += recalled
         rewards += hits
         stats["recall"] = float(np.mean(hits)) if hits else 0.0
-    updates = [t for r in rollouts for t in r.turns[:-1]]
     stats |= {"reward": float(np.mean(rewards[:len(rollouts)])),
               "finished": float(np.mean([t.sampled[-1] == agent.tokenizer.end for t in turns])),
               "memory_tokens": float(np.mean([len(m) for r in rollouts for m in r.memories])),
-              "tokens_sampled": sum(len(t.sampled) for t in turns), "updates": len(updates)}
+              "tokens_sampled": sum(len(t.sampled) for t in turns)}
     return Batch(turns, entry, rewards, group, document, stats)
 
 
@@ -827,8 +832,15 @@ class Data:
             self.questions = load_questions(c.questions)[:c.eval_questions] if c.questions else []
             self.train_questions = load_questions(c.train_questions) if c.train_questions else []
             self._refuse_leaks()
+        # a corpus that can't do what the stages need is refused before anything is trained or written
         if "memtrain" in stages:
-            self.masked_problem(0)  # a corpus that can't be masked is refused before anything is written
+            self.masked_problem(0)
+        if "memagent" in stages:
+            self.training_question(0)
+        if "eval" in stages:
+            self.evaluation_question(0, max(lengths_of(c)))
+            if c.eval_masked:
+                self.masked_problem(0, held_out=True)
 
     def _refuse_leaks(self) -> None:
         seen = {q.question for q in self.train_questions}
@@ -985,23 +997,29 @@ class Run:
                 raise InputError(f"--window {c.window}: the longest problem makes a turn of {need} tokens; "
                                  f"raise --window or lower --section, --memory or --response")
             tqdm.write(f"note: some questions make a turn of {need} tokens, more than --window {c.window}")
+        self._compare()
+        stages = c.stages.split(",")
+        if "base" not in stages and {"memtrain", "memagent", "eval"}.intersection(stages):
+            self.load("base")  # a checkpoint that does not fit is refused before anything is written
         self._claim()
         self.log, self.interrupt = Log(c, self.folder), Interrupt()
 
+    def _compare(self) -> None:
+        """Refuses a folder of another configuration."""
+        path = self.folder / "config.json"
+        theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for name, mine in dataclasses.asdict(self.c).items():
+            if theirs and name not in FREE_FIELDS and theirs.get(name) != mine:
+                raise InputError(f"{self.folder}: was started with {name}={theirs.get(name)!r}, now {mine!r}; "
+                                 f"choose another --run, or delete the folder to start anew")
+
     def _claim(self) -> None:
-        """Creates the folder, or checks that it belongs to this configuration."""
-        path, mine = self.folder / "config.json", dataclasses.asdict(self.c)
+        """Creates the folder and writes the configuration."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                theirs = json.loads(path.read_text(encoding="utf-8"))
-                for name in mine:
-                    if name not in FREE_FIELDS and theirs.get(name) != mine[name]:
-                        raise InputError(f"{self.folder}: was started with {name}={theirs.get(name)!r}, now "
-                                         f"{mine[name]!r}; choose another --run, or delete the folder to start anew")
-            write_json(path, mine)
+            write_json(self.folder / "config.json", dataclasses.asdict(self.c))
         except OSError as e:
-            raise InputError(f"{self.folder}: can't write there ({e.strerror}); change into a writable folder") from None
+            raise InputError(f"{self.folder}: can't write ({e.strerror}); change into a writable folder") from None
 
     def checkpoint(self, name: str) -> Path:
         return self.folder / name / "checkpoint.safetensors"
@@ -1014,9 +1032,9 @@ class Run:
 
     def base(self) -> Path:
         """Where reinforcement learning starts from."""
-        if self.c.init:
-            return Path(self.c.init)
-        return self.checkpoint("base") if self.finished("base") else SHIPPED_BASE
+        if self.finished("base"):
+            return self.checkpoint("base")
+        return Path(self.c.init) if self.c.init else SHIPPED_BASE
 
     def load(self, system: str) -> None:
         """Fills the model with the weights of a system."""
@@ -1078,6 +1096,7 @@ def train_base(run: Run) -> None:
         if state["step"] % 200 == 0 or run.interrupt.asked:
             save_checkpoint(path, model, run.tokenizer, state, optimizers)
         if run.interrupt.asked:
+            bar.close()
             raise Stopped
     bar.close()
     from eval.gates import gates
@@ -1089,7 +1108,8 @@ def train_base(run: Run) -> None:
 def copying_rows(c: Config, step: int, tokenizer: Tokenizer) -> list[tuple]:
     """64 sequences of 32 random tokens to be repeated: they build the copy circuit that everything rests on."""
     rng = np.random.default_rng([c.seed, step])
-    return [(ids, [([tokenizer.assistant], ids, 1.0)]) for ids in rng.integers(0, tokenizer.size - 3, (64, 32)).tolist()]
+    tokens = rng.integers(0, tokenizer.size - 3, (64, 32)).tolist()
+    return [(ids, [([tokenizer.assistant], ids, 1.0)]) for ids in tokens]
 
 
 def imitate(model: Decoder, rows, c: Config, step: int, device) -> tuple[float, int]:
@@ -1100,8 +1120,8 @@ def imitate(model: Decoder, rows, c: Config, step: int, device) -> tuple[float, 
     for micro in bounded(sorted(rows, key=lambda r: len(r[0])), 6000):
         packed = pack([(p, [(g, r) for g, r, _ in s]) for p, s in micro], device)
         weight = [torch.full((len(r),), w) for _, s in micro for _, r, w in s]
-        text = torch.cat([torch.arange(a, a + n - 1) for a, n in zip(packed.layout.prefix_start.tolist(),
-                                                                     packed.layout.prefix_lengths.tolist(), strict=True)])
+        ranges = zip(packed.layout.prefix_start.tolist(), packed.layout.prefix_lengths.tolist(), strict=True)
+        text = torch.cat([torch.arange(start, start + n - 1) for start, n in ranges])
         text = text[torch.rand(len(text), generator=generator) < 0.2].to(device)
         weight = torch.cat([*weight, torch.full((len(text),), 0.6)]).to(device)
         total += float(weight.sum())
@@ -1159,6 +1179,7 @@ def train_policy(run: Run, name: str, start: str) -> None:
         if state["step"] % c.save_every == 0 or run.interrupt.asked:
             save_checkpoint(path, model, run.tokenizer, state, [optimizer])
         if run.interrupt.asked:
+            bar.close()
             raise Stopped
     bar.close()
     save_checkpoint(path, model, run.tokenizer, state | {"done": True})
@@ -1181,8 +1202,10 @@ def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
     seconds = time.perf_counter() - began
     mean = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]} if rows else {}
     mean["tokens_trained"] = sum(r["tokens_trained"] for r in rows)
+    share = len(signal_) / len(set(batch.group))
+    speed = mean["tokens_trained"] / max(1e-9, seconds - sampled)
     return {"step": step, "seconds": seconds, "seconds_sampling": sampled} | batch.stats | mean | {
-        "signal": len(signal_) / len(set(batch.group)), "tokens_per_s": mean["tokens_trained"] / max(1e-9, seconds - sampled)}
+        "signal": share, "tokens_per_s": speed}
 
 
 def evaluate(run: Run) -> None:
@@ -1192,7 +1215,7 @@ def evaluate(run: Run) -> None:
     c, results = run.c, Results(run)
     systems = ["base", *(s for s in ("memtrain", "memagent", "memtrain+memagent") if run.finished(s))]
     jobs = [(s, n) for s in systems for n in lengths_of(c)]
-    jobs += [("base-one-window", n) for n in lengths_of(c)] + [(s, 0) for s in systems]
+    jobs += [("base-one-window", n) for n in lengths_of(c)] + [(s, 0) for s in systems if c.eval_masked]
     jobs = [j for j in jobs if not results.has(*j)]
     # the bar counts sections read: that is what takes the time
     bar = tqdm(total=sum(n if s != "base-one-window" else 1 for s, n in jobs), desc="eval", unit="section")
@@ -1204,14 +1227,14 @@ def evaluate(run: Run) -> None:
         bar.set_postfix_str(f"{system} {length}x")
         if length:
             problems = [run.data.evaluation_question(i, length) for i in range(len(run.data.questions))]
-            results.add("long_qa", long_qa_row(run.agent, system, c.seed, length, problems))
+            results.add(long_qa=long_qa_row(run.agent, system, c.seed, length, problems))
         else:
             problems = [run.data.masked_problem(i, held_out=True) for i in range(c.eval_masked)]
             recall, masked = held_out_rows(run.agent, system, c.seed, problems, run.data.finder, recall_probe)
-            results.add("masked", masked)
-            results.add("recall", recall)
+            results.add(masked=masked, recall=recall)
         bar.update(length if system != "base-one-window" else 1)
         if run.interrupt.asked:
+            bar.close()
             raise Stopped
     bar.close()
     results.finish()
@@ -1232,8 +1255,9 @@ class Results:
         rows = self.value["long_qa"] if length else self.value["recall"]
         return any(r["system"] == system and r.get("length", 0) == length for r in rows)
 
-    def add(self, section: str, row: dict) -> None:
-        self.value[section].append(row)
+    def add(self, **rows: dict) -> None:
+        for section, row in rows.items():
+            self.value[section].append(row)
         write_json(self.path, self.value)
 
     def finish(self) -> None:
@@ -1241,7 +1265,7 @@ class Results:
         for name in ("base", "memtrain", "memagent", "memtrain+memagent"):
             if state := self.run.finished(name):
                 rewards = state.get("rewards", [])
-                few = max(1, min(5, len(rewards) // 2))  # one step's reward is noisy: the mean of the first and last five
+                few = max(1, min(5, len(rewards) // 2))  # one step's reward is noisy: means of five
                 stages.append({"name": name, "seed": self.run.c.seed, "steps": state["step"],
                                "seconds": round(state["seconds"], 1),
                                "tokens_sampled": state.get("tokens_sampled", 0),
@@ -1286,8 +1310,9 @@ def commit() -> str:
 
 
 def environment(run: Run) -> dict:
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-               "unknown") if Path("/proc/cpuinfo").exists() else "unknown"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
     return {"commit": commit(), "date": f"{datetime.now():%Y-%m-%d}", "device": gpu or "cpu", "cpu": cpu,
             "threads": torch.get_num_threads(), "torch": torch.__version__,
@@ -1298,7 +1323,7 @@ KERNELS = "PyTorch references"
 
 
 def command() -> str:
-    return "python memtrain.py " + " ".join(sys.argv[1:])
+    return shlex.join(["python", "memtrain.py", *sys.argv[1:]])
 
 
 def header(run: Run) -> None:

@@ -187,7 +187,7 @@ def test_a_run_folder_of_another_configuration(folder, base_checkpoint, capsys, 
     assert main(command) == 0
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
     capsys.readouterr()
-    refused(capsys, [*command, "--lr", "0.5"], "runs/t", "lr=0.0002", "0.5", "--run", "delete")
+    refused(capsys, [*command, "--lr", "0.5"], "runs/t", f"lr={memtrain.Config.lr}", "0.5", "--run", "delete")
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()} == before
     assert main([*command, "--stages", "memtrain", "--device", "cpu", "--debug"]) == 0
 
