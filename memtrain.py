@@ -36,27 +36,22 @@ import hashlib
 import json
 import math
 import os
-import platform
 import random
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 from data import InputError
+from data.checkpoint import load_checkpoint, save_checkpoint, write_json
 from data.corpus import Question, load_passages, load_questions
 from data.entities import make_finder
 from data.miniwiki import MiniWorld
@@ -64,6 +59,7 @@ from data.prompts import Prompts
 from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, split_sections
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.metrics import exact_match, extract_boxed
+from eval.stage import KERNELS, command, commit, evaluate
 from kernels.attention import Layout, memory_attention, memory_decode
 from kernels.grpo import grpo_loss
 from kernels.logprob import linear_logprob
@@ -330,6 +326,7 @@ class Decoder(nn.Module):
     def __init__(self, c: Config, vocab: int):
         super().__init__()
         self.c = c
+        self.fields = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.metadata["group"] == "model"}
         self.embed = nn.Parameter(torch.empty(vocab, c.width))
         self.embed_norm = RMSNorm(c.width) if c.embed_norm else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
@@ -869,65 +866,6 @@ class Data:
 # ---- Checkpoints and logs ----------------------------------------------------------------------------------------
 
 
-MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model")
-
-
-def save_checkpoint(path: Path, model: Decoder, tokenizer: Tokenizer, state: dict, optimizers=()) -> None:
-    """Weights, optimiser and state in one safetensors file, so that they can never disagree; the state also beside
-    it as JSON, to read. Written under a temporary name, then renamed."""
-    tensors = {f"model.{k}": v.detach().contiguous() for k, v in model.state_dict().items()}
-    for o, optimizer in enumerate(optimizers):
-        for i, slots in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{o}.{i}.{k}": torch.as_tensor(v).contiguous() for k, v in slots.items()}
-    state = {"format": 1, "tokenizer": tokenizer.fingerprint,
-             "model": {k: getattr(model.c, k) for k in MODEL_FIELDS}} | state
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"state": json.dumps(state)})
-    os.replace(temporary, path)
-    write_json(path.with_suffix(".json"), state)
-
-
-def load_checkpoint(path: Path, model: Decoder, tokenizer: Tokenizer, optimizers=()) -> dict:
-    """Fills model (and optimisers) and returns the state. InputError if the file is damaged or does not fit."""
-    try:
-        with safe_open(path, "pt") as file:
-            state = json.loads((file.metadata() or {}).get("state", "{}"))
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, ValueError) as e:
-        raise InputError(f"checkpoint {path}: can't be read ({e}); give another --init or delete it") from None
-    if state.get("format") != 1:
-        raise InputError(f"checkpoint {path}: not written by this version of memtrain; give another --init")
-    if state["tokenizer"] != tokenizer.fingerprint:
-        raise InputError(f"checkpoint {path}: made with tokenizer {state['tokenizer']}, this is "
-                         f"{tokenizer.fingerprint}; train a base for it with --stages base")
-    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    own = model.state_dict()
-    for name, tensor in weights.items():
-        if name not in own or own[name].shape != tensor.shape:
-            differing = [k for k in MODEL_FIELDS if state["model"].get(k) != getattr(model.c, k)]
-            raise InputError(f"checkpoint {path}: {name} has shape {list(tensor.shape)}, which does not fit "
-                             f"(fields that differ: {', '.join(differing)}); give those values or train a base")
-    # adapters may be absent: a base without LoRA starts them at zero
-    if missing := [k for k in own if k not in weights and ".lora_" not in k]:
-        raise InputError(f"checkpoint {path}: tensor {missing[0]} is missing; give a complete checkpoint")
-    model.load_state_dict(weights, strict=False)
-    for o, optimizer in enumerate(optimizers):
-        slots: dict[int, dict] = {}
-        for name, tensor in tensors.items():
-            if name.startswith(f"optimizer.{o}."):
-                _, _, i, key = name.split(".", 3)
-                slots.setdefault(int(i), {})[key] = tensor
-        optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-    return state
-
-
-def write_json(path: Path, value) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 class Log:
     """metrics.jsonl, a line per step on the terminal, and wandb where asked for."""
 
@@ -1208,74 +1146,6 @@ def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
         "signal": share, "tokens_per_s": speed}
 
 
-def evaluate(run: Run) -> None:
-    """Every trained system on the same questions at every length, and on held-out masked documents."""
-    from eval.longqa import held_out_rows, long_qa_row
-
-    c, results = run.c, Results(run)
-    systems = ["base", *(s for s in ("memtrain", "memagent", "memtrain+memagent") if run.finished(s))]
-    jobs = [(s, n) for s in systems for n in lengths_of(c)]
-    jobs += [("base-one-window", n) for n in lengths_of(c)] + [(s, 0) for s in systems if c.eval_masked]
-    jobs = [j for j in jobs if not results.has(*j)]
-    # the bar counts sections read: that is what takes the time
-    bar = tqdm(total=sum(n if s != "base-one-window" else 1 for s, n in jobs), desc="eval", unit="section")
-    loaded = None
-    for system, length in sorted(jobs, key=lambda j: (j[0].split("-")[0], j[1])):
-        if loaded != (wanted := system.split("-")[0]):
-            run.load(wanted)
-            loaded = wanted
-        bar.set_postfix_str(f"{system} {length}x")
-        if length:
-            problems = [run.data.evaluation_question(i, length) for i in range(len(run.data.questions))]
-            results.add(long_qa=long_qa_row(run.agent, system, c.seed, length, problems))
-        else:
-            problems = [run.data.masked_problem(i, held_out=True) for i in range(c.eval_masked)]
-            recall, masked = held_out_rows(run.agent, system, c.seed, problems, run.data.finder, recall_probe)
-            results.add(masked=masked, recall=recall)
-        bar.update(length if system != "base-one-window" else 1)
-        if run.interrupt.asked:
-            bar.close()
-            raise Stopped
-    bar.close()
-    results.finish()
-
-
-class Results:
-    """results.json, saved after every row, so that an interrupted evaluation goes on where it stopped."""
-
-    def __init__(self, run: Run):
-        self.run, self.path = run, run.folder / "results.json"
-        self.value = {"environment": environment(run), "config": dataclasses.asdict(run.c),
-                      "long_qa": [], "recall": [], "masked": [], "stages": []}
-        if self.path.exists():
-            old = json.loads(self.path.read_text(encoding="utf-8"))
-            self.value |= {k: old[k] for k in ("long_qa", "recall", "masked")}
-
-    def has(self, system: str, length: int) -> bool:
-        rows = self.value["long_qa"] if length else self.value["recall"]
-        return any(r["system"] == system and r.get("length", 0) == length for r in rows)
-
-    def add(self, **rows: dict) -> None:
-        for section, row in rows.items():
-            self.value[section].append(row)
-        write_json(self.path, self.value)
-
-    def finish(self) -> None:
-        stages = []
-        for name in ("base", "memtrain", "memagent", "memtrain+memagent"):
-            if state := self.run.finished(name):
-                rewards = state.get("rewards", [])
-                few = max(1, min(5, len(rewards) // 2))  # one step's reward is noisy: means of five
-                stages.append({"name": name, "seed": self.run.c.seed, "steps": state["step"],
-                               "seconds": round(state["seconds"], 1),
-                               "tokens_sampled": state.get("tokens_sampled", 0),
-                               "tokens_trained": state.get("tokens_trained", state.get("tokens", 0)),
-                               "reward_first": float(np.mean(rewards[:few])) if rewards else None,
-                               "reward_last": float(np.mean(rewards[-few:])) if rewards else None})
-        self.value["stages"] = stages
-        write_json(self.path, self.value)
-
-
 def report(run: Run) -> None:
     from eval.report import write_report
 
@@ -1294,36 +1164,13 @@ def run_stages(run: Run) -> None:
             if run.finished("memtrain"):
                 train_policy(run, "memtrain+memagent", "memtrain")
         elif stage == "eval":
-            evaluate(run)
+            if not evaluate(run, lengths_of(run.c), recall_probe, lambda: run.interrupt.asked):
+                raise Stopped
         elif stage == "report":
             report(run)
 
 
 # ---- Command line ------------------------------------------------------------------------------------------------
-
-
-def commit() -> str:
-    """Commit of the source, with a + where it was changed; empty outside a git checkout."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True, text=True,
-                          cwd=Path(__file__).parent, check=False)
-    return done.stdout.strip()
-
-
-def environment(run: Run) -> dict:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
-    return {"commit": commit(), "date": f"{datetime.now():%Y-%m-%d}", "device": gpu or "cpu", "cpu": cpu,
-            "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": ".".join(map(str, sys.version_info[:3])), "kernels": KERNELS, "command": command()}
-
-
-KERNELS = "PyTorch references"
-
-
-def command() -> str:
-    return shlex.join(["python", "memtrain.py", *sys.argv[1:]])
 
 
 def header(run: Run) -> None:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 import memtrain
 from data import InputError
 from eval import plain
+from eval.stage import environment as where_measured
 
 TOLERANCE = 1e-5  # of loss and gradients: fp32 sums in another order
 
@@ -378,7 +379,7 @@ def refuse_own(fields: Sequence[str], *names: str) -> None:
 
 
 def finish(name: str, argv: Sequence[str], out: Path | None, device, result: dict, table: str) -> None:
-    environment = memtrain.environment(SimpleNamespace(device=device))
+    environment = where_measured(SimpleNamespace(device=device))
     environment["command"] = " ".join(["python -m eval.bench", name, *argv])
     gpu = environment["device"] if device.type == "cuda" else environment["cpu"]
     print(f"\n{environment['command']}\n{environment['date']}, {gpu}, {environment['threads']} threads, torch "

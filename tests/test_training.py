@@ -625,10 +625,10 @@ def test_an_interrupted_evaluation_continues(start, tmp_path, monkeypatch):
             if count[0] == stop:
                 raise KeyboardInterrupt
             write(path, value)
-        monkeypatch.setattr(memtrain, "write_json", killed)
+        monkeypatch.setattr("eval.stage.write_json", killed)
         count[0] = 0
         assert start(f"broken{stop}", "--stages", "eval") == 130
-        monkeypatch.setattr(memtrain, "write_json", write)
+        monkeypatch.setattr("eval.stage.write_json", write)
         assert start(f"broken{stop}", "--stages", "eval") == 0
         whole, broken = (json.loads((tmp_path / name / "runs/t/results.json").read_text())
                          for name in ("whole", f"broken{stop}"))

@@ -1,0 +1,115 @@
+"""The evaluation stage of a run: which systems at which lengths, results.json, and where it was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.checkpoint import write_json
+from eval.longqa import held_out_rows, long_qa_row
+
+
+def commit() -> str:
+    """Commit of the source, with a + where it was changed; empty outside a git checkout."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True, text=True,
+                          cwd=Path(__file__).parents[1], check=False)
+    return done.stdout.strip()
+
+
+def environment(run) -> dict:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
+    return {"commit": commit(), "date": f"{datetime.now():%Y-%m-%d}", "device": gpu or "cpu", "cpu": cpu,
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "python": ".".join(map(str, sys.version_info[:3])), "kernels": KERNELS, "command": command()}
+
+
+KERNELS = "PyTorch references"
+
+
+def command() -> str:
+    return shlex.join(["python", "memtrain.py", *sys.argv[1:]])
+
+
+def evaluate(run, lengths: Sequence[int], recall_probe, interrupted) -> bool:
+    """Every trained system on the same questions at every length, and on held-out masked documents.
+
+    run: folder, configuration, data and agent (memtrain.Run). recall_probe: draws a recall prompt as training does.
+    interrupted(): whether to leave after this row. Returns whether the evaluation is complete.
+    """
+    c, results = run.c, Results(run)
+    systems = ["base", *(s for s in ("memtrain", "memagent", "memtrain+memagent") if run.finished(s))]
+    jobs = [(s, n) for s in systems for n in lengths]
+    jobs += [("base-one-window", n) for n in lengths] + [(s, 0) for s in systems if c.eval_masked]
+    jobs = [j for j in jobs if not results.has(*j)]
+    # the bar counts sections read: that is what takes the time
+    bar = tqdm(total=sum(n if s != "base-one-window" else 1 for s, n in jobs), desc="eval", unit="section")
+    loaded = None
+    for system, length in sorted(jobs, key=lambda j: (j[0].split("-")[0], j[1])):
+        if loaded != (wanted := system.split("-")[0]):
+            run.load(wanted)
+            loaded = wanted
+        bar.set_postfix_str(f"{system} {length}x")
+        if length:
+            problems = [run.data.evaluation_question(i, length) for i in range(len(run.data.questions))]
+            results.add(long_qa=long_qa_row(run.agent, system, c.seed, length, problems))
+        else:
+            problems = [run.data.masked_problem(i, held_out=True) for i in range(c.eval_masked)]
+            recall, masked = held_out_rows(run.agent, system, c.seed, problems, run.data.finder, recall_probe)
+            results.add(masked=masked, recall=recall)
+        bar.update(length if system != "base-one-window" else 1)
+        if interrupted():
+            bar.close()
+            return False
+    bar.close()
+    results.finish()
+    return True
+
+
+class Results:
+    """results.json, saved after every row, so that an interrupted evaluation goes on where it stopped."""
+
+    def __init__(self, run):
+        self.run, self.path = run, run.folder / "results.json"
+        self.value = {"environment": environment(run), "config": dataclasses.asdict(run.c),
+                      "long_qa": [], "recall": [], "masked": [], "stages": []}
+        if self.path.exists():
+            old = json.loads(self.path.read_text(encoding="utf-8"))
+            self.value |= {k: old[k] for k in ("long_qa", "recall", "masked")}
+
+    def has(self, system: str, length: int) -> bool:
+        rows = self.value["long_qa"] if length else self.value["recall"]
+        return any(r["system"] == system and r.get("length", 0) == length for r in rows)
+
+    def add(self, **rows: dict) -> None:
+        for section, row in rows.items():
+            self.value[section].append(row)
+        write_json(self.path, self.value)
+
+    def finish(self) -> None:
+        stages = []
+        for name in ("base", "memtrain", "memagent", "memtrain+memagent"):
+            if state := self.run.finished(name):
+                rewards = state.get("rewards", [])
+                few = max(1, min(5, len(rewards) // 2))  # one step's reward is noisy: means of five
+                stages.append({"name": name, "seed": self.run.c.seed, "steps": state["step"],
+                               "seconds": round(state["seconds"], 1),
+                               "tokens_sampled": state.get("tokens_sampled", 0),
+                               "tokens_trained": state.get("tokens_trained", state.get("tokens", 0)),
+                               "reward_first": float(np.mean(rewards[:few])) if rewards else None,
+                               "reward_last": float(np.mean(rewards[-few:])) if rewards else None})
+        self.value["stages"] = stages
+        write_json(self.path, self.value)
