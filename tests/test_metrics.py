@@ -70,9 +70,9 @@ def test_extract_boxed_survives_noise():
 @pytest.mark.parametrize("text", ["\\boxed{" * 100_000, "\\boxed{a}" * 100_000, "\\boxed{" + "{}" * 300_000,
                                   "\\boxed{" * 50_000 + "}" * 49_999])
 def test_extract_boxed_is_linear(text):
-    start = time.perf_counter()
+    start = time.process_time()
     extract_boxed(text)
-    assert time.perf_counter() - start < 5  # quadratic time takes minutes
+    assert time.process_time() - start < 5  # quadratic time takes minutes
 
 
 @pytest.mark.parametrize(("prediction", "answers", "expected"), [
