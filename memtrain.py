@@ -135,12 +135,14 @@ class Config:
     sample_rows: int = option(1024, "GRPO", "rollouts decoded side by side")
     save_every: int = option(20, "GRPO", "steps between checkpoints")
 
-    base_steps: int = option(1400, "base", "steps on text and demonstrations after the copy warm-up")
+    base_steps: int = option(2400, "base", "steps on text and demonstrations after the copy warm-up")
     base_copy_steps: int = option(200, "base", "warm-up steps on copying random tokens")
     base_lr: float = option(0.02, "base", "learning rate of Muon and of the embedding")
     base_people: int = option(400, "base", "size of the worlds that demonstrations are drawn from")
 
     base_documents: int = option(8, "base", "documents read by the demonstrators a step")
+    base_sharpen: float = option(2.0, "base", "factor on all logits at the end: demonstrations that differ leave a "
+                                              "policy flatter than an instruct model's")
     base_answers: int = option(48, "base", "answers from a sufficient memory a step")
     base_directs: int = option(16, "base", "answers straight from a section a step")
 
@@ -220,7 +222,7 @@ def check(c: Config) -> None:
     for name in ("people", "passages", "train_sections", "width", "layers", "heads", "key_heads", "head_size", "hidden",
                  "documents", "update_documents", "save_every", "eval_questions", "micro_tokens", "sample_rows"):
         refuse(getattr(c, name) < 1, f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
-    for name in ("lr", "temperature", "grad_clip", "rope_theta", "base_lr", "lora_alpha"):
+    for name in ("lr", "temperature", "grad_clip", "rope_theta", "base_lr", "base_sharpen", "lora_alpha"):
         refuse(not getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be above 0")
     for name in ("memtrain_steps", "memagent_steps", "recall_group", "recall_weight", "kl", "lora_rank", "related",
                  "eval_masked", "warmup", "threads", "base_copy_steps", "base_steps"):
@@ -1037,6 +1039,8 @@ def train_base(run: Run) -> None:
             bar.close()
             raise Stopped
     bar.close()
+    with torch.no_grad():
+        model.norm.weight.mul_(c.base_sharpen)
     from eval.gates import gates
 
     state |= {"done": True, "gates": gates(run.agent, c), "config": dataclasses.asdict(c), "commit": commit()}
