@@ -2,10 +2,10 @@
 
 A context-memory agent reads a document section by section. At each turn it sees [problem; memory; section] in one
 fixed window and rewrites its memory; after the last section it answers from the memory alone. MemTrain trains this
-memory without labels, on two tasks made from raw text (section and equation numbers as in shared/PAPER.md):
+memory without labels, on two tasks made from raw text:
 
-    masked reconstruction  (2)  one entity y is [MASK] everywhere in the document; the agent reads on and names it
-    memory recall, IMR     (3)  an earlier section with one entity as [TARGET]; name it from an intermediate memory
+    masked reconstruction  (A)  one entity y is [MASK] everywhere in the document; the agent reads on and names it
+    memory recall, IMR     (B)  an earlier section with one entity as [TARGET]; name it from an intermediate memory
 
     R^I_ij = I[answer_ij = target_i]                              one recall prompt a rollout, G2 samples j
     R^E_i  = I[answer_i = y] + lambda / G2 * sum_j R^I_ij         G1 rollouts i of a document
@@ -164,7 +164,7 @@ def parse(argv: Sequence[str]) -> Config:
         def error(self, message):
             raise InputError(f"{message}; python memtrain.py --help lists all options")
 
-    parser = Parser(prog="memtrain.py", allow_abbrev=False,
+    parser = Parser(prog="memtrain.py", usage="python memtrain.py [--field value ...]", allow_abbrev=False,
                     description="MemTrain in miniature: python memtrain.py reproduces the paper end to end.")
     groups = {}
     for f in dataclasses.fields(Config):
@@ -345,7 +345,7 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int):
         """Output projections start at zero, so that each block starts as the identity: with a plain Gaussian
-        start, names were never copied within 15 M tokens (shared/NANO.md)."""
+        start, names were not copied after 15 M tokens, in a feasibility study on this kind of machine."""
         generator = torch.Generator().manual_seed(seed)
         self.embed.normal_(0, 1, generator=generator)
         if not self.c.tied:
@@ -662,7 +662,7 @@ class Agent:
 
 
 def recall_probe(agent: Agent, finder, rollout: Rollout, rng: random.Random):
-    """PAPER.md section 3: an intermediate step k, an earlier section l < k, one entity of it as [TARGET].
+    """Task B of the paper: an intermediate step k, an earlier section l < k, one entity of it as [TARGET].
 
     -> (masked section ids, memory after step k, target), or None where the document is too short or nameless.
     """

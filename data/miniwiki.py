@@ -10,7 +10,7 @@ exists outside this file, so nothing can be known beforehand; what a reader can 
     a river    = family name of its explorer + "River"                                     Oskel River
 
 A masked name can therefore be inferred from clues that stand in *other* passages, joined with the rule
-(PAPER.md section 2: "clues gathered from several places and joined with what the model knows").
+(the paper's task A: clues have to be gathered from several places and joined with what the model knows).
 
 Every fact (subject, relation, object) is stated in the passage of its subject, of its object, or both, in one
 of three phrasings a side. Full names are split by a hash: a world of split "train" and one of split "eval"

@@ -1,4 +1,4 @@
-"""Tasks made from passages: masked documents (PAPER.md section 2), recall targets (section 3), long QA documents.
+"""Tasks made from passages: masked documents (the paper's task A), recall targets (task B), long QA documents.
 
 All are functions of (corpus, seed, index) alone, so that a document can be rebuilt anywhere, in any order.
 """

@@ -1,7 +1,7 @@
 """One GRPO step as a straightforward implementation does it: what the ideas of memtrain.py are measured against.
 
 Same weights (memtrain.Decoder), same prompts and memory loop (memtrain.Agent), same random numbers, same equations
-(PAPER.md section 4). What differs is how it is computed:
+(the paper's joint GRPO). What differs is how it is computed:
 
                    plain                                            memtrain.py
     prompts        computed anew for every sample                   a prefix once for its group

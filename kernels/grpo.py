@@ -1,4 +1,4 @@
-"""GRPO: group advantages, clipped ratio, KL and the reduction of PAPER.md section 4 in one function.
+"""GRPO: group advantages, clipped ratio, KL and the reduction of the paper's joint objective in one function.
 
     A_i       = R_i - mean of R over the group of rollout i              (Dr. GRPO: not divided by the deviation)
     r_t       = exp(new_t - old_t)
