@@ -90,7 +90,7 @@ class Demonstrator:
 
     # ---- the simulated reader ----------------------------------------------------------------------------
 
-    def _evident(self, episode: Episode, memory: list[str], section: list[str]) -> list[Fact]:
+    def evident(self, episode: Episode, memory: list[str], section: list[str]) -> list[Fact]:
         """Gold facts that a careful reader recognises with this memory and this section in view."""
         visible = {episode.fact_of.get(s) for s in memory + section}
         if not episode.chained:
@@ -106,7 +106,7 @@ class Demonstrator:
                diligent: bool | None = None) -> list[str]:
         """The next memory, a list of sentences of `text` and of the old memory that fits the budget."""
         section = sentences(text)
-        evident = self._evident(episode, memory, section)
+        evident = self.evident(episode, memory, section)
         held = {episode.fact_of.get(s) for s in memory}
 
         def gold(lines):

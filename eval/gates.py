@@ -27,6 +27,12 @@ GATES = {  # name: (lowest, highest) that passes, what it says
     "oracle_gain": (0.4, 1.0, "accuracy at 4 sections with an oracle memory, minus the base's own"),
     "constant_guess": (0.0, 0.03, "share of the commonest answer among training questions"),
 }
+WHY = {  # no gates: where the loop loses what it should keep
+    "noted_question": "gold facts that a section makes evident and the memory notes, questions",
+    "noted_masked": "the same, masked documents",
+    "carried_question": "gold facts in memory that survive one update whose section does not repeat them, questions",
+    "carried_masked": "the same, masked documents",
+}
 
 
 def gates(agent, config, n: int = 200) -> dict[str, float]:
@@ -40,6 +46,8 @@ def gates(agent, config, n: int = 200) -> dict[str, float]:
     for name, (low, high, meaning) in GATES.items():
         ok = "ok  " if low <= value[name] <= high else "FAIL"
         print(f"{name:16s} {value[name]:5.3f}  {low:.2f}-{high:.2f}  {ok}    {meaning}")
+    for name, meaning in WHY.items():
+        print(f"{name:16s} {value[name]:5.3f}                     {meaning}")
     return value
 
 
@@ -76,8 +84,10 @@ def _recall(agent, demo: Demonstrator, n: int) -> dict[str, float]:
 
 def _keeping(agent, demo: Demonstrator, n: int) -> dict[str, float]:
     """Reads 4-section documents and follows every gold fact from the section that first states it."""
-    now, later, verbatim, correct, oracle = [], [], [], [], []
+    now, later, verbatim, correct, oracle, why = [], [], [], [], [], {}
     for masked in (False, True):
+        noted, carried = (why.setdefault(f"{what}_{'masked' if masked else 'question'}", [])
+                          for what in ("noted", "carried"))
         episodes = _episodes(demo, masked, 4, n // 2)
         memory = [agent.prompts.no_memory] * len(episodes)
         held = [[] for _ in episodes]  # per episode, per section: sentences of the memory
@@ -91,10 +101,15 @@ def _keeping(agent, demo: Demonstrator, n: int) -> dict[str, float]:
                 known = {*before, *sentences(episodes[i].texts[t])}
                 verbatim += [s in known for s in held[i][-1]]
         for i, e in enumerate(episodes):
+            facts = [{e.fact_of.get(s) for s in m} for m in held[i]]  # of each memory
+            for t, text in enumerate(e.texts):
+                section = {e.fact_of.get(s) for s in sentences(text)}
+                noted += [f in facts[t] for f in demo.evident(e, [], sentences(text))]
+                carried += [f in facts[t] for f in e.gold if t and f in facts[t - 1] and f not in section]
             for fact in e.gold:
                 stated = [t for t, text in enumerate(e.texts)
                           if any(e.fact_of.get(s) == fact for s in sentences(text))]
-                kept = [any(e.fact_of.get(s) == fact for s in m) for m in held[i]]
+                kept = [fact in m for m in facts]
                 if stated:
                     now.append(kept[stated[0]])
                     again = [t for t in stated if t > stated[0]]
@@ -107,7 +122,7 @@ def _keeping(agent, demo: Demonstrator, n: int) -> dict[str, float]:
             turns = agent.sample(prompts, [("gate o", masked, i) for i in range(len(prompts))])
             hits += [exact_match(agent.boxed(t), [e.answer]) for t, e in zip(turns, episodes, strict=True)]
     return {"verbatim": _mean(verbatim), "kept_now": _mean(now), "kept_later": _mean(later),
-            "oracle_gain": _mean(oracle) - _mean(correct)}
+            "oracle_gain": _mean(oracle) - _mean(correct)} | {k: _mean(v) for k, v in why.items()}
 
 
 def _mean(values) -> float:
