@@ -55,7 +55,7 @@ from data.checkpoint import load_checkpoint, save_checkpoint, write_json
 from data.corpus import Question, load_passages, load_questions
 from data.entities import make_finder
 from data.miniwiki import MiniWorld
-from data.prompts import Prompts
+from data.prompts import MASK_PROBLEM, Prompts
 from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, split_sections
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.metrics import exact_match, extract_boxed
@@ -521,6 +521,14 @@ def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.zeros_like(p).scatter_(-1, index, ordered)
 
 
+def draw(logp: torch.Tensor, u: torch.Tensor, top_p: float) -> torch.Tensor:
+    """logp (N,V), u (N) uniform fp64 -> (N) token ids, by inverting the cumulated probabilities."""
+    # fp64: over a large vocabulary an fp32 running sum would shift the draw
+    total = nucleus(logp.exp(), top_p).double().cumsum(-1)
+    drawn = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True)[:, 0]
+    return drawn.clamp(max=logp.shape[1] - 1)
+
+
 @torch.no_grad()
 def sample(model: Decoder, c: Config, prompts: Sequence[tuple], keys: Sequence[tuple], limit: int, stop: int,
            on_step=None) -> list[Turn]:
@@ -555,10 +563,7 @@ def _decode(model, c: Config, rows, random_numbers, limit: int, stop: int) -> tu
     open_ = torch.ones(N, dtype=torch.bool, device=device)  # cache rows not yet finished
     for t in range(limit):
         logp = ((hidden @ model.head.T).float() / c.temperature).log_softmax(-1)  # (N,V)
-        # fp64: over a large vocabulary an fp32 running sum would shift the draw
-        total = nucleus(logp.exp(), c.top_p).double().cumsum(-1)
-        drawn = torch.searchsorted(total, (u[active, t] * total[:, -1])[:, None], right=True)[:, 0]
-        drawn = drawn.clamp(max=logp.shape[1] - 1)
+        drawn = draw(logp, u[active, t], c.top_p)
         tokens[active[open_], t] = drawn[open_]
         logprobs[active[open_], t] = logp.gather(1, drawn[:, None])[open_, 0]
         ended = open_ & (drawn == stop)
@@ -931,7 +936,7 @@ class Run:
         self.data = Data(c, self.tokenizer)
         self.model = Decoder(c, self.tokenizer.size).to(self.device)
         self.agent = Agent(self.model, self.tokenizer, c)
-        longest = max([self.data.masked_problem(0).question] + [q.question for q in self.data.questions[:200]], key=len)
+        longest = max([MASK_PROBLEM, *(q.question for q in self.data.questions)], key=len)
         if (need := self.agent.prompts.overhead(longest) + c.section + c.memory + c.response) > c.window:
             if c.corpus == "miniworld":
                 raise InputError(f"--window {c.window}: the longest problem makes a turn of {need} tokens; "
@@ -1168,7 +1173,7 @@ def run_stages(run: Run) -> None:
             if run.finished("memtrain"):
                 train_policy(run, "memtrain+memagent", "memtrain")
         elif stage == "eval":
-            if not evaluate(run, lengths_of(run.c), recall_probe, lambda: run.interrupt.asked):
+            if not evaluate(run, lengths_of(run.c), recall_probe):
                 raise Stopped
         elif stage == "report":
             report(run)

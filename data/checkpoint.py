@@ -22,8 +22,7 @@ def save_checkpoint(path: Path, model: nn.Module, tokenizer: Tokenizer, state: d
     for o, optimizer in enumerate(optimizers):
         for i, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{o}.{i}.{k}": torch.as_tensor(v).contiguous() for k, v in slots.items()}
-    state = {"format": 1, "tokenizer": tokenizer.fingerprint,
-             "model": model.fields} | state
+    state = {"format": 1, "tokenizer": tokenizer.fingerprint, "model": model.fields} | state
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata={"state": json.dumps(state)})

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import memtrain
 from data import InputError
 from eval import plain
-from eval.stage import environment as where_measured
+from eval.stage import environment
 
 TOLERANCE = 1e-5  # of loss and gradients: fp32 sums in another order
 
@@ -379,13 +379,13 @@ def refuse_own(fields: Sequence[str], *names: str) -> None:
 
 
 def finish(name: str, argv: Sequence[str], out: Path | None, device, result: dict, table: str) -> None:
-    environment = where_measured(SimpleNamespace(device=device))
-    environment["command"] = " ".join(["python -m eval.bench", name, *argv])
-    gpu = environment["device"] if device.type == "cuda" else environment["cpu"]
-    print(f"\n{environment['command']}\n{environment['date']}, {gpu}, {environment['threads']} threads, torch "
-          f"{environment['torch']}, commit {environment['commit'] or 'none'}\n\n{table}")
+    where = environment(SimpleNamespace(device=device))
+    where["command"] = " ".join(["python -m eval.bench", name, *argv])
+    gpu = where["device"] if device.type == "cuda" else where["cpu"]
+    print(f"\n{where['command']}\n{where['date']}, {gpu}, {where['threads']} threads, torch "
+          f"{where['torch']}, commit {where['commit'] or 'none'}\n\n{table}")
     if out:
-        memtrain.write_json(out, {"environment": environment} | result)
+        memtrain.write_json(out, {"environment": where} | result)
         print(f"\nwritten to {out}")
 
 

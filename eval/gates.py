@@ -102,18 +102,17 @@ def _keeping(agent, demo: Demonstrator, n: int) -> dict[str, float]:
                 verbatim += [s in known for s in held[i][-1]]
         for i, e in enumerate(episodes):
             facts = [{e.fact_of.get(s) for s in m} for m in held[i]]  # of each memory
-            for t, text in enumerate(e.texts):
-                section = {e.fact_of.get(s) for s in sentences(text)}
-                noted += [f in facts[t] for f in demo.evident(e, [], sentences(text))]
+            printed = [sentences(text) for text in e.texts]  # of each section
+            sections = [{e.fact_of.get(s) for s in lines} for lines in printed]
+            for t, section in enumerate(sections):
+                noted += [f in facts[t] for f in demo.evident(e, [], printed[t])]
                 carried += [f in facts[t] for f in e.gold if t and f in facts[t - 1] and f not in section]
             for fact in e.gold:
-                stated = [t for t, text in enumerate(e.texts)
-                          if any(e.fact_of.get(s) == fact for s in sentences(text))]
+                stated = [t for t, section in enumerate(sections) if fact in section]
                 kept = [fact in m for m in facts]
                 if stated:
                     now.append(kept[stated[0]])
-                    again = [t for t in stated if t > stated[0]]
-                    if stated[0] + 2 < len(kept) and not any(t <= stated[0] + 2 for t in again):
+                    if stated[0] + 2 < len(kept) and not any(t <= stated[0] + 2 for t in stated[1:]):
                         later.append(kept[stated[0] + 2])
         final = [agent.prompts.answer(e.problem, m) for e, m in zip(episodes, memory, strict=True)]
         best = [agent.prompts.answer(e.problem, demo.memory_ids(demo.oracle_memory(e, random.Random(i))))

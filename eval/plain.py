@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from memtrain import Agent, Batch, Config, Decoder, Turn, nucleus, uniforms
+from memtrain import Agent, Batch, Config, Decoder, Turn, draw, uniforms
 
 # Rows of a padded batch, chosen by CPU seconds for 2 documents of the nano preset on one core of an AMD EPYC: training
 # with 4, 8, 16, 32, 64 rows took 6.0, 5.4, 5.9, 7.0, 9.6, sampling with 16, 32, 64, 128 took 2.2, 2.2, 2.3, 2.4.
@@ -90,17 +90,15 @@ def generate(model: Decoder, prompts: Sequence[list[int]], random_numbers: np.nd
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     for t in range(limit):
         logp = ((hidden @ model.head.T).float() / temperature).log_softmax(-1)  # (B,V)
-        total = nucleus(logp.exp(), top_p).double().cumsum(-1)
-        drawn = torch.searchsorted(total, u[:, t:t + 1] * total[:, -1:], right=True)  # (B,1)
-        drawn = drawn.clamp(max=logp.shape[1] - 1)
-        tokens.append(drawn[:, 0])
-        logprobs.append(logp.gather(1, drawn)[:, 0])
-        finished |= drawn[:, 0] == stop
+        drawn = draw(logp, u[:, t], top_p)  # (B)
+        tokens.append(drawn)
+        logprobs.append(logp.gather(1, drawn[:, None])[:, 0])
+        finished |= drawn == stop
         if t == limit - 1 or finished.all():
             break
         used += 1
         mask = real[:, None, None, :used]
-        hidden = rows_of(model, drawn, used - 1 - pad[:, None], attend)[:, -1]
+        hidden = rows_of(model, drawn[:, None], used - 1 - pad[:, None], attend)[:, -1]
     tokens, logprobs = torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()
     ends = [row.index(stop) + 1 if stop in row else len(row) for row in tokens]
     return [(row[:n], logp[:n]) for row, logp, n in zip(tokens, logprobs, ends, strict=True)]

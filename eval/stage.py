@@ -19,6 +19,8 @@ from tqdm import tqdm
 from data.checkpoint import write_json
 from eval.longqa import held_out_rows, long_qa_row
 
+KERNELS = "PyTorch references"
+
 
 def commit() -> str:
     """Commit of the source, with a + where it was changed; empty outside a git checkout."""
@@ -37,18 +39,15 @@ def environment(run) -> dict:
             "python": ".".join(map(str, sys.version_info[:3])), "kernels": KERNELS, "command": command()}
 
 
-KERNELS = "PyTorch references"
-
-
 def command() -> str:
     return shlex.join(["python", "memtrain.py", *sys.argv[1:]])
 
 
-def evaluate(run, lengths: Sequence[int], recall_probe, interrupted) -> bool:
+def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     """Every trained system on the same questions at every length, and on held-out masked documents.
 
     run: folder, configuration, data and agent (memtrain.Run). recall_probe: draws a recall prompt as training does.
-    interrupted(): whether to leave after this row. Returns whether the evaluation is complete.
+    Returns whether the evaluation is complete; False where it was interrupted after a row.
     """
     c, results = run.c, Results(run)
     systems = ["base", *(s for s in ("memtrain", "memagent", "memtrain+memagent") if run.finished(s))]
@@ -71,7 +70,7 @@ def evaluate(run, lengths: Sequence[int], recall_probe, interrupted) -> bool:
             recall, masked = held_out_rows(run.agent, system, c.seed, problems, run.data.finder, recall_probe)
             results.add(masked=masked, recall=recall)
         bar.update(length if system != "base-one-window" else 1)
-        if interrupted():
+        if run.interrupt.asked:
             bar.close()
             return False
     bar.close()
