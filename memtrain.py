@@ -59,9 +59,12 @@ from data.prompts import MASK_PROBLEM, Prompts
 from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, split_sections
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.metrics import exact_match, extract_boxed
-from eval.stage import KERNELS, command, commit, evaluate
-from kernels.attention import Layout, memory_attention, memory_decode
+from eval.stage import command, commit, evaluate
+from kernels import kernels_in_use, use_triton
+from kernels.attention import memory_attention
+from kernels.decode import Members, memory_decode
 from kernels.grpo import grpo_loss
+from kernels.layout import Layout
 from kernels.logprob import linear_logprob
 
 # ---- Configuration -----------------------------------------------------------------------------------------------
@@ -88,12 +91,12 @@ class Config:
     debug: bool = option(False, "run", "show tracebacks")
 
     corpus: str = option("miniworld", "data", "miniworld, wikipedia, or a .jsonl/.json/.txt/.parquet file or folder")
-    people: int = option(600, "data", "size of the mini-world: about 2.3 passages a person")
+    people: int = option(600, "data", "size of the mini-world: about 4 passages a person")
     questions: str = option("", "data", "evaluation questions (HotpotQA, 2WikiMultiHopQA, MuSiQue or FlashRAG form)")
     train_questions: str = option("", "data", "training questions, same forms; needed where --questions is given")
     entities: str = option("auto", "data", "entity finder: auto, rules or spacy")
-    passages: int = option(13, "data", "passages of a masked document (paper: 150)")
-    related: int = option(5, "data", "of them retrieved with BM25 for the pivot (paper: 29)")
+    passages: int = option(20, "data", "passages of a masked document (paper: 150)")
+    related: int = option(7, "data", "of them retrieved with BM25 for the pivot (paper: 29)")
     train_sections: int = option(4, "data", "length of a training question's document, in sections (paper: 5-8)")
 
     width: int = option(128, "model", "C, size of the hidden state")
@@ -452,22 +455,15 @@ class Cache:
         self.layout, self.lengths = layout, layout.suffix_lengths.clone()  # (N) tokens in each suffix cache
         self.start = layout.prefix_lengths[layout.group]  # (N) positions before the suffix
         self.width = int(self.lengths.max()) + room
-        index = torch.arange(int(layout.prefix_lengths.max()), device=layout.device)
-        self.prefix_mask = index < layout.prefix_lengths[:, None]  # (B,P)
-        self.prefix_index = index * self.prefix_mask + layout.prefix_start[:, None]
+        self.prefix_lengths = layout.prefix_lengths  # (B)
+        index = torch.arange(int(self.prefix_lengths.max()), device=layout.device)
+        self.prefix_index = index * (index < self.prefix_lengths[:, None]) + layout.prefix_start[:, None]  # (B,P)
         index = torch.arange(int(self.lengths.max()), device=layout.device)
         self.suffix_index = index * (index < self.lengths[:, None]) + layout.suffix_start[:, None]  # (N,S)
         self.group = layout.group
         self.prefix: list[tuple] = []  # per layer: keys, values (B,K,P,D)
         self.suffix: list[tuple] = []  # per layer: keys, values (N,K,width,D)
-        self._place()
-
-    def _place(self) -> None:
-        """Where each rollout sits in the (groups, most rollouts of one group) grid of memory_decode."""
-        counts = torch.bincount(self.group, minlength=len(self.prefix_mask))
-        self.most = int(counts.max())
-        first = counts.cumsum(0) - counts
-        self.row = self.group * self.most + torch.arange(len(self.group), device=counts.device) - first[self.group]
+        self.members = Members(self.group, layout.groups)
 
     def prefill(self, layer, q, k, v):
         """attend() of the prompt: ordinary memory attention, its keys and values put away."""
@@ -483,10 +479,7 @@ class Cache:
         keys, values = self.suffix[layer]
         rows = torch.arange(len(k), device=k.device)
         keys[rows, :, self.lengths], values[rows, :, self.lengths] = k, v
-        used = int(self.lengths.max()) + 1
-        mask = torch.arange(used, device=k.device) <= self.lengths[:, None]  # (N,S)
-        return memory_decode(q, *self.prefix[layer], self.prefix_mask, keys[:, :, :used], values[:, :, :used],
-                             mask, self.row, self.most)
+        return memory_decode(q, *self.prefix[layer], self.prefix_lengths, keys, values, self.lengths + 1, self.members)
 
     @property
     def positions(self) -> torch.Tensor:
@@ -500,10 +493,10 @@ class Cache:
         self.lengths, self.start = self.lengths[rows], self.start[rows]
         self.suffix = [(k[rows], v[rows]) for k, v in self.suffix]
         groups, self.group = self.group[rows].unique(return_inverse=True)
-        if len(groups) < len(self.prefix_mask):
+        if len(groups) < len(self.prefix_lengths):
             self.prefix = [(k[groups], v[groups]) for k, v in self.prefix]
-            self.prefix_mask = self.prefix_mask[groups]
-        self._place()
+            self.prefix_lengths = self.prefix_lengths[groups]
+        self.members = Members(self.group, len(self.prefix_lengths))
 
 
 def uniforms(key: tuple, count: int) -> np.ndarray:
@@ -992,7 +985,12 @@ SHIPPED_BASE = Path(__file__).parent / "data" / "nano" / "base.safetensors"
 def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name if name != "auto" else "cpu")
+    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    try:
+        use_triton(device)
+    except ValueError as e:
+        raise InputError(str(e)) from None
+    return device
 
 
 # ---- Stages ------------------------------------------------------------------------------------------------------
@@ -1189,7 +1187,7 @@ def header(run: Run) -> None:
     steps = {"memtrain": c.memtrain_steps, "memagent": c.memagent_steps}
     minutes, per_step = estimate(run)
     print(f"memtrain {commit()}  preset {c.preset}  run {run.folder}  seed {c.seed}  stages {c.stages}\n"
-          f"  device   {run.device} ({torch.get_num_threads()} threads), kernels: {KERNELS}\n"
+          f"  device   {run.device} ({torch.get_num_threads()} threads), kernels: {kernels_in_use(run.device)}\n"
           f"  model    {parameters / 1e6:.2f} M parameters, {run.tokenizer.size} tokens"
           f"{f', LoRA rank {c.lora_rank}' if c.lora_rank else ''}\n"
           f"  corpus   {data.train.name}: {len(data.train)} passages to train on, {len(data.held_out)} held out; "

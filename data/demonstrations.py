@@ -6,7 +6,7 @@ sentences, the relevant ones of the section just read reliably noted, but what t
 lost. Two readers alternate at random from one update to the next:
 
     diligent (a third)   carries over what matters in the old memory, then adds what is new
-    careless (the rest)  notes the new first, pads it with irrelevant sentences, keeps an old one now and then
+    careless (the rest)  notes the new first, pads it with the section's last sentences, keeps an old one now and then
 
 Reinforcement learning can later raise the share of the first. Relevance is what the reader can *see*: a sentence
 that holds [MASK] or a name of the question, or the next fact of a chain whose earlier facts it has already noted.
@@ -26,6 +26,7 @@ from data.tokenizer import load_tokenizer
 
 DILIGENT = 0.35  # share of updates by the diligent reader
 KEPT = 0.25  # what the careless reader keeps of the old memory, a sentence at a time
+PASSAGES = 4.6  # of a masked document, a section
 
 
 @dataclass
@@ -70,16 +71,17 @@ class Demonstrator:
 
     # ---- documents ---------------------------------------------------------------------------------------
 
-    def masked_episode(self, seed: int, index: int, passages: int) -> Episode:
-        problem = masked_document(self.corpus, self.finder, seed, index, passages, related=min(5, passages - 1))
+    def masked_episode(self, seed: int, index: int, sections: int) -> Episode:
+        passages = max(5, round(PASSAGES * sections))
+        problem = masked_document(self.corpus, self.finder, seed, index, passages, related=min(7, passages - 1))
         answer = problem.answers[0]
         fact_of = {mask_entity(s, answer, MASK)[0]: f for s, f in self.world.fact_of.items()
                    if answer in (f.subject, f.object) or answer in f.subject or answer in f.object}
         return self._episode(problem, fact_of, list(self.world.clue_facts(answer)), [MASK], chained=False)
 
-    def question_episode(self, seed: int, index: int, tokens: int) -> Episode:
+    def question_episode(self, seed: int, index: int, sections: int) -> Episode:
         question, facts = self.world.question_facts(index, seed)
-        problem = qa_document(question, self.world.passages, self.tokenizer, tokens, seed)
+        problem = qa_document(question, self.world.passages, self.tokenizer, sections * self.section, seed)
         names = [n for f in facts for n in (f.subject, f.object) if occurs(question.question, n)]
         return self._episode(problem, {}, facts, list(dict.fromkeys(names)), question.kind != "comparison")
 
@@ -119,18 +121,17 @@ class Demonstrator:
         def mentioned(lines):
             return [s for s in lines if any(c in s for c in episode.cue)]
 
-        facts = [s for s in section if s in episode.fact_of]
-        filler = rng.sample(facts, min(3, len(facts)))
+        filler = [s for s in section if s in episode.fact_of][-2:]  # the easiest choice to learn: no noise from it
         new = [s for s in gold(section) if episode.fact_of[s] not in held]
         diligent = rng.random() < DILIGENT if diligent is None else diligent
         if diligent:
             wanted = gold(memory) + new + mentioned(memory) + mentioned(section)
-            wanted = wanted or filler[:2]
+            wanted = wanted or filler[-1:]
         else:
-            noted = [s for s in new if rng.random() < 0.9]
+            noted = [s for s in new if rng.random() < 0.95]
             seen = [s for s in mentioned(section) if s not in new and rng.random() < 0.5]
             old = [s for s in memory if rng.random() < KEPT]
-            wanted = noted + seen + filler[:rng.randint(1, 2)] + old
+            wanted = noted + seen + filler[-rng.randint(1, 2):] + old
         return self.fit(wanted)
 
     def fit(self, wanted: list[str]) -> list[str]:
@@ -158,16 +159,17 @@ class Demonstrator:
         """`readers` independent readings of one document: update demonstrations with a shared prefix, recalls,
         and answers from those final memories that suffice."""
         demos, memories = [], [[] for _ in range(readers)]
-        earlier: list[tuple[list[int], list[str]]] = []
         for ids, text in zip(episode.sections, episode.texts, strict=True):
-            suffixes = []
+            suffixes, eventful = [], False
             for r in range(readers):
                 prefix, given = self.prompts.update(episode.problem, ids, self.memory_ids(memories[r]))
+                eventful |= bool(self.evident(episode, memories[r], sentences(text)))
                 memories[r] = self.update(episode, memories[r], text, rng)
                 suffixes.append((given, [*self.memory_ids(memories[r]), self.tokenizer.end]))
-            demos.append(Demo("update", prefix, suffixes))
-            earlier.append((ids, text))
-            demos += self.recalls(text, memories[rng.randrange(readers)], rng)
+            if eventful or rng.random() < 0.2:  # most sections of a long document say nothing of the problem
+                demos.append(Demo("update", prefix, suffixes))
+                if rng.random() < 0.6:
+                    demos += self.recalls(text, memories[rng.randrange(readers)], rng)
         for memory in memories:
             if set(episode.gold) <= {episode.fact_of.get(s) for s in memory}:
                 demos.append(self.answer(episode, memory))
@@ -212,12 +214,11 @@ class Demonstrator:
 
         def episode(sections: int) -> Episode:
             index = rng.randrange(1 << 30)
-            if rng.random() < 0.4:
-                return self.masked_episode(seed, index, passages=max(4, round(4.6 * sections)))
-            return self.question_episode(seed, index, sections * self.section)
+            make = self.masked_episode if rng.random() < 0.3 else self.question_episode
+            return make(seed, index, sections)
 
         for _ in range(documents):
-            demos += self.read(episode(rng.choice((1, 2, 2, 3))), rng, readers=3)
+            demos += self.read(episode(rng.choice((1, 2, 3, 4))), rng, readers=4)
         while answers or directs:
             e = episode(1)
             if answers:
@@ -235,11 +236,13 @@ WEIGHTS = {"update": 1.0, "answer": 2.0, "recall": 2.0, "direct": 2.0}  # answer
 class DemoSteps:
     """steps[i]: rows [(prefix, [(given, response, weight), ...]), ...] of training step i, for a DataLoader.
 
-    Every 100 steps a new world is drawn; i is counted from `first`. A function of (configuration, i) alone.
+    Every step has a world of its own: a world that lasted a hundred steps was learned by heart, and the loss that
+    fell by half within it said nothing about the next. i is counted from `first`. A function of (configuration, i).
     """
 
     def __init__(self, config, first: int = 0):
-        self.config, self.first, self.made = config, max(0, first), {}
+        self.config, self.first = config, max(0, first)
+        self.prompts = Prompts(load_tokenizer(), config.prompt_order)
 
     def __len__(self) -> int:
         return self.config.base_steps - self.first
@@ -248,12 +251,10 @@ class DemoSteps:
         if i >= len(self):
             raise IndexError(i)
         c, step = self.config, i + self.first
-        world = 100 + 1000 * c.seed + step // 100
-        if world not in self.made:
-            prompts = Prompts(load_tokenizer(), c.prompt_order)
-            # world 0 is the one reinforcement learning reads
-            self.made = {world: Demonstrator(MiniWorld(c.base_people, world, "train"), prompts, c.section, c.memory)}
-        demos = self.made[world].batch(c.seed, step, c.base_documents, c.base_answers, c.base_directs)
+        # world 0 is the one reinforcement learning reads, 99 the gates'
+        world = MiniWorld(c.base_people, 1_000_000 * (c.seed + 1) + step, "train")
+        demonstrator = Demonstrator(world, self.prompts, c.section, c.memory)
+        demos = demonstrator.batch(c.seed, step, c.base_documents, c.base_answers, c.base_directs)
         return [(d.prefix, [(g, r, WEIGHTS[d.kind]) for g, r in d.suffixes]) for d in demos]
 
 

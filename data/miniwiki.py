@@ -159,9 +159,9 @@ def split_of(name: str) -> str:
 
 
 class MiniWorld:
-    """A world of about 2.1 * `people` passages, the same for the same (people, seed, split).
+    """A world of about 4 * `people` short passages, the same for the same (people, seed, split).
 
-    passages: list[Passage], one an entity. stated: the facts of each passage. fact_of: sentence -> Fact,
+    passages: list[Passage], one or more an entity. stated: the facts of each passage. fact_of: sentence -> Fact,
     fillers absent. facts: all facts. kind_of: entity name -> its type.
     """
 
@@ -277,9 +277,9 @@ class MiniWorld:
         self.stated: list[tuple[Fact, ...]] = []
         for name, lines in page.items():
             rng.shuffle(lines)
-            for start in range(0, max(len(lines), 1), 6):  # a much-linked entity gets several short passages
-                part = lines[start:start + 6]
-                for _ in range(rng.choice((0, 1, 1))):
+            for start in range(0, max(len(lines), 1), 3):  # a much-linked entity gets several short passages
+                part = lines[start:start + 3]
+                for _ in range(rng.choice((0, 0, 1))):
                     filler = rng.choice(FILLERS).format(a=rng.choice(ADJECTIVES), b=rng.choice(NOUNS))
                     part.insert(rng.randint(0, len(part)), (filler, None))
                 if part:

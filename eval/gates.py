@@ -52,9 +52,8 @@ def gates(agent, config, n: int = 200) -> dict[str, float]:
 
 
 def _episodes(demo: Demonstrator, masked: bool, sections: int, n: int) -> list[Episode]:
-    if masked:
-        return [demo.masked_episode(7, i, round(3.3 * sections)) for i in range(n)]
-    return [demo.question_episode(7, i, sections * demo.section) for i in range(n)]
+    make = demo.masked_episode if masked else demo.question_episode
+    return [make(7, i, sections) for i in range(n)]
 
 
 def _answering(agent, demo: Demonstrator, n: int) -> dict[str, float]:

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from data.checkpoint import write_json
 from eval.longqa import held_out_rows, long_qa_row
-
-KERNELS = "PyTorch references"
+from kernels import kernels_in_use
 
 
 def commit() -> str:
@@ -36,7 +35,8 @@ def environment(run) -> dict:
     gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
     return {"commit": commit(), "date": f"{datetime.now():%Y-%m-%d}", "device": gpu or "cpu", "cpu": cpu,
             "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": ".".join(map(str, sys.version_info[:3])), "kernels": KERNELS, "command": command()}
+            "python": ".".join(map(str, sys.version_info[:3])), "kernels": kernels_in_use(run.device),
+            "command": command()}
 
 
 def command() -> str:

@@ -1,1 +1,44 @@
-"""The three operations that dominate the method: linear_logprob, grpo_loss, memory_attention (and memory_decode)."""
+"""The three operations that dominate the method: linear_logprob, grpo_loss, memory_attention (and memory_decode).
+
+Every file holds a Triton kernel and, beside it, the PyTorch reference with the same signature. One place decides
+which of them runs: the kernel on CUDA, the reference elsewhere; MEMTRAIN_KERNELS=torch or =triton forces a side
+(triton on a CPU needs TRITON_INTERPRET=1, which is slow and meant for tests).
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton comes for Linux only: elsewhere the kernels are text and the references run
+    triton, tl = SimpleNamespace(jit=lambda kernel: kernel), None
+
+
+def use_triton(device: torch.device) -> bool:
+    """Whether tensors on `device` go to the Triton kernels. ValueError if MEMTRAIN_KERNELS can't be honoured."""
+    forced = os.environ.get("MEMTRAIN_KERNELS", "")
+    if forced not in ("", "torch", "triton"):
+        raise ValueError(f"MEMTRAIN_KERNELS={forced}: choose torch or triton, or leave it unset")
+    if forced == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("MEMTRAIN_KERNELS=triton: there is no CUDA device; set TRITON_INTERPRET=1 to interpret the "
+                         "kernels, or leave it unset")
+    if forced == "triton" and tl is None:
+        raise ValueError("MEMTRAIN_KERNELS=triton: Triton is not installed; leave it unset")
+    return forced == "triton" or (not forced and device.type == "cuda" and tl is not None)
+
+
+def kernels_in_use(device: torch.device) -> str:
+    """One line for the header of a run."""
+    return "Triton" if use_triton(device) else "PyTorch references"
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block may use; what a CPU interprets fits the smallest card."""
+    if device.type != "cuda":
+        return 99 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -5,92 +5,287 @@
     suffix 1  ■          ◣          .               suffix. Positions continue from the prefix, so that every suffix
     suffix 2  ■          .          ◣               computes what it would compute alone behind its own prefix copy.
 
-Legend: B groups, N suffixes, T packed tokens, P longest prefix, S longest suffix, G most suffixes of one group,
-H query heads, K key heads (R = H / K query heads share one), D head size.
+    S = scale Q K^T      P = softmax(S) under the mask      O = P V
+    dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(dO * O))      dQ = scale dS K      dK = scale dS^T Q
 
-PyTorch references. Hidden states and keys of a prefix are computed once for its group; no T x T mask is built.
-Suffixes of similar size share a bucket, so that ragged batches waste little on padding.
+A group is contiguous in the packed batch, so "key j is visible to query i" needs two numbers of the query, own_start
+(where its own part starts: its suffix, or the group for a prefix token) and one of the group, prefix_end:
+
+    j <= i  and  (j >= own_start[i]  or  j < prefix_end)
+
+The keys that a tile of queries can see are then two ranges: [group start, min(tile, prefix_end)), of which every
+query sees all, and [own_start of the tile's first query, tile end), which is masked. Nothing else is loaded.
+FLOPs per visible (query, key) pair and head: 4 D forward, 14 D backward (both passes recompute S and dP, and every
+sum has one owner: deterministic). Bytes: Q, O once a tile; K, V once a tile of queries, mostly from L2.
+
+Legend: B groups, N suffixes, T packed tokens, H query heads, K key heads (R = H / K query heads share one), D head
+size; BM queries and BN keys a tile.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from kernels import shared_memory, tl, triton, use_triton
+from kernels.layout import Layout
 
-class Layout:
-    """Where the tokens of each group lie in a packed batch: group by group, its prefix, then its suffixes.
+# ---- Triton ------------------------------------------------------------------------------------------------------
 
-    prefix_lengths: B ints >= 0; suffix_lengths: N ints >= 1; group: N ints, ascending: the group of each suffix.
-    ValueError names the argument that does not fit.
+
+class Tiles(NamedTuple):
+    """Sizes of one kernel's tiles, its warps and pipeline stages."""
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+
+
+# By largest padded head size, in order of preference; the first that fits the card's shared memory is taken. Chosen
+# by what `python -m eval.bench compile` shows of shared memory and spills; not yet timed on a card.
+SMALLEST = (Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1))
+FORWARD = {64: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), *SMALLEST),
+           128: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), *SMALLEST)}
+BACKWARD_QUERIES = {64: (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), *SMALLEST),
+                    128: (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), *SMALLEST)}
+BACKWARD_KEYS = {64: (Tiles(64, 128, 8, 2), Tiles(64, 64, 4, 2), *SMALLEST),
+                 128: (Tiles(64, 64, 8, 2), Tiles(32, 64, 4, 2), *SMALLEST)}
+
+
+@triton.jit
+def _scores(q, k, rows, keys, own, prefix_end, end, scale, MASKED: tl.constexpr, EXACT: tl.constexpr):
+    """S (BM,BN) in units of log 2, -inf where a key is past `end` or invisible."""
+    s = tl.dot(q, tl.trans(k), input_precision="tf32x3" if EXACT else "tf32") * scale
+    seen = (keys < end)[None, :]
+    if MASKED:
+        i, j = rows[:, None], keys[None, :]
+        seen = seen & (j <= i) & ((j >= own[:, None]) | (j < prefix_end))
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def _attend(acc, m, l, q, k_ptr, v_ptr, start, end, rows, own, prefix_end, scale, token, d, D: tl.constexpr,
+            BN: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr):
+    """One range of keys into the running (sum, maximum, normaliser) of a tile of queries."""
+    for j in range(start, end, BN):
+        keys = j + tl.arange(0, BN)
+        at = keys.to(tl.int64)[:, None] * token + d[None, :]
+        here = (keys < end)[:, None] & (d < D)[None, :]
+        k = tl.load(k_ptr + at, mask=here, other=0.0)
+        s = _scores(q, k, rows, keys, own, prefix_end, end, scale, MASKED, EXACT)
+        new = tl.maximum(m, tl.max(s, 1))
+        safe = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no key yet
+        p = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(m - safe)
+        l = l * shrink + tl.sum(p, 1)
+        v = tl.load(v_ptr + at, mask=here, other=0.0)
+        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3" if EXACT else "tf32")
+        m = new
+    return acc, m, l
+
+
+@triton.jit
+def _forward(Q, K, V, O, LSE, tile_start, tile_group, own_start, group_start, prefix_end, group_end, scale,
+             H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+             BN: tl.constexpr, EXACT: tl.constexpr):
+    """One tile of queries of one head. LSE (T,H): log-sum-exp of each row, in units of log 2."""
+    tile, h = tl.program_id(0), tl.program_id(1)
+    first, b = tl.load(tile_start + tile), tl.load(tile_group + tile)
+    start, shared, last = tl.load(group_start + b), tl.load(prefix_end + b), tl.load(group_end + b)
+    rows, d = first + tl.arange(0, BM), tl.arange(0, BD)
+    own = tl.load(own_start + rows, mask=rows < last, other=0)
+    at = rows.to(tl.int64)[:, None] * (H * D) + h * D + d[None, :]
+    here = (rows < last)[:, None] & (d < D)[None, :]
+    q = tl.load(Q + at, mask=here, other=0.0)
+    acc, m = tl.zeros([BM, BD], tl.float32), tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    k, v, token = K + (h // R) * D, V + (h // R) * D, (H // R) * D
+    full = tl.minimum(first, shared)
+    acc, m, l = _attend(acc, m, l, q, k, v, start, full, rows, own, shared, scale, token, d, D, BN, False, EXACT)
+    near = tl.maximum(full, tl.load(own_start + first))
+    acc, m, l = _attend(acc, m, l, q, k, v, near, tl.minimum(first + BM, last), rows, own, shared, scale, token, d, D,
+                        BN, True, EXACT)
+    l = tl.where(l == 0.0, 1.0, l)  # rows past the end of the group
+    tl.store(O + at, (acc / l[:, None]).to(O.dtype.element_ty), mask=here)
+    tl.store(LSE + rows.to(tl.int64) * H + h, m + tl.log2(l), mask=rows < last)
+
+
+@triton.jit
+def _query_gradient(dq, q, do, lse, delta, k_ptr, v_ptr, start, end, rows, own, prefix_end, scale, token, d,
+                    D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr):
+    for j in range(start, end, BN):
+        keys = j + tl.arange(0, BN)
+        at = keys.to(tl.int64)[:, None] * token + d[None, :]
+        here = (keys < end)[:, None] & (d < D)[None, :]
+        k = tl.load(k_ptr + at, mask=here, other=0.0)
+        v = tl.load(v_ptr + at, mask=here, other=0.0)
+        p = tl.exp2(_scores(q, k, rows, keys, own, prefix_end, end, scale, MASKED, EXACT) - lse[:, None])
+        dp = tl.dot(do, tl.trans(v), input_precision="tf32x3" if EXACT else "tf32")
+        ds = p * (dp - delta[:, None])
+        dq += tl.dot(ds.to(k.dtype), k, input_precision="tf32x3" if EXACT else "tf32")
+    return dq
+
+
+@triton.jit
+def _backward_queries(Q, K, V, O, DO, LSE, DELTA, DQ, tile_start, tile_group, own_start, group_start, prefix_end,
+                      group_end, scale, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+                      BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr):
+    """dQ of one tile of queries of one head, and DELTA (T,H) = rowsum(dO * O), which the keys' pass needs."""
+    tile, h = tl.program_id(0), tl.program_id(1)
+    first, b = tl.load(tile_start + tile), tl.load(tile_group + tile)
+    start, shared, last = tl.load(group_start + b), tl.load(prefix_end + b), tl.load(group_end + b)
+    rows, d = first + tl.arange(0, BM), tl.arange(0, BD)
+    own = tl.load(own_start + rows, mask=rows < last, other=0)
+    at = rows.to(tl.int64)[:, None] * (H * D) + h * D + d[None, :]
+    here = (rows < last)[:, None] & (d < D)[None, :]
+    q, do = tl.load(Q + at, mask=here, other=0.0), tl.load(DO + at, mask=here, other=0.0)
+    row = rows.to(tl.int64) * H + h
+    lse = tl.load(LSE + row, mask=rows < last, other=float("inf"))
+    delta = tl.sum(do.to(tl.float32) * tl.load(O + at, mask=here, other=0.0).to(tl.float32), 1)
+    tl.store(DELTA + row, delta, mask=rows < last)
+    dq = tl.zeros([BM, BD], tl.float32)
+    k, v, token = K + (h // R) * D, V + (h // R) * D, (H // R) * D
+    full = tl.minimum(first, shared)
+    dq = _query_gradient(dq, q, do, lse, delta, k, v, start, full, rows, own, shared, scale, token, d, D, BN, False,
+                         EXACT)
+    near = tl.maximum(full, tl.load(own_start + first))
+    dq = _query_gradient(dq, q, do, lse, delta, k, v, near, tl.minimum(first + BM, last), rows, own, shared, scale,
+                         token, d, D, BN, True, EXACT)
+    tl.store(DQ + at, (dq * (scale * 0.6931471805599453)).to(DQ.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _key_gradient(dk, dv, k, v, q_ptr, do_ptr, LSE, DELTA, own_start, start, end, keys, last, prefix_end, scale, h, d,
+                  H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr):
+    for i in range(start, end, BM):
+        rows = i + tl.arange(0, BM)
+        at = rows.to(tl.int64)[:, None] * (H * D) + d[None, :]
+        here = (rows < end)[:, None] & (d < D)[None, :]
+        q, do = tl.load(q_ptr + at, mask=here, other=0.0), tl.load(do_ptr + at, mask=here, other=0.0)
+        row = rows.to(tl.int64) * H + h
+        lse = tl.load(LSE + row, mask=rows < end, other=float("inf"))  # exp2(-inf): no weight past the end
+        delta = tl.load(DELTA + row, mask=rows < end, other=0.0)
+        own = tl.load(own_start + rows, mask=rows < end, other=0)
+        p = tl.exp2(_scores(q, k, rows, keys, own, prefix_end, last, scale, MASKED, EXACT) - lse[:, None])  # (BM,BN)
+        dv += tl.dot(tl.trans(p).to(do.dtype), do, input_precision="tf32x3" if EXACT else "tf32")
+        dp = tl.dot(do, tl.trans(v), input_precision="tf32x3" if EXACT else "tf32")
+        ds = p * (dp - delta[:, None])
+        dk += tl.dot(tl.trans(ds).to(q.dtype), q, input_precision="tf32x3" if EXACT else "tf32")
+    return dk, dv
+
+
+@triton.jit
+def _backward_keys(Q, K, V, DO, LSE, DELTA, DK, DV, tile_start, tile_group, own_start, own_end, prefix_end, group_end,
+                   scale, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+                   BN: tl.constexpr, EXACT: tl.constexpr):
+    """dK and dV of one tile of keys of one key head: the sum over its R query heads and all queries that see it."""
+    tile, kh = tl.program_id(0), tl.program_id(1)
+    first, b = tl.load(tile_start + tile), tl.load(tile_group + tile)
+    shared, last = tl.load(prefix_end + b), tl.load(group_end + b)
+    keys, d = first + tl.arange(0, BN), tl.arange(0, BD)
+    at = keys.to(tl.int64)[:, None] * ((H // R) * D) + kh * D + d[None, :]
+    here = (keys < last)[:, None] & (d < D)[None, :]
+    k, v = tl.load(K + at, mask=here, other=0.0), tl.load(V + at, mask=here, other=0.0)
+    dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
+    # a prefix is seen by the rest of its group, a suffix by itself; past a tile inside the prefix nothing is masked
+    end = tl.where(first < shared, last, tl.load(own_end + tl.minimum(first + BN, last) - 1))
+    masked = tl.where(first + BN <= shared, tl.minimum(first + BN, end), end)
+    for r in range(R):
+        h = kh * R + r
+        q, do = Q + h * D, DO + h * D
+        dk, dv = _key_gradient(dk, dv, k, v, q, do, LSE, DELTA, own_start, first, masked, keys, last, shared, scale, h,
+                               d, H, D, BM, True, EXACT)
+        dk, dv = _key_gradient(dk, dv, k, v, q, do, LSE, DELTA, own_start, masked, end, keys, last, shared, scale, h,
+                               d, H, D, BM, False, EXACT)
+    tl.store(DK + at, (dk * (scale * 0.6931471805599453)).to(DK.dtype.element_ty), mask=here)
+    tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=here)
+
+
+def shared_bytes(tiles: Tiles, padded: int, element: int, resident: int) -> int:
+    """Upper estimate of a block's shared memory: `resident` operands of the tile that stays (q, or q and do, or k and
+    v), two of the tiles that stream by in every pipeline stage, and a matrix of weights. Checked by the tests."""
+    stays, streams = max(tiles.BM, tiles.BN), min(tiles.BM, tiles.BN)
+    return ((resident * stays + 2 * streams * tiles.stages) * padded + tiles.BM * tiles.BN) * element
+
+
+def choose(table: dict[int, tuple[Tiles, ...]], head_size: int, dtype: torch.dtype, limit: int,
+           resident: int) -> Tiles:
+    """The first tiles of a table whose estimate fits `limit` bytes."""
+    padded = max(16, triton.next_power_of_2(head_size))
+    fitting = table[64 if padded <= 64 else 128]
+    if dtype == torch.float32:  # each product is three of TF32: operands take twice the registers and more
+        fitting = [t for t in fitting if t.BM * t.BN <= 32 * 32]
+    return next(t for t in fitting if shared_bytes(t, padded, dtype.itemsize, resident) <= limit)
+
+
+class _MemoryAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, layout):
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        t = choose(FORWARD, q.shape[-1], q.dtype, shared_memory(q.device), 1)
+        start, group = layout.tiles(t.BM)
+        if layout.total:
+            _forward[len(start), q.shape[1]](q, k, v, out, lse, start, group, layout.own_start, *layout.group_range,
+                                             **_sizes(q, k, t))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.layout = layout
+        return out
+
+    @staticmethod
+    def backward(ctx, do):
+        (q, k, v, out, lse), layout, do = ctx.saved_tensors, ctx.layout, do.contiguous()
+        dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+        if layout.total:
+            limit = shared_memory(q.device)
+            t = choose(BACKWARD_QUERIES, q.shape[-1], q.dtype, limit, 2)
+            start, group = layout.tiles(t.BM)
+            _backward_queries[len(start), q.shape[1]](
+                q, k, v, out, do, lse, delta, dq, start, group, layout.own_start, *layout.group_range,
+                **_sizes(q, k, t))
+            t = choose(BACKWARD_KEYS, q.shape[-1], q.dtype, limit, 2)
+            start, group = layout.tiles(t.BN)
+            _backward_keys[len(start), k.shape[1]](
+                q, k, v, do, lse, delta, dk, dv, start, group, layout.own_start, layout.own_end,
+                *layout.group_range[1:], **_sizes(q, k, t))
+        return dq, dk, dv, None
+
+
+def _sizes(q, k, t: Tiles) -> dict:
+    D = q.shape[-1]
+    return {"scale": 1 / (math.sqrt(D) * math.log(2)), "H": q.shape[1], "R": q.shape[1] // k.shape[1], "D": D,
+            "BD": max(16, triton.next_power_of_2(D)), "BM": t.BM, "BN": t.BN, "EXACT": q.dtype == torch.float32,
+            "num_warps": t.warps, "num_stages": t.stages}
+
+
+# ---- The function ------------------------------------------------------------------------------------------------
+
+
+def memory_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Attention of a packed batch under the mask above, scaled by 1/sqrt(D).
+
+    q (T,H,D), k and v (T,K,D), one dtype (fp32, bf16, fp16) and device -> (T,H,D). Differentiable in q, k, v.
+    ValueError naming the argument that does not fit.
     """
-
-    def __init__(self, prefix_lengths, suffix_lengths, group, device="cpu"):
-        prefix, suffix, group = (torch.as_tensor(x, dtype=torch.long)
-                                 for x in (prefix_lengths, suffix_lengths, group))
-        if len(suffix) != len(group):
-            raise ValueError(f"group: {len(group)} entries for {len(suffix)} suffixes")
-        if len(group) and (group.diff().lt(0).any() or group.min() < 0 or group.max() >= len(prefix)):
-            raise ValueError("group: must ascend and name one of the prefixes")
-        self.groups, self.suffixes, self.device = len(prefix), len(suffix), torch.device(device)
-        tokens = prefix.clone().index_add_(0, group, suffix)  # (B) tokens of a whole group
-        start = F.pad(tokens.cumsum(0), (1, 0))  # (B+1)
-        before = F.pad(suffix.cumsum(0), (1, 0))[:-1]  # (N) suffix tokens before this one, over all groups
-        group_before = F.pad(torch.zeros_like(prefix).index_add_(0, group, suffix).cumsum(0), (1, 0))[:-1]
-        self.prefix_start, self.prefix_lengths = start[:-1].to(device), prefix.to(device)  # (B)
-        suffix_start = start[:-1][group] + prefix[group] + before - group_before[group]
-        self.suffix_start, self.suffix_lengths = suffix_start.to(device), suffix.to(device)  # (N)
-        self.group, self.total = group.to(device), int(tokens.sum())
-        first = torch.cat([start[:-1], suffix_start])  # (B+N) where each prefix and each suffix starts
-        length, origin = torch.cat([prefix, suffix]), torch.cat([torch.zeros_like(prefix), prefix[group]])
-        order = (first * 2 + (length > 0)).argsort()  # an empty prefix shares its start with what follows
-        shift = (origin - first)[order].repeat_interleave(length[order])
-        self.positions = (torch.arange(self.total) + shift).to(device)  # (T) within its own sequence
-
-    @cached_property
-    def prefix_buckets(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """[(index (b,P), mask (b,P)), ...] over the non-empty prefixes, similar lengths together."""
-        return [_rows(self.prefix_start[of], self.prefix_lengths[of])
-                for of in _similar(self.prefix_lengths[:, None], (64,)) if self.prefix_lengths[of[0]]]
-
-    @cached_property
-    def suffix_buckets(self) -> list[Bucket]:
-        """All suffixes, similar ones together."""
-        sizes = torch.stack([self.prefix_lengths[self.group], self.suffix_lengths], 1)  # (N,2)
-        return [Bucket(self, of) for of in _similar(sizes, (64, 16))]
+    if len(q) != layout.total or k.shape != v.shape or len(k) != len(q) or q.shape[2] != k.shape[2] \
+            or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected {layout.total} "
+                         f"tokens, one head size and a whole number of query heads per key head")
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device == layout.device:
+        raise ValueError(f"q {q.dtype} on {q.device}, k {k.dtype} on {k.device}, v {v.dtype} on {v.device}, layout on "
+                         f"{layout.device}: expected one dtype and one device")
+    if not use_triton(q.device):
+        return memory_attention_reference(q, k, v, layout)
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or q.shape[2] > 128:
+        raise ValueError(f"q {q.dtype}, head size {q.shape[2]}: the kernel takes fp32, bf16 and fp16 up to 128")
+    return _MemoryAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), layout)
 
 
-class Bucket:
-    """Padded indices of some suffixes (n of them, from b groups): what a dense attention call needs."""
-
-    def __init__(self, layout: Layout, of: torch.Tensor):
-        groups, self.group = layout.group[of].unique(return_inverse=True)  # (b), (n)
-        self.prefix, self.prefix_mask = _rows(layout.prefix_start[groups], layout.prefix_lengths[groups])  # (b,P)
-        self.suffix, self.mask = _rows(layout.suffix_start[of], layout.suffix_lengths[of])  # (n,S)
-        S = self.suffix.shape[1]
-        own = self.mask[:, None, :] & torch.ones(S, S, dtype=torch.bool, device=self.mask.device).tril()
-        own |= torch.eye(S, dtype=torch.bool, device=self.mask.device)  # a padded query sees itself: no empty row
-        far = self.prefix_mask[self.group][:, None, :].expand(-1, S, -1)
-        self.visible = torch.cat([far, own], -1)[:, None]  # (n,1,S,P+S)
-
-
-def _rows(start: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padded packed indices (n,L) of ranges and the mask of real places; padding points at the range's start."""
-    grid = torch.arange(int(lengths.max()), device=lengths.device).expand(len(lengths), -1)
-    mask = grid < lengths[:, None]
-    return grid * mask + start.clamp(max=start.max())[:, None], mask
-
-
-def _similar(sizes: torch.Tensor, steps: tuple[int, ...]) -> list[torch.Tensor]:
-    """Indices of rows whose sizes (n,d) round up to the same multiples of `steps`, bucket by bucket."""
-    if not len(sizes):
-        return []
-    rounded = -(-sizes // torch.tensor(steps, device=sizes.device))
-    _, bucket = rounded.unique(dim=0, return_inverse=True)
-    return [(bucket == i).nonzero()[:, 0] for i in range(int(bucket.max()) + 1)]
+# ---- PyTorch reference -------------------------------------------------------------------------------------------
 
 
 class _Gather(torch.autograd.Function):
@@ -124,15 +319,9 @@ class _Repeat(torch.autograd.Function):
         return grad.new_zeros(ctx.groups, *grad.shape[1:]).index_add_(0, group, grad), None
 
 
-def memory_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Attention of a packed batch under the mask above, scaled by 1/sqrt(D).
-
-    q (T,H,D), k and v (T,K,D), one dtype -> (T,H,D). Differentiable in q, k, v. ValueError on a shape that
-    does not fit the layout.
-    """
-    if len(q) != layout.total or k.shape != v.shape or len(k) != len(q) or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected {layout.total} "
-                         f"tokens and a whole number of query heads per key head")
+def memory_attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Same result. Suffixes of similar size share a bucket, so that ragged batches waste little on padding; the
+    gradient of a prefix key is summed over its group, and no T x T mask is built."""
     places, parts = [], []
     for index, mask in layout.prefix_buckets:
         qp, kp, vp = (_Gather.apply(x, index, mask).transpose(1, 2) for x in (q, k, v))  # (b,H,P,D), (b,K,P,D)
@@ -148,29 +337,3 @@ def memory_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: 
         places.append(b.suffix[b.mask])
         parts.append(out.transpose(1, 2)[b.mask])
     return torch.empty_like(q).index_copy(0, torch.cat(places), torch.cat(parts))
-
-
-def memory_decode(q, prefix_k, prefix_v, prefix_mask, suffix_k, suffix_v, suffix_mask, row, groups) -> torch.Tensor:
-    """One new token for each of N rollouts against its group's prefix cache and its own suffix cache.
-
-    q (N,H,D); prefix_k/v (B,K,P,D) with prefix_mask (B,P); suffix_k/v (N,K,S,D) with suffix_mask (N,S), the new
-    token's own key included; row (N): place of each rollout in the (B*groups) grid. -> (N,H,D)
-    """
-    N, H, D = q.shape
-    B, K, P, _ = prefix_k.shape
-    R = H // K
-    q = (q * (1 / math.sqrt(D))).view(N, K, R, D)
-    own = (q @ suffix_k.transpose(-1, -2)).masked_fill(~suffix_mask[:, None, None], -torch.inf)  # (N,K,R,S)
-    full = B * groups == N
-    grid = q if full else q.new_zeros(B * groups, K, R, D).index_copy_(0, row, q)
-    grid = grid.view(B, groups, K, R, D).transpose(1, 2).reshape(B, K, groups * R, D)
-    far = (grid @ prefix_k.transpose(-1, -2)).masked_fill(~prefix_mask[:, None, None], -torch.inf)
-    far = far.view(B, K, groups, R, P).transpose(1, 2).reshape(B * groups, K, R, P)
-    far = far if full else far[row]
-    attn = torch.cat([far, own], -1).softmax(-1)  # (N,K,R,P+S)
-    mixed = attn[..., P:] @ suffix_v  # (N,K,R,D)
-    far = attn[..., :P]
-    far = far if full else far.new_zeros(B * groups, K, R, P).index_copy_(0, row, far)
-    far = far.reshape(B, groups, K, R, P).transpose(1, 2).reshape(B, K, groups * R, P) @ prefix_v
-    far = far.view(B, K, groups, R, D).transpose(1, 2).reshape(B * groups, K, R, D)
-    return (mixed + (far if full else far[row])).view(N, H, D)

@@ -10,12 +10,173 @@ micro-batches add up to the gradient of the batch.
 
     d loss / d new_t = - w_t (A r [unclipped] - beta (1 - exp(ref_t - new_t))),      w_t = 1 / (M * length of s)
 
+Triton: a tiny kernel turns rewards into advantages; then one pass over the tokens, a program a sequence, writes the
+gradient and the partial sums of loss and diagnostics. Bytes a token: three log-probs read, one gradient written.
+
 Legend: N packed sampled tokens, S sequences, R rollouts, groups are ragged.
 """
 
 from __future__ import annotations
 
 import torch
+
+from kernels import tl, triton, use_triton
+
+STATS = ("loss", "tokens", "clip_low", "clip_high", "kl", "zero_advantage", "ratio_max", "ratio_min")
+ROLLOUTS = 32  # compared at a time by _advantages
+TOKENS = 512  # of one sequence at a time: two or three steps for the responses of the paper; not yet timed on a card
+
+# ---- Triton ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _advantages(REWARD, GROUP, OUT, N, BY_STD: tl.constexpr, BLOCK: tl.constexpr):
+    """Advantages of BLOCK rollouts; group ids are ragged and in any order, so each is compared with all."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    reward, group = tl.load(REWARD + i, mask=i < N, other=0.0), tl.load(GROUP + i, mask=i < N, other=-1)
+    least = reward
+    for start in range(0, N, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        same = (tl.load(GROUP + j, mask=j < N, other=-2)[None, :] == group[:, None])
+        others = tl.load(REWARD + j, mask=j < N, other=0.0)[None, :]
+        least = tl.minimum(least, tl.min(tl.where(same, others, float("inf")), 1))
+    # subtracting one member first keeps ties exact: (r - least) is 0 for all of them, and so is its mean
+    total, square, count = tl.zeros_like(reward), tl.zeros_like(reward), tl.zeros_like(reward)
+    for start in range(0, N, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        same = (tl.load(GROUP + j, mask=j < N, other=-2)[None, :] == group[:, None])
+        shifted = tl.where(same, tl.load(REWARD + j, mask=j < N, other=0.0)[None, :] - least[:, None], 0.0)
+        total += tl.sum(shifted, 1)
+        square += tl.sum(shifted * shifted, 1)
+        count += tl.sum(tl.where(same, 1.0, 0.0), 1)
+    mean = total / tl.maximum(count, 1.0)
+    advantage = reward - least - mean
+    if BY_STD:
+        variance = tl.maximum(square / tl.maximum(count, 1.0) - mean * mean, 0.0)
+        advantage = advantage / (tl.sqrt(variance) + 1e-6)
+    tl.store(OUT + i, advantage.to(OUT.dtype.element_ty), mask=i < N)
+
+
+@triton.jit
+def _loss(NEW, OLD, REF, ADVANTAGE, ROLLOUT, OFFSETS, GRADIENT, PARTS, interactions, low, high, beta, S,
+          HAS_REF: tl.constexpr, BLOCK: tl.constexpr):
+    """One sequence: gradient of its tokens, and its row of PARTS (8,S) in the order of STATS."""
+    s = tl.program_id(0)
+    start, end = tl.load(OFFSETS + s), tl.load(OFFSETS + s + 1)
+    a = tl.load(ADVANTAGE + tl.load(ROLLOUT + s)) + tl.zeros([BLOCK], tl.float32)
+    count = (end - start).to(tl.float32)
+    weight = 1.0 / (tl.maximum(count, 1.0) * interactions)
+    loss, lows, highs = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    kls, zeros = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    most, least = tl.zeros([BLOCK], tl.float32), tl.full([BLOCK], float("inf"), tl.float32)
+    for first in range(start, end, BLOCK):
+        t = first + tl.arange(0, BLOCK)
+        live = t < end
+        new, old = tl.load(NEW + t, mask=live, other=0.0), tl.load(OLD + t, mask=live, other=0.0)
+        ratio = tl.exp(new - old)
+        clipped = tl.minimum(tl.maximum(ratio, 1 - low), 1 + high)
+        objective = tl.minimum(ratio * a, clipped * a)
+        gradient = tl.where(ratio * a <= clipped * a, ratio * a, 0.0)
+        if HAS_REF:
+            delta = tl.load(REF + t, mask=live, other=0.0) - new
+            kl = tl.exp(delta) - delta - 1
+            objective -= beta * kl
+            gradient -= beta * (1 - tl.exp(delta))
+            kls += tl.where(live, kl, 0.0)
+        loss -= tl.where(live, objective, 0.0) * weight
+        lows += tl.where(live & (ratio < 1 - low) & (a < 0), 1.0, 0.0)
+        highs += tl.where(live & (ratio > 1 + high) & (a > 0), 1.0, 0.0)
+        zeros += tl.where(live & (a == 0), 1.0, 0.0)
+        most = tl.maximum(most, tl.where(live, ratio, 0.0))
+        least = tl.minimum(least, tl.where(live, ratio, float("inf")))
+        tl.store(GRADIENT + t, -weight * gradient, mask=live)
+    out = PARTS + s
+    tl.store(out, tl.sum(loss))
+    tl.store(out + S, count)
+    tl.store(out + 2 * S, tl.sum(lows))
+    tl.store(out + 3 * S, tl.sum(highs))
+    tl.store(out + 4 * S, tl.sum(kls))
+    tl.store(out + 5 * S, tl.sum(zeros))
+    tl.store(out + 6 * S, tl.max(most))
+    tl.store(out + 7 * S, tl.min(least))
+
+
+class _GrpoLoss(torch.autograd.Function):
+    """The gradient is made in the forward pass, which has everything at hand; backward only scales it."""
+
+    @staticmethod
+    def forward(ctx, new, old, ref, advantages, rollout, offsets, interactions, low, high, beta):
+        S = len(rollout)
+        gradient, parts = torch.empty_like(new), new.new_empty(len(STATS), S)
+        if S:
+            _loss[S,](new, old, new if ref is None else ref, advantages, rollout, offsets, gradient, parts,
+                      float(interactions), low, high, beta, S, HAS_REF=ref is not None, BLOCK=TOKENS, num_warps=4)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(parts)
+        return parts[0].sum(), parts
+
+    @staticmethod
+    def backward(ctx, g_loss, _):
+        return (ctx.saved_tensors[0] * g_loss, *[None] * 9)
+
+
+def _triton(new, old, ref, rewards, group, rollout, offsets, interactions, low, high, beta, divide_by_std):
+    advantages = torch.empty(len(rewards), dtype=torch.float32, device=new.device)
+    if len(rewards):
+        _advantages[triton.cdiv(len(rewards), ROLLOUTS),](rewards.double(), group, advantages, len(rewards),
+                                                    BY_STD=divide_by_std, BLOCK=ROLLOUTS, num_warps=4)
+    loss, parts = _GrpoLoss.apply(new.contiguous(), old.contiguous(), None if ref is None else ref.contiguous(),
+                                  advantages, rollout.contiguous(), offsets.contiguous(), interactions, low, high,
+                                  beta)
+    if not len(rollout):
+        return loss, {**dict.fromkeys(STATS[1:], parts.new_zeros(())), "ratio_max": parts.new_ones(()),
+                      "ratio_min": parts.new_ones(())}
+    sums = parts[:6].sum(1)
+    return loss, {**dict(zip(STATS[1:6], sums[1:], strict=True)), "ratio_max": parts[6].max(),
+                  "ratio_min": parts[7].min()}
+
+
+# ---- The function ------------------------------------------------------------------------------------------------
+
+
+def grpo_loss(new: torch.Tensor, old: torch.Tensor, ref: torch.Tensor | None, rewards: torch.Tensor,
+              group: torch.Tensor, rollout: torch.Tensor, offsets: torch.Tensor, interactions: int,
+              eps_low: float = 0.2, eps_high: float = 0.2, beta: float = 0.0,
+              divide_by_std: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss (scalar, differentiable in `new`) and diagnostics summed over this micro-batch.
+
+    new, old, ref (N,): log-probs of the packed sampled tokens under the policy, the policy that sampled them, the
+    reference (None: no KL term). rewards, group (R,): reward and group of *every* rollout of the step. rollout
+    (S,): the rollout of each sequence here. offsets (S+1,): token ranges of the sequences. interactions: M above.
+    Log-probs are fp32, rewards of any float type, ids and offsets int64. Diagnostics are sums over tokens (tokens,
+    kl, clip_low, clip_high, zero_advantage: tokens whose advantage is 0) and extremes (ratio_max, ratio_min).
+    ValueError names the argument that does not fit.
+    """
+    if not new.shape == old.shape or (ref is not None and ref.shape != new.shape):
+        raise ValueError(f"old, ref: expected the shape of new, {tuple(new.shape)}")
+    if len(offsets) != len(rollout) + 1 or int(offsets[0]) != 0 or int(offsets[-1]) != len(new):
+        raise ValueError(f"offsets: expected {len(rollout) + 1} ascending values from 0 to {len(new)}")
+    if rewards.shape != group.shape:
+        raise ValueError(f"group: {len(group)} ids for {len(rewards)} rewards")
+    if len(rollout) and not 0 <= int(rollout.min()) <= int(rollout.max()) < len(rewards):
+        raise ValueError(f"rollout: expected indices into {len(rewards)} rewards")
+    tensors = {"old": old, "ref": ref, "rewards": rewards, "group": group, "rollout": rollout, "offsets": offsets}
+    for name, tensor in tensors.items():
+        kind = torch.int64 if name in ("group", "rollout", "offsets") else None if name == "rewards" else new.dtype
+        if tensor is not None and (tensor.device != new.device or kind not in (None, tensor.dtype)):
+            raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}, expected {kind or 'floats'} on {new.device}")
+    if beta and ref is None:
+        raise ValueError("ref: needed where beta is not 0")
+    if use_triton(new.device):
+        if new.dtype != torch.float32:
+            raise ValueError(f"new {new.dtype}: the kernel takes fp32 log-probs")
+        return _triton(new, old, ref, rewards, group, rollout, offsets, interactions, eps_low, eps_high, beta,
+                       divide_by_std)
+    return grpo_loss_reference(new, old, ref, rewards, group, rollout, offsets, interactions, eps_low, eps_high, beta,
+                               divide_by_std)
+
+
+# ---- PyTorch reference -------------------------------------------------------------------------------------------
 
 
 def group_advantages(rewards: torch.Tensor, group: torch.Tensor, divide_by_std: bool = False) -> torch.Tensor:
@@ -36,26 +197,9 @@ def group_advantages(rewards: torch.Tensor, group: torch.Tensor, divide_by_std: 
     return advantages
 
 
-def grpo_loss(new: torch.Tensor, old: torch.Tensor, ref: torch.Tensor | None, rewards: torch.Tensor,
-              group: torch.Tensor, rollout: torch.Tensor, offsets: torch.Tensor, interactions: int,
-              eps_low: float = 0.2, eps_high: float = 0.2, beta: float = 0.0,
-              divide_by_std: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss (scalar, differentiable in `new`) and diagnostics summed over this micro-batch.
-
-    new, old, ref (N,): log-probs of the packed sampled tokens under the policy, the policy that sampled them, the
-    reference (None: no KL term). rewards, group (R,): reward and group of *every* rollout of the step. rollout
-    (S,): the rollout of each sequence here. offsets (S+1,): token ranges of the sequences. interactions: M above.
-    Diagnostics are sums over tokens (kl, clip_low, clip_high, tokens) and extremes (ratio_max, ratio_min).
-    ValueError names the argument that does not fit.
-    """
-    if not new.shape == old.shape or (ref is not None and ref.shape != new.shape):
-        raise ValueError(f"old, ref: expected the shape of new, {tuple(new.shape)}")
-    if len(offsets) != len(rollout) + 1 or int(offsets[0]) != 0 or int(offsets[-1]) != len(new):
-        raise ValueError(f"offsets: expected {len(rollout) + 1} ascending values from 0 to {len(new)}")
-    if rewards.shape != group.shape:
-        raise ValueError(f"group: {len(group)} ids for {len(rewards)} rewards")
-    if beta and ref is None:
-        raise ValueError("ref: needed where beta is not 0")
+def grpo_loss_reference(new, old, ref, rewards, group, rollout, offsets, interactions, eps_low, eps_high, beta,
+                        divide_by_std):
+    """Same result, in the words of the formula."""
     lengths = offsets.diff()  # (S)
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=new.device), lengths)  # (N)
     weight = (1.0 / (lengths.to(new.dtype) * interactions))[sequence]  # (N)
@@ -67,6 +211,7 @@ def grpo_loss(new: torch.Tensor, old: torch.Tensor, ref: torch.Tensor | None, re
         stats = {"tokens": torch.tensor(float(len(new))),
                  "clip_low": ((ratio < 1 - eps_low) & (advantage < 0)).sum().float(),
                  "clip_high": ((ratio > 1 + eps_high) & (advantage > 0)).sum().float(),
+                 "zero_advantage": (advantage == 0).sum().float(),
                  "ratio_max": ratio.max() if len(new) else torch.tensor(1.0),
                  "ratio_min": ratio.min() if len(new) else torch.tensor(1.0),
                  "kl": torch.tensor(0.0)}

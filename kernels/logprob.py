@@ -3,19 +3,223 @@
     z = hidden @ weight.T / temperature        logprob = z[target] - logsumexp(z)        p = softmax(z)
     entropy = logsumexp(z) - sum(p * z)
     dz = g_logprob * (onehot(target) - p)  -  g_entropy * p * (log p + entropy)
+    d_hidden = dz @ weight / temperature       d_weight = dz.T @ hidden / temperature
 
-Legend: N positions, C width, V vocabulary. PyTorch reference: rows are taken in chunks of at most CHUNK logits,
-and the backward pass recomputes them, so the extra memory does not grow with N.
+Forward: one kernel; a tile of rows walks over a share of the vocabulary and carries maximum, sum of exponentials, sum
+of p z and the target's logit; the shares are joined afterwards. No logit leaves the chip. Backward: a second kernel
+recomputes a block of logits and writes dz in the dtype of the inputs to a buffer of at most BUFFER elements, whatever
+N and V are; the two products with it are the library's. Where weight needs no gradient its product is left out.
+FLOPs: 2 N C V forward; 6 N C V backward (4 without d_weight). Bytes: weight once a tile of rows, mostly from L2.
+
+Legend: N positions, C width, V vocabulary; BM rows, BV vocabulary entries, BC channels a tile.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+from kernels import shared_memory, tl, triton, use_triton
+
+# ---- Triton ------------------------------------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """Sizes of one kernel's tiles, its warps and pipeline stages."""
+
+    BM: int
+    BV: int
+    BC: int
+    warps: int
+    stages: int
+
+
+# In order of preference; the first that fits the card's shared memory is taken. Chosen by what `python -m eval.bench
+# compile` shows of shared memory and spills on six generations; not yet timed on a card.
+TILES = (Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 32, 8, 3), Tiles(64, 64, 32, 4, 3), Tiles(32, 32, 32, 4, 2))
+BUFFER = 1 << 25  # elements of dz at a time: 64 MB in bf16; 4,096 rows x 8,192 entries keep the products large
+ROWS = 4096  # rows of such a block
+
+
+@triton.jit
+def _logits(X, W, rows, words, N, C, V, scale, BM: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
+            EXACT: tl.constexpr):
+    """One tile of z (BM,BV) in fp32."""
+    z = tl.zeros([BM, BV], tl.float32)
+    x = X + rows.to(tl.int64)[:, None] * C
+    w = W + words.to(tl.int64)[:, None] * C
+    for c in range(0, C, BC):
+        d = c + tl.arange(0, BC)[None, :]
+        left = tl.load(x + d, mask=(rows < N)[:, None] & (d < C), other=0.0)
+        right = tl.load(w + d, mask=(words < V)[:, None] & (d < C), other=0.0)
+        z = tl.dot(left, tl.trans(right), z, input_precision="tf32x3" if EXACT else "tf32")
+    return z * scale
+
+
+@triton.jit
+def _forward(X, W, TARGET, MAX, SUM, MEAN, CHOSEN, N, C, V, share, scale, BM: tl.constexpr, BV: tl.constexpr,
+             BC: tl.constexpr, EXACT: tl.constexpr):
+    """One tile of rows over one share of the vocabulary. Outputs (shares,N): maximum, sum exp(z - maximum),
+    sum exp(z - maximum) z, and the target's logit where this share holds it, else 0."""
+    rows, s = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1)
+    target = tl.load(TARGET + rows, mask=rows < N, other=-1)
+    m, l = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    e, chosen = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+    end = tl.minimum(V, (s + 1) * share)
+    for v in range(s * share, end, BV):
+        words = v + tl.arange(0, BV)
+        z = _logits(X, W, rows, words, N, C, end, scale, BM, BV, BC, EXACT)
+        here = (words < end)[None, :]
+        chosen += tl.sum(tl.where((words[None, :] == target[:, None]) & here, z, 0.0), 1)
+        new = tl.maximum(m, tl.max(tl.where(here, z, float("-inf")), 1))
+        p, shrink = tl.where(here, tl.exp(z - new[:, None]), 0.0), tl.exp(m - new)
+        l = l * shrink + tl.sum(p, 1)
+        e = e * shrink + tl.sum(p * z, 1)
+        m = new
+    out = s.to(tl.int64) * N + rows
+    tl.store(MAX + out, m, mask=rows < N)
+    tl.store(SUM + out, l, mask=rows < N)
+    tl.store(MEAN + out, e, mask=rows < N)
+    tl.store(CHOSEN + out, chosen, mask=rows < N)
+
+
+@triton.jit
+def _logit_gradient(X, W, TARGET, LSE, ENTROPY, G_LOGPROB, G_ENTROPY, DZ, N, C, V, first, width, scale,
+                    BM: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr, EXACT: tl.constexpr):
+    """One tile of dz / temperature: rows of this block x vocabulary entries first ... first + width. DZ (N,width)."""
+    rows, column = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BV + tl.arange(0, BV)
+    words = first + column
+    z = _logits(X, W, rows, words, N, C, V, scale, BM, BV, BC, EXACT)
+    live = rows < N
+    target = tl.load(TARGET + rows, mask=live, other=-1)
+    logp = z - tl.load(LSE + rows, mask=live, other=0.0)[:, None]
+    p = tl.exp(logp)
+    g = tl.load(G_LOGPROB + rows, mask=live, other=0.0)[:, None]
+    h = tl.load(G_ENTROPY + rows, mask=live, other=0.0)[:, None]
+    entropy = tl.load(ENTROPY + rows, mask=live, other=0.0)[:, None]
+    dz = g * (tl.where(words[None, :] == target[:, None], 1.0, 0.0) - p) - h * p * (logp + entropy)
+    at = rows.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(DZ + at, (dz * scale).to(DZ.dtype.element_ty), mask=live[:, None] & (column < width)[None, :])
+
+
+def shared_bytes(tiles: Tiles, element: int) -> int:
+    """Upper estimate of a block's shared memory: both operands once per pipeline stage. Checked by the tests."""
+    return (tiles.BM + tiles.BV) * tiles.BC * element * tiles.stages
+
+
+def choose(dtype: torch.dtype, limit: int) -> Tiles:
+    """The first tiles whose estimate fits `limit` bytes."""
+    fitting = [t for t in TILES if shared_bytes(t, dtype.itemsize) <= limit]
+    return fitting[0] if dtype.itemsize == 2 else next(t for t in fitting if t.BM <= 64)  # three products of TF32 each
+
+
+def _sizes(hidden) -> dict:
+    t = choose(hidden.dtype, shared_memory(hidden.device))
+    return {"BM": t.BM, "BV": t.BV, "BC": t.BC, "EXACT": hidden.dtype == torch.float32, "num_warps": t.warps,
+            "num_stages": t.stages}
+
+
+def _shares(rows: int, vocabulary: int, sizes: dict, device: torch.device) -> tuple[int, int]:
+    """(vocabulary entries a share, shares): enough programs for the card where there are few rows."""
+    cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    wanted = max(1, 4 * cores // max(1, triton.cdiv(rows, sizes["BM"])))
+    share = triton.cdiv(triton.cdiv(vocabulary, wanted), sizes["BV"]) * sizes["BV"]
+    return share, triton.cdiv(vocabulary, share)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in fp32, whatever the dtype of the operands."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, target, temperature):
+        ctx.set_materialize_grads(False)
+        (N, C), V, sizes = hidden.shape, len(weight), _sizes(hidden)
+        share, shares = _shares(N, V, sizes, hidden.device)
+        most, total, mean, chosen = hidden.new_empty(4, shares, N, dtype=torch.float32)
+        if N:
+            _forward[triton.cdiv(N, sizes["BM"]), shares](hidden, weight, target, most, total, mean, chosen, N, C, V,
+                                                          share, 1 / temperature, **sizes)
+        top = most.amax(0)  # (N)
+        part = (most - top).exp()
+        total = (total * part).sum(0)
+        lse = top + total.log()
+        entropy = lse - (mean * part).sum(0) / total
+        ctx.save_for_backward(hidden, weight, target, lse, entropy)
+        ctx.temperature = temperature
+        return chosen.sum(0) - lse, entropy
+
+    @staticmethod
+    def backward(ctx, g_logprob, g_entropy):
+        hidden, weight, target, lse, entropy = ctx.saved_tensors
+        (N, C), V, sizes = hidden.shape, len(weight), _sizes(hidden)
+        g_logprob, g_entropy = (torch.zeros_like(lse) if g is None else g.contiguous() for g in (g_logprob, g_entropy))
+        wanted = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        rows, columns = min(N, ROWS), min(V, BUFFER // max(1, min(N, ROWS)))
+        for r in range(0, N, max(1, rows)):
+            x = hidden[r:r + rows]
+            sums = hidden.new_zeros(len(x), C, dtype=torch.float32) if wanted[0] else None
+            for v in range(0, V, columns):
+                w = weight[v:v + columns]
+                dz = hidden.new_empty(len(x), len(w))
+                _logit_gradient[triton.cdiv(len(x), sizes["BM"]), triton.cdiv(len(w), sizes["BV"])](
+                    x, weight, target[r:r + rows], lse[r:], entropy[r:], g_logprob[r:], g_entropy[r:], dz, len(x), C,
+                    V, v, len(w), 1 / ctx.temperature, **sizes)
+                if wanted[0]:
+                    sums += _product(dz, w)
+                if wanted[1]:
+                    d_weight[v:v + columns] += _product(dz.T, x)
+            if wanted[0]:
+                d_hidden[r:r + rows] = sums
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
+
+
+# ---- The function ------------------------------------------------------------------------------------------------
+
+
+def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor,
+                   temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden (N,C), weight (V,C), target (N,) int64 -> logprob (N,), entropy (N,) in nats, both fp32.
+
+    hidden and weight: fp32, bf16 or fp16. Differentiable in hidden and, where it requires grad, in weight. Sums are
+    taken in fp32. ValueError on a shape, dtype or device that does not fit, a target outside the vocabulary or a
+    temperature <= 0.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: expected (N,C) and (V,C)")
+    if target.shape != hidden.shape[:1]:
+        raise ValueError(f"target {tuple(target.shape)}: expected ({len(hidden)},), one a row of hidden")
+    if hidden.dtype != weight.dtype or not hidden.device == weight.device == target.device:
+        raise ValueError(f"hidden {hidden.dtype} on {hidden.device}, weight {weight.dtype} on {weight.device}, target "
+                         f"on {target.device}: expected one dtype and one device")
+    if target.dtype != torch.int64:
+        raise ValueError(f"target {target.dtype}: expected int64")
+    if temperature <= 0:
+        raise ValueError(f"temperature {temperature}: must be above 0")
+    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < len(weight):
+        raise ValueError(f"target: ids must lie in 0..{len(weight) - 1}")
+    if not use_triton(hidden.device):
+        return _Reference.apply(hidden, weight, target, temperature)
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"hidden {hidden.dtype}: the kernel takes fp32, bf16 and fp16")
+    return _LinearLogprob.apply(hidden.contiguous(), weight.contiguous(), target.contiguous(), temperature)
+
+
+# ---- PyTorch reference -------------------------------------------------------------------------------------------
 
 CHUNK = 1 << 22  # logits at a time: 16 MB in fp32
 
 
-class _LinearLogprob(torch.autograd.Function):
+class _Reference(torch.autograd.Function):
+    """Rows in chunks of at most CHUNK logits; the backward pass recomputes them."""
+
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature):
         ctx.set_materialize_grads(False)
@@ -56,21 +260,3 @@ class _LinearLogprob(torch.autograd.Function):
 def _chunks(n: int, vocabulary: int):
     step = max(1, CHUNK // vocabulary)
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
-
-
-def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor,
-                   temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden (N,C), weight (V,C), target (N,) int64 -> logprob (N,), entropy (N,) in nats, both fp32.
-
-    Differentiable in hidden and, where it requires grad, in weight. Sums are taken in fp32. ValueError on a
-    shape that does not fit, a target outside the vocabulary or a temperature <= 0.
-    """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: expected (N,C) and (V,C)")
-    if target.shape != hidden.shape[:1]:
-        raise ValueError(f"target {tuple(target.shape)}: expected ({len(hidden)},), one a row of hidden")
-    if temperature <= 0:
-        raise ValueError(f"temperature {temperature}: must be above 0")
-    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < len(weight):
-        raise ValueError(f"target: ids must lie in 0..{len(weight) - 1}")
-    return _LinearLogprob.apply(hidden, weight, target, temperature)

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, a tiny policy whose every part matters, a small world, a reward that varies."""
 
+import os
 import signal
 import sys
 import zlib
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined, hence before the imports below
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from kernels import grpo, logprob
-from kernels.attention import Layout, memory_attention, memory_decode
+from kernels.attention import memory_attention
+from kernels.decode import Members, memory_decode
 from kernels.grpo import group_advantages, grpo_loss
+from kernels.layout import Layout
 from kernels.logprob import linear_logprob
 
 SEED = random.SystemRandom().randrange(1 << 32)
@@ -126,8 +128,8 @@ def test_decode_equals_the_last_token_of_each_sequence(counts):
     for mask, caches in ((prefix_mask, (prefix_k, prefix_v)), (suffix_mask, (suffix_k, suffix_v))):
         for cache in caches:
             cache.masked_fill_(~mask[:, None, :, None], 1e6)
-    row = torch.cat([g * max(counts) + torch.arange(n) for g, n in enumerate(counts)])
-    ours = memory_decode(q, prefix_k, prefix_v, prefix_mask, suffix_k, suffix_v, suffix_mask, row, max(counts))
+    ours = memory_decode(q, prefix_k, prefix_v, torch.tensor(prefix_lengths), suffix_k, suffix_v,
+                         torch.tensor(suffix_lengths), Members(group, len(counts)))
     for i, g in enumerate(group.tolist()):
         k, v = (torch.cat([a[g][:, :prefix_lengths[g]], b[i][:, :suffix_lengths[i]]], 1).transpose(0, 1).double()
                 for a, b in ((prefix_k, suffix_k), (prefix_v, suffix_v)))  # (T,K,D)

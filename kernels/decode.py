@@ -1,0 +1,206 @@
+"""Decoding with memory-state attention: one new token for each of N rollouts, whose group shares a prefix.
+
+              keys of the prefix, once a group           keys of its own suffix
+    rollout 1 ┐                                          ■ ■ ■ ■
+    rollout 2 ├ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■              ■ ■
+    rollout 3 ┘                                          ■ ■ ■
+
+Two launches. The first multiplies all query heads of all rollouts of a group, stacked to one matrix, with the keys of
+their prefix: each key is read once a group, and the matrix units have rows to work on. A long prefix is split, so
+that few groups still fill the card. The second reads each rollout's own keys and joins the parts by log-sum-exp:
+
+    m = max m_i      O = sum exp(m_i - m) acc_i / sum exp(m_i - m) l_i
+
+Bytes: every prefix key and value once a group, every own key and value once, and per split N H (D + 2) floats.
+FLOPs: 4 D per (query head, visible key).
+
+Legend: B groups, N rollouts, H query heads, K key heads (R = H / K), D head size, P room of the prefix cache, S room
+of the suffix cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from kernels import tl, triton, use_triton
+
+
+class Members:
+    """Which rollouts belong to which group; rollouts of a group are neighbours. Built once for all layers and tokens.
+
+    group (N) int64, ascending; groups: B. offsets (B+1) int32: rollouts offsets[b] to offsets[b+1] read prefix b.
+    most: largest group. row (N): place of each rollout in a (B, most) grid.
+    """
+
+    def __init__(self, group: torch.Tensor, groups: int):
+        counts = torch.bincount(group, minlength=groups)
+        first = F.pad(counts.cumsum(0), (1, 0))
+        self.most, self.offsets = int(counts.max()), first.int()
+        self.row = group * self.most + torch.arange(len(group), device=group.device) - first[group]
+
+
+# ---- Triton ------------------------------------------------------------------------------------------------------
+
+SPLIT = 256  # fewest keys that a split of a prefix is worth; not yet timed on a card
+
+
+def tile(head_size: int, dtype: torch.dtype) -> int:
+    """Keys a tile, in both kernels: at most 16 KB of keys, so that keys, values and two stages fit every card."""
+    return max(16, min(64, (16 << 10) // (max(16, triton.next_power_of_2(head_size)) * dtype.itemsize)))
+
+
+def rows_a_tile(rows: int, dtype: torch.dtype) -> int:
+    """(rollout, query head) pairs a tile of the prefix kernel, where a group has `rows` of them."""
+    return min(64 if dtype.itemsize == 2 else 32, max(16, triton.next_power_of_2(rows)))
+
+
+@triton.jit
+def _tile(acc, m, l, q, k_ptr, v_ptr, keys, end, scale, d, D: tl.constexpr, EXACT: tl.constexpr):
+    """One tile of keys into the running (sum, maximum, normaliser) of some query rows."""
+    at = keys.to(tl.int64)[:, None] * D + d[None, :]
+    here = (keys < end)[:, None] & (d < D)[None, :]
+    k = tl.load(k_ptr + at, mask=here, other=0.0)
+    s = tl.dot(q, tl.trans(k), input_precision="tf32x3" if EXACT else "tf32") * scale
+    s = tl.where((keys < end)[None, :], s, float("-inf"))
+    new = tl.maximum(m, tl.max(s, 1))
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    p, shrink = tl.exp2(s - safe[:, None]), tl.exp2(m - safe)
+    v = tl.load(v_ptr + at, mask=here, other=0.0)
+    acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3" if EXACT else "tf32")
+    return acc, new, l * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def _decode_prefix(Q, K, V, lengths, offsets, ACC, M, L, scale, room, split, N, H: tl.constexpr, R: tl.constexpr,
+                   D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr):
+    """One split of one group's prefix under one key head, for BM of the group's (rollout, query head) pairs."""
+    b, kh, s = tl.program_id(0), tl.program_id(1) % (H // R), tl.program_id(2)
+    tile = tl.program_id(1) // (H // R)
+    first, last, length = tl.load(offsets + b), tl.load(offsets + b + 1), tl.load(lengths + b)
+    pair, d = tile * BM + tl.arange(0, BM), tl.arange(0, BD)
+    n, h = (first + pair // R).to(tl.int64), kh * R + pair % R
+    here = (n < last)[:, None] & (d < D)[None, :]
+    q = tl.load(Q + (n * H + h)[:, None] * D + d[None, :], mask=here, other=0.0)
+    acc, m, l = tl.zeros([BM, BD], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    base = (b.to(tl.int64) * (H // R) + kh) * room * D
+    end = tl.minimum(length, (s + 1) * split)
+    for j in range(s * split, end, BN):
+        acc, m, l = _tile(acc, m, l, q, K + base, V + base, j + tl.arange(0, BN), end, scale, d, D, EXACT)
+    out = (s.to(tl.int64) * N + n) * H + h
+    tl.store(ACC + out[:, None] * D + d[None, :], acc, mask=here)
+    tl.store(M + out, m, mask=n < last)
+    tl.store(L + out, l, mask=n < last)
+
+
+@triton.jit
+def _decode_suffix(Q, K, V, lengths, ACC, M, L, O, scale, room, splits, N, H: tl.constexpr, R: tl.constexpr,
+                   D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr):
+    """One rollout's own suffix under one key head, joined with the parts of its prefix."""
+    n, kh = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = tl.load(lengths + n)
+    r, d = tl.arange(0, BM), tl.arange(0, BD)
+    row = n * H + kh * R + r
+    here = (r < R)[:, None] & (d < D)[None, :]
+    q = tl.load(Q + row[:, None] * D + d[None, :], mask=here, other=0.0)
+    acc, m, l = tl.zeros([BM, BD], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    base = (n * (H // R) + kh) * room * D
+    for j in range(0, length, BN):
+        acc, m, l = _tile(acc, m, l, q, K + base, V + base, j + tl.arange(0, BN), length, scale, d, D, EXACT)
+    for s in range(0, splits):
+        part = (s * N + n) * H + kh * R + r  # n is 64 bit
+        other = tl.load(M + part, mask=r < R, other=float("-inf"))
+        new = tl.maximum(m, other)
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        mine, theirs = tl.exp2(m - safe), tl.exp2(other - safe)
+        l = l * mine + tl.load(L + part, mask=r < R, other=0.0) * theirs
+        far = tl.load(ACC + part[:, None] * D + d[None, :], mask=here, other=0.0)
+        acc = acc * mine[:, None] + far * theirs[:, None]
+        m = new
+    tl.store(O + row[:, None] * D + d[None, :], (acc / l[:, None]).to(O.dtype.element_ty), mask=here)
+
+
+def _decode(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths, members: Members):
+    (N, H, D), (B, K, P, _) = q.shape, prefix_k.shape
+    R, out = H // K, torch.empty_like(q)
+    rows = members.most * R
+    sizes = {"H": H, "R": R, "D": D, "BD": max(16, triton.next_power_of_2(D)), "BN": tile(D, q.dtype),
+             "EXACT": q.dtype == torch.float32, "num_warps": 4, "num_stages": 2}
+    scale = 1 / (math.sqrt(D) * math.log(2))
+    BM = rows_a_tile(rows, q.dtype)
+    tiles = triton.cdiv(rows, BM)
+    split, splits = _split(P, B * K * tiles, sizes["BN"], q.device)
+    acc = q.new_empty(splits, N, H, D, dtype=torch.float32)
+    m, l = q.new_empty(2, splits, N, H, dtype=torch.float32)
+    if splits:
+        _decode_prefix[B, K * tiles, splits](q, prefix_k, prefix_v, prefix_lengths, members.offsets, acc, m, l, scale,
+                                             P, split, N, BM=BM, **sizes)
+    _decode_suffix[N, K](q, suffix_k, suffix_v, suffix_lengths, acc, m, l, out, scale, suffix_k.shape[2], splits, N,
+                         BM=max(16, triton.next_power_of_2(R)), **sizes)
+    return out
+
+
+def _split(prefix: int, programs: int, tile: int, device: torch.device) -> tuple[int, int]:
+    """(keys a split, splits) of prefixes of at most `prefix` keys, where `programs` blocks run without splitting."""
+    cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    wanted = max(1, 4 * cores // max(1, programs))
+    split = max(SPLIT, triton.cdiv(triton.cdiv(prefix, wanted), tile) * tile)
+    return split, triton.cdiv(prefix, split)
+
+
+# ---- The function ------------------------------------------------------------------------------------------------
+
+
+def memory_decode(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths,
+                  members: Members) -> torch.Tensor:
+    """Attention of one new token a rollout over its group's prefix and its own suffix, scaled by 1/sqrt(D).
+
+    q (N,H,D); prefix_k, prefix_v (B,K,P,D) of which prefix_lengths (B) keys count; suffix_k, suffix_v (N,K,S,D) of
+    which suffix_lengths (N) >= 1 count, the new token's own among them. One dtype. -> (N,H,D).
+    ValueError naming the argument that does not fit.
+    """
+    (N, H, D), (B, K, P, _), S = q.shape, prefix_k.shape, suffix_k.shape[2]
+    expected = {"prefix_v": (prefix_v, (B, K, P, D)), "prefix_lengths": (prefix_lengths, (B,)),
+                "prefix_k": (prefix_k, (B, K, P, D)), "suffix_k": (suffix_k, (N, K, S, D)),
+                "suffix_v": (suffix_v, (N, K, S, D)), "suffix_lengths": (suffix_lengths, (N,)),
+                "members.row": (members.row, (N,)), "members.offsets": (members.offsets, (B + 1,))}
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape or tensor.device != q.device:
+            raise ValueError(f"{name}: {tuple(tensor.shape)} on {tensor.device}, expected {shape} on {q.device}")
+    if H % K:
+        raise ValueError(f"q: {H} query heads for {K} key heads, expected a multiple")
+    if not use_triton(q.device):
+        return memory_decode_reference(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths,
+                                       members)
+    caches = [x if x.is_contiguous() else x.contiguous() for x in (prefix_k, prefix_v, suffix_k, suffix_v)]
+    return _decode(q.contiguous(), *caches[:2], prefix_lengths, *caches[2:], suffix_lengths, members)
+
+
+# ---- PyTorch reference -------------------------------------------------------------------------------------------
+
+
+def memory_decode_reference(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths,
+                            members: Members) -> torch.Tensor:
+    """Same result. Rollouts sit in a (groups, most) grid, so that one matrix product reads each prefix once."""
+    (N, H, D), (B, K, P, _), most = q.shape, prefix_k.shape, members.most
+    R, used = H // K, int(suffix_lengths.max())
+    suffix_k, suffix_v = suffix_k[:, :, :used], suffix_v[:, :, :used]
+    hidden = torch.arange(P, device=q.device) >= prefix_lengths[:, None]  # (B,P)
+    own_hidden = torch.arange(used, device=q.device) >= suffix_lengths[:, None]  # (N,S)
+    q = (q * (1 / math.sqrt(D))).view(N, K, R, D)
+    own = (q @ suffix_k.transpose(-1, -2)).masked_fill(own_hidden[:, None, None], -torch.inf)  # (N,K,R,S)
+    full = B * most == N
+    grid = q if full else q.new_zeros(B * most, K, R, D).index_copy_(0, members.row, q)
+    grid = grid.view(B, most, K, R, D).transpose(1, 2).reshape(B, K, most * R, D)
+    far = (grid @ prefix_k.transpose(-1, -2)).masked_fill(hidden[:, None, None], -torch.inf)
+    far = far.view(B, K, most, R, P).transpose(1, 2).reshape(B * most, K, R, P)
+    far = far if full else far[members.row]
+    attn = torch.cat([far, own], -1).softmax(-1)  # (N,K,R,P+S)
+    mixed = attn[..., P:] @ suffix_v  # (N,K,R,D)
+    far = attn[..., :P]
+    far = far if full else far.new_zeros(B * most, K, R, P).index_copy_(0, members.row, far)
+    far = far.reshape(B, most, K, R, P).transpose(1, 2).reshape(B, K, most * R, P) @ prefix_v
+    far = far.view(B, K, most, R, D).transpose(1, 2).reshape(B * most, K, R, D)
+    return (mixed + (far if full else far[members.row])).view(N, H, D)
