@@ -772,7 +772,7 @@ def update(model: Decoder, reference: Decoder | None, optimizer, c: Config, batc
         packed = pack([(turns[g[0]].prefix, [(turns[i].given, turns[i].sampled) for i in g]) for g in micro], device)
         new, entropy = score(model, packed, c.temperature)
         ref = reference_logprobs(model, reference, packed, c) if c.kl else None
-        old = torch.tensor([x for i in order for x in turns[i].logprobs], device=device)
+        old = torch.tensor([x for i in order for x in turns[i].logprobs], dtype=new.dtype, device=device)
         offsets = F.pad(torch.tensor(packed.counts, device=device).cumsum(0), (1, 0))
         rollout = torch.tensor([batch.entry[chosen[i]] for i in order], device=device)
         loss, stats = grpo_loss(new, old, ref, rewards, group, rollout, offsets, len(turns), c.eps_low, c.eps_high,

@@ -168,8 +168,7 @@ class Demonstrator:
                 suffixes.append((given, [*self.memory_ids(memories[r]), self.tokenizer.end]))
             if eventful or rng.random() < 0.2:  # most sections of a long document say nothing of the problem
                 demos.append(Demo("update", prefix, suffixes))
-                if rng.random() < 0.6:
-                    demos += self.recalls(text, memories[rng.randrange(readers)], rng)
+                demos += self.recalls(text, memories[rng.randrange(readers)], rng)
         for memory in memories:
             if set(episode.gold) <= {episode.fact_of.get(s) for s in memory}:
                 demos.append(self.answer(episode, memory))
@@ -230,7 +229,7 @@ class Demonstrator:
         return demos
 
 
-WEIGHTS = {"update": 1.0, "answer": 2.0, "recall": 2.0, "direct": 2.0}  # answers are few tokens among many
+WEIGHTS = {"update": 1.0, "answer": 2.0, "recall": 4.0, "direct": 2.0}  # answers are few tokens among many
 
 
 class DemoSteps:

@@ -3,6 +3,10 @@
     python -m eval.bench step [--repeats 3] [--out FILE] [any field of memtrain.Config]
         one GRPO step of MemTrain, by memtrain.py and by the plain implementation in eval/plain.py: seconds, tokens
         through the model, memory; that both sampled the same tokens and have the same loss and gradient
+    python -m eval.bench kernels [--repeats 5] [--device cpu|cuda] [--out FILE]
+        each kernel beside peers that compute the same: seconds, extra memory, share of the measured ceilings
+    python -m eval.bench compile [--out FILE]
+        every kernel compiled for six GPU generations, without a GPU: shared memory, registers, spills
     python -m eval.bench time [--runs 3] [--out FILE] [any field of memtrain.Config]
         the whole of `python memtrain.py`: wall seconds and peak memory of each run
 
@@ -144,7 +148,10 @@ class Pair:
 
     @torch.no_grad()
     def shift(self) -> None:
-        """Moves the policy off the one that sampled: ratios leave 1 and the clip range, the KL term leaves 0."""
+        """Moves the policy off the one that sampled: ratios leave 1 and the clip range, the KL term leaves 0. In fp64
+        from here on: ratios far from 1 magnify what fp32 rounds, which is no difference between the equations."""
+        self.model.double()
+        self.reference.double()
         generator = torch.Generator().manual_seed(0)
         for p in self.capture.parameters.values():
             noise = torch.randn(p.shape, generator=generator).to(p.device)
@@ -208,7 +215,7 @@ def compare(pair: Pair, step: int, repeats: int) -> dict:
             "trained_turns": sum(e in kept for e in batch.entry),
             "signal": len(memtrain.with_signal(batch)) / len(set(batch.group)), "coin_rewards": flipped,
             "tokens_sampled": sum(len(t.sampled) for t in batch.turns), "same_tokens": same_tokens(batch, other),
-            "deviation": {"as sampled": deviation(mine, theirs), "weights shifted": deviation(*after)},
+            "deviation": {"as sampled": deviation(mine, theirs), "weights shifted, in fp64": deviation(*after)},
             "sides": summarise(rows)}
 
 
@@ -248,7 +255,7 @@ def step_table(result: dict) -> str:
                  f"as ours does\n")
     lines.append(f"same tokens sampled: {same['share']:.2%}; largest difference of a log-prob {same['logprob']:.1e}")
     for name, d in result["deviation"].items():
-        lines.append(f"same turns, {name + ':':16s} loss differs by {d['loss']:.1e}, gradient of the worst parameter "
+        lines.append(f"same turns, {name + ':':24s} loss differs by {d['loss']:.1e}, gradient of the worst parameter "
                      f"by {d['gradient']:.1e} of its norm, the whole by {d['gradient_whole']:.1e}  "
                      f"{'ok' if _within(d) else 'DIFFERENT'}")
     return "\n".join(lines)
@@ -296,6 +303,47 @@ def step(argv: Sequence[str]) -> int:
     result = {"weights": weights} | compare(pair, options.step, options.repeats)
     finish("step", argv, options.out, device, result | {"config": asdict(c)}, step_table(result))
     return 0 if agree(result) else 1
+
+
+# ---- kernels: each operation beside its peers, and what the compiler makes of it ------------------------------------
+
+
+def kernels(argv: Sequence[str]) -> int:
+    from eval import bench_kernels
+
+    parser = Parser("kernels", "each kernel beside peers that compute the same")
+    parser.add_argument("--repeats", type=int, default=5, help="timed repeats (default: 5)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    options, rest = parser.read(argv, at_least_one=("repeats",))
+    if rest:
+        raise InputError(f"{rest[0]}: unknown option; python -m eval.bench lists them")
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    device = memtrain.choose_device(options.device)
+
+    def extra_mb(work: Callable) -> float:
+        _forget_peak(device)
+        before = _peak_mb(device)
+        work()
+        return max(0.0, _peak_mb(device) - before)
+
+    rows, limits = bench_kernels.run(device, options.repeats, extra_mb)
+    finish("kernels", argv, options.out, device, {"rows": [asdict(r) for r in rows], "ceilings": limits},
+           bench_kernels.table(rows, limits, options.repeats))
+    return 0
+
+
+def compile_kernels(argv: Sequence[str]) -> int:
+    from eval import bench_compile  # needs Triton, and kernels that are not interpreted
+
+    parser = Parser("compile", "every kernel compiled for six GPU generations")
+    options, rest = parser.read(argv, at_least_one=())
+    if rest:
+        raise InputError(f"{rest[0]}: unknown option; python -m eval.bench lists them")
+    rows = bench_compile.build_all()
+    finish("compile", argv, options.out, torch.device("cpu"), bench_compile.result(rows),
+           bench_compile.compile_table(rows))
+    return int(any(r.shared_kb > r.limit_kb for r in rows))
 
 
 # ---- time: the whole command ---------------------------------------------------------------------------------------
@@ -389,7 +437,8 @@ def finish(name: str, argv: Sequence[str], out: Path | None, device, result: dic
         print(f"\nwritten to {out}")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": step, "time": time_runs}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": step, "kernels": kernels, "compile": compile_kernels,
+                                                        "time": time_runs}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,8 @@
 
 Every file holds a Triton kernel and, beside it, the PyTorch reference with the same signature. One place decides
 which of them runs: the kernel on CUDA, the reference elsewhere; MEMTRAIN_KERNELS=torch or =triton forces a side
-(triton on a CPU needs TRITON_INTERPRET=1, which is slow and meant for tests).
+(triton on a CPU needs TRITON_INTERPRET=1, which is slow and meant for tests). fp64 always goes to the reference:
+checks are made with it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ except ImportError:  # Triton comes for Linux only: elsewhere the kernels are te
     triton, tl = SimpleNamespace(jit=lambda kernel: kernel), None
 
 
-def use_triton(device: torch.device) -> bool:
-    """Whether tensors on `device` go to the Triton kernels. ValueError if MEMTRAIN_KERNELS can't be honoured."""
+def use_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether tensors of `dtype` on `device` go to the kernels. ValueError if MEMTRAIN_KERNELS can't be honoured."""
     forced = os.environ.get("MEMTRAIN_KERNELS", "")
     if forced not in ("", "torch", "triton"):
         raise ValueError(f"MEMTRAIN_KERNELS={forced}: choose torch or triton, or leave it unset")
@@ -29,7 +30,8 @@ def use_triton(device: torch.device) -> bool:
                          "kernels, or leave it unset")
     if forced == "triton" and tl is None:
         raise ValueError("MEMTRAIN_KERNELS=triton: Triton is not installed; leave it unset")
-    return forced == "triton" or (not forced and device.type == "cuda" and tl is not None)
+    wanted = forced == "triton" or (not forced and device.type == "cuda" and tl is not None)
+    return wanted and dtype != torch.float64
 
 
 def kernels_in_use(device: torch.device) -> str:

@@ -278,7 +278,7 @@ def memory_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: 
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device == layout.device:
         raise ValueError(f"q {q.dtype} on {q.device}, k {k.dtype} on {k.device}, v {v.dtype} on {v.device}, layout on "
                          f"{layout.device}: expected one dtype and one device")
-    if not use_triton(q.device):
+    if not use_triton(q.device, q.dtype):
         return memory_attention_reference(q, k, v, layout)
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or q.shape[2] > 128:
         raise ValueError(f"q {q.dtype}, head size {q.shape[2]}: the kernel takes fp32, bf16 and fp16 up to 128")

@@ -171,7 +171,7 @@ def memory_decode(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suf
             raise ValueError(f"{name}: {tuple(tensor.shape)} on {tensor.device}, expected {shape} on {q.device}")
     if H % K:
         raise ValueError(f"q: {H} query heads for {K} key heads, expected a multiple")
-    if not use_triton(q.device):
+    if not use_triton(q.device, q.dtype):
         return memory_decode_reference(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths,
                                        members)
     caches = [x if x.is_contiguous() else x.contiguous() for x in (prefix_k, prefix_v, suffix_k, suffix_v)]

@@ -148,8 +148,8 @@ def grpo_loss(new: torch.Tensor, old: torch.Tensor, ref: torch.Tensor | None, re
     new, old, ref (N,): log-probs of the packed sampled tokens under the policy, the policy that sampled them, the
     reference (None: no KL term). rewards, group (R,): reward and group of *every* rollout of the step. rollout
     (S,): the rollout of each sequence here. offsets (S+1,): token ranges of the sequences. interactions: M above.
-    Log-probs are fp32, rewards of any float type, ids and offsets int64. Diagnostics are sums over tokens (tokens,
-    kl, clip_low, clip_high, zero_advantage: tokens whose advantage is 0) and extremes (ratio_max, ratio_min).
+    Log-probs are fp32 (or fp64), rewards of any float type, ids and offsets int64. Diagnostics are sums over tokens
+    (tokens, kl, clip_low, clip_high, zero_advantage: tokens whose advantage is 0) and extremes (ratio_max, ratio_min).
     ValueError names the argument that does not fit.
     """
     if not new.shape == old.shape or (ref is not None and ref.shape != new.shape):
@@ -167,7 +167,7 @@ def grpo_loss(new: torch.Tensor, old: torch.Tensor, ref: torch.Tensor | None, re
             raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}, expected {kind or 'floats'} on {new.device}")
     if beta and ref is None:
         raise ValueError("ref: needed where beta is not 0")
-    if use_triton(new.device):
+    if use_triton(new.device, new.dtype):
         if new.dtype != torch.float32:
             raise ValueError(f"new {new.dtype}: the kernel takes fp32 log-probs")
         return _triton(new, old, ref, rewards, group, rollout, offsets, interactions, eps_low, eps_high, beta,

@@ -188,9 +188,9 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Ten
                    temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden (N,C), weight (V,C), target (N,) int64 -> logprob (N,), entropy (N,) in nats, both fp32.
 
-    hidden and weight: fp32, bf16 or fp16. Differentiable in hidden and, where it requires grad, in weight. Sums are
-    taken in fp32. ValueError on a shape, dtype or device that does not fit, a target outside the vocabulary or a
-    temperature <= 0.
+    hidden and weight: fp32, bf16 or fp16 (or fp64, and then so are the results). Differentiable in hidden and, where
+    it requires grad, in weight. Sums are taken in fp32. ValueError on a shape, dtype or device that does not fit, a
+    target outside the vocabulary or a temperature <= 0.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: expected (N,C) and (V,C)")
@@ -205,7 +205,7 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Ten
         raise ValueError(f"temperature {temperature}: must be above 0")
     if len(target) and not 0 <= int(target.min()) <= int(target.max()) < len(weight):
         raise ValueError(f"target: ids must lie in 0..{len(weight) - 1}")
-    if not use_triton(hidden.device):
+    if not use_triton(hidden.device, hidden.dtype):
         return _Reference.apply(hidden, weight, target, temperature)
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"hidden {hidden.dtype}: the kernel takes fp32, bf16 and fp16")
@@ -223,10 +223,11 @@ class _Reference(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature):
         ctx.set_materialize_grads(False)
-        logprob = hidden.new_empty(len(hidden), dtype=torch.float32)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprob = hidden.new_empty(len(hidden), dtype=wide)
         entropy, lse = torch.empty_like(logprob), torch.empty_like(logprob)
         for rows in _chunks(len(hidden), len(weight)):
-            z = (hidden[rows] @ weight.T).float().div_(temperature)  # (n,V)
+            z = (hidden[rows] @ weight.T).to(wide).div_(temperature)  # (n,V)
             lse[rows] = z.logsumexp(-1)
             logprob[rows] = z.gather(-1, target[rows, None])[:, 0] - lse[rows]
             p = (z - lse[rows, None]).exp_()
@@ -239,9 +240,9 @@ class _Reference(torch.autograd.Function):
     def backward(ctx, g_logprob, g_entropy):
         hidden, weight, target, lse, entropy = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
         for rows in _chunks(len(hidden), len(weight)):
-            z = (hidden[rows] @ weight.T).float().div_(ctx.temperature).sub_(lse[rows, None])  # log p (n,V)
+            z = (hidden[rows] @ weight.T).to(lse.dtype).div_(ctx.temperature).sub_(lse[rows, None])  # log p (n,V)
             p = z.exp()
             dz = torch.zeros_like(p)
             if g_logprob is not None:
@@ -253,7 +254,7 @@ class _Reference(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[rows] = dz @ weight
             if d_weight is not None:
-                d_weight += (dz.T @ hidden[rows]).float()
+                d_weight += (dz.T @ hidden[rows]).to(lse.dtype)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
 
 

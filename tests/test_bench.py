@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import memtrain
-from eval import bench, plain
+from eval import bench, bench_kernels, plain
 
 TINY = ["--width", "32", "--layers", "2", "--heads", "2", "--key-heads", "1", "--head-size", "16", "--hidden", "48",
         "--people", "60", "--passages", "4", "--related", "2", "--section", "48", "--memory", "8", "--response", "10",
@@ -164,3 +164,22 @@ def test_bad_arguments(argv, says, capsys, tmp_path, monkeypatch):
     error = capsys.readouterr().err
     assert error.startswith("bench: ") and says in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_peers_of_the_kernels_compute_the_same():
+    """A benchmark of unlike things says nothing: every peer agrees with the product at a small shape."""
+    cpu, f = torch.device("cpu"), torch.float32
+    made = [bench_kernels.logprob_case(cpu, f, 20, 8, 50, False), bench_kernels.loss_case(cpu, 16, 5, False),
+            bench_kernels.attention_case(cpu, f, 2, 7, 3, (2, 5), 4, 2, 8),
+            bench_kernels.decode_case(cpu, f, 2, 7, 3, 4, 4, 2, 8)]
+    rows = [r for case in made for r in bench_kernels.measure(case, cpu, 2, lambda work: 1.0, (1e9, 1e9))]
+    assert len(rows) == 8 and all(r.deviation < 1e-4 for r in rows), rows
+    assert all(0 < r.fastest <= r.seconds <= r.slowest and r.compute_share > 0 for r in rows)
+    text = bench_kernels.table(rows, {"float32": (1e9, 1e9)}, 2)
+    assert all(r.by in text for r in rows) and text.count("memtrain") == 4
+
+
+def test_kernel_benchmarks_refuse_what_they_do_not_know(capsys):
+    for arguments in (["kernels", "--speed", "1"], ["kernels", "--repeats", "0"], ["compile", "--card", "H100"]):
+        assert bench.main(arguments) == 2
+        assert capsys.readouterr().err.startswith("bench: --")

@@ -403,10 +403,13 @@ def test_recall_probes_hide_an_earlier_entity(reading):
             continue
         masked, (k,), target = probe
         text = a.tokenizer.decode(masked)
-        sources = [s for s in map(a.tokenizer.decode, sections[:k]) if text == s.replace(target, "[TARGET]")]
+        full = len(masked) == a.c.section  # [TARGET] is longer than most names: the end may have been cut off
+        hidden = [(s, s.replace(target, "[TARGET]")) for s in map(a.tokenizer.decode, sections[:k])]
+        sources = [s for s, h in hidden if h == text or (full and h.startswith(text))]
         assert sources, "an earlier section, changed by nothing but [TARGET]"
         assert 1 <= k < len(sections) and "[TARGET]" in text and not occurs(text, target)
-        assert target not in ("[MASK]", "MASK") and text.count("[MASK]") == sources[0].count("[MASK]")
+        assert target not in ("[MASK]", "MASK")
+        assert full or text.count("[MASK]") == sources[0].count("[MASK]")
         assert len(masked) <= a.c.section
         seen.add((k, len(sections)))
     assert len(seen) >= 2

@@ -65,9 +65,9 @@ def close(mine, true, dtype=torch.float32, factor=1.0, least=1e-3) -> bool:
     return bool(((mine.double().cpu() - true).abs() <= factor * TOLERANCE[dtype] * scale).all())
 
 
-def randn(*shape, dtype=torch.float32):
+def randn(*shape, dtype=torch.float32, scale=1.0):
     """Random values that the dtype represents exactly, on the device, and the same in fp64 on the CPU."""
-    x = torch.randn(shape).to(dtype)
+    x = (scale * torch.randn(shape)).to(dtype)
     return x.to(DEVICE).requires_grad_(), x.double().requires_grad_()
 
 
@@ -170,12 +170,11 @@ def test_decode_in_half_precision(dtype):
 
 
 def logprob_agrees(module, n=70, width=40, vocabulary=203, temperature=1.0, dtype=torch.float32) -> bool:
-    hidden, weight = randn(n, width, dtype=dtype), randn(vocabulary, width, dtype=dtype)
+    hidden, weight = randn(n, width, dtype=dtype), randn(vocabulary, width, dtype=dtype, scale=0.25)
     target = torch.randint(vocabulary, (n,))
     mine = module.linear_logprob(hidden[0], weight[0], target.to(DEVICE), temperature)
     true = exact_logprob(hidden[1], weight[1], target, temperature)
-    # logits reach 30 here: an absolute error of their rounding in fp32, whatever the value of the sum
-    good = all(close(a, b, torch.float32, 5) for a, b in zip(mine, true, strict=True))
+    good = all(close(a, b, torch.float32, 3) for a, b in zip(mine, true, strict=True))
     for used in ([0], [1], [0, 1]):
         factor = torch.randn(2, n)
         a = torch.autograd.grad([mine[i] for i in used], (hidden[0], weight[0]),
@@ -335,7 +334,7 @@ def test_one_place_chooses_and_says_what_is_missing(monkeypatch):
 
 def test_kernels_refuse_what_they_do_not_take():
     layout, x = Layout([4], [], [], DEVICE), torch.zeros(4, 2, 256, device=DEVICE)
-    for bad, message in ((x, "up to 128"), (x[..., :64].double(), "fp32, bf16 and fp16")):
+    for bad, message in ((x, "up to 128"), (x[..., :64].int(), "fp32, bf16 and fp16")):
         with pytest.raises(ValueError, match=message):
             attention.memory_attention(bad, bad, bad, layout)
     with pytest.raises(ValueError, match="one dtype"):
@@ -345,10 +344,10 @@ def test_kernels_refuse_what_they_do_not_take():
         decode.memory_decode(torch.zeros(2, 2, 8), *torch.zeros(2, 1, 2, 3, 8), torch.ones(1),
                              *torch.zeros(2, 2, 2, 1, 8), torch.ones(3), members)
     with pytest.raises(ValueError, match="fp32, bf16"):
-        logprob.linear_logprob(torch.zeros(2, 3).double(), torch.zeros(4, 3).double(), torch.zeros(2).long())
+        logprob.linear_logprob(torch.zeros(2, 3).int(), torch.zeros(4, 3).int(), torch.zeros(2).long())
     with pytest.raises(ValueError, match="expected int64"):
         logprob.linear_logprob(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2).int())
-    arguments = case()
+    arguments = case(dtype=torch.float16)
     with pytest.raises(ValueError, match="fp32 log-probs"):
         grpo.grpo_loss(*arguments)
     arguments[5] = arguments[5] + 3

@@ -1,0 +1,280 @@
+"""Times the kernels beside what one would write without them: `python -m eval.bench kernels`.
+
+Every operation runs forward and backward (decode: forward) at several shapes, by the product (memtrain) and by peers
+that compute the same: naive code, SDPA on repeated prefixes, FlexAttention with the equivalent block mask, and
+torch.compile of the naive code where there is a GPU. All results are compared with the naive code in fp64 first,
+where that is small enough, else with each other. Ceilings (a matrix product, a copy) are measured in the same run.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from tqdm import tqdm
+
+from kernels.attention import memory_attention
+from kernels.decode import Members, memory_decode
+from kernels.grpo import grpo_loss
+from kernels.layout import Layout
+from kernels.logprob import linear_logprob
+
+Peer = Callable[[], tuple[torch.Tensor, ...]]  # runs once; returns outputs and gradients, to be compared
+
+
+@dataclass
+class Case:
+    """One operation at one shape. flops, bytes: what it must compute and move at least, forward and backward."""
+
+    operation: str
+    shape: str
+    peers: dict[str, Peer]
+    flops: float
+    bytes: float
+    dtype: torch.dtype
+
+
+# ---- The operations ------------------------------------------------------------------------------------------------
+
+
+def _leaves(device, dtype, *shapes) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+
+
+def _forward_backward(function: Callable, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    out = function()
+    first = out[0] if isinstance(out, tuple) else out
+    return first.detach(), *torch.autograd.grad(first.float().square().mean(), leaves)
+
+
+def logprob_case(device, dtype, N: int, C: int, V: int, compiled: bool) -> Case:
+    hidden, weight = _leaves(device, dtype, (N, C), (V, C))
+    with torch.no_grad():
+        weight *= C**-0.5
+    target = torch.randint(V, (N,), device=device)
+
+    def naive(hidden, weight):
+        logp = (hidden @ weight.T).float().log_softmax(-1)
+        return logp.gather(-1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+    leaves = [hidden, weight]
+    peers = {"memtrain": lambda: _forward_backward(lambda: linear_logprob(hidden, weight, target), leaves),
+             "full logits": lambda: _forward_backward(lambda: naive(hidden, weight), leaves)}
+    if compiled:
+        fast = torch.compile(naive)
+        peers["full logits, torch.compile"] = lambda: _forward_backward(lambda: fast(hidden, weight), leaves)
+    size = hidden.element_size()
+    return Case("log-prob", f"N {N}, C {C}, V {V:,}", peers, 8.0 * N * C * V, 2.0 * size * (N * C + V * C), dtype)
+
+
+def loss_case(device, sequences: int, tokens: int, compiled: bool) -> Case:
+    """Ragged sequences of `tokens` on average, 8 rollouts a group."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 2 * tokens, (sequences,), generator=generator)
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(device)
+    N, longest = int(lengths.sum()), int(lengths.max())
+    new = (-torch.rand(N, generator=generator)).to(device).requires_grad_()
+    old, ref = (new.detach() + 0.1 * torch.randn(N, generator=generator).to(device) for _ in range(2))
+    group = (torch.arange(sequences) // 8).to(device)
+    rewards, rollout = torch.rand(sequences, generator=generator).to(device), torch.arange(sequences, device=device)
+    place = torch.arange(longest, device=device) < lengths.to(device)[:, None]  # (S,longest)
+
+    def naive(new):
+        rows = [new.new_zeros(place.shape).masked_scatter(place, x) for x in (new, old, ref)]
+        n, o, r = rows
+        mean = rewards.new_zeros(int(sequences / 8) + 1).index_add(0, group, rewards) / 8
+        advantage = (rewards - mean[group])[:, None]
+        ratio = (n - o).exp()
+        objective = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        objective = objective - 1e-3 * ((r - n).exp() - (r - n) - 1)
+        return -((objective * place).sum(1) / place.sum(1)).sum() / sequences
+
+    def ours():
+        loss, _ = grpo_loss(new, old, ref, rewards, group, rollout, offsets, sequences, 0.2, 0.2, 1e-3)
+        return loss
+
+    def run(function):
+        loss = function()
+        return loss.detach(), *torch.autograd.grad(loss, [new])
+
+    peers = {"memtrain": lambda: run(ours), "padded rows": lambda: run(lambda: naive(new))}
+    if compiled:
+        fast = torch.compile(naive)
+        peers["padded rows, torch.compile"] = lambda: run(lambda: fast(new))
+    return Case("GRPO loss", f"{sequences} sequences, {N:,} tokens", peers, 20.0 * N, 16.0 * N, torch.float32)
+
+
+def attention_case(device, dtype, groups: int, prefix: int, G: int, suffix: tuple[int, int], H: int, K: int,
+                   D: int) -> Case:
+    """`groups` groups of G rollouts; suffix: shortest and longest."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(suffix[0], suffix[1] + 1, (groups * G,), generator=generator)
+    layout = Layout([prefix] * groups, lengths, torch.arange(groups).repeat_interleave(G), device)
+    T = layout.total
+    q, k, v = leaves = _leaves(device, dtype, (T, H, D), (T, K, D), (T, K, D))
+    S = int(lengths.max())
+    # every rollout as a row of its own: the prefix repeated, padded at the end
+    reach = torch.arange(prefix + S)
+    index = torch.where(reach < prefix, layout.prefix_start.cpu()[layout.group.cpu()][:, None] + reach,
+                        layout.suffix_start.cpu()[:, None] + (reach - prefix).clamp(max=S)).clamp(max=T - 1).to(device)
+    real = (reach < prefix + lengths[:, None]).to(device)  # (N,P+S)
+    first = torch.zeros(groups * G, dtype=torch.bool)
+    first[::G] = True  # the prefix's own output is taken from the first rollout of its group
+    mine = (real & (first.to(device)[:, None] | (reach >= prefix).to(device)))  # (N,P+S)
+
+    def repeated():
+        rows = [x[index].transpose(1, 2) for x in (q, k, v)]  # (N,.,P+S,D)
+        out = F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True).transpose(1, 2)
+        return torch.empty_like(q).index_copy(0, index[mine], out[mine])
+
+    own_start, group = layout.own_start, torch.zeros(T, dtype=torch.long, device=device)
+    for b, (start, end) in enumerate(zip(*(x.tolist() for x in layout.group_range[::2]), strict=True)):
+        group[start:end] = b
+    prefix_end, start_of = layout.group_range[1][group], layout.group_range[0][group]
+
+    def visible(b, h, i, j):
+        return (j <= i) & (j >= start_of[i]) & ((j >= own_start[i]) | (j < prefix_end[i]))
+
+    peers = {"memtrain": lambda: _forward_backward(lambda: memory_attention(q, k, v, layout), leaves),
+             "repeated prefixes, SDPA": lambda: _forward_backward(repeated, leaves)}
+    if device.type == "cuda":  # its backward pass exists for CUDA only
+        mask = create_block_mask(visible, None, None, T, T, device=device)
+        fast = torch.compile(flex_attention)
+
+        def flex():
+            return fast(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=mask,
+                        enable_gqa=True)[0].transpose(0, 1)
+
+        peers["FlexAttention"] = lambda: _forward_backward(flex, leaves)
+    pairs = groups * prefix * (prefix + 1) / 2 + float((lengths * prefix + lengths * (lengths + 1) / 2).sum())
+    size = q.element_size()
+    return Case("attention", f"{groups} x (prefix {prefix} + {G} x {suffix[0]}-{suffix[1]}), H {H}, K {K}, D {D}",
+                peers, 14.0 * pairs * H * D, size * T * D * (4.0 * H + 4 * K), dtype)
+
+
+def decode_case(device, dtype, groups: int, prefix: int, G: int, suffix: int, H: int, K: int, D: int) -> Case:
+    N = groups * G
+    q, pk, pv, sk, sv = (x.detach() for x in _leaves(device, dtype, (N, H, D), *[(groups, K, prefix, D)] * 2,
+                                                     *[(N, K, suffix, D)] * 2))
+    members = Members(torch.arange(groups, device=device).repeat_interleave(G), groups)
+    far = torch.full((groups,), prefix, device=device)
+    own = torch.full((N,), suffix, device=device)
+
+    def repeated():
+        k, v = (torch.cat([a.repeat_interleave(G, 0), b], 2) for a, b in ((pk, sk), (pv, sv)))  # (N,K,P+S,D)
+        return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
+
+    with torch.no_grad():
+        peers = {"memtrain": lambda: (memory_decode(q, pk, pv, far, sk, sv, own, members),),
+                 "repeated prefixes, SDPA": lambda: (repeated(),)}
+    size = q.element_size()
+    return Case("decode", f"{groups} x {G} rollouts, prefix {prefix}, suffix {suffix}, H {H}, K {K}, D {D}", peers,
+                4.0 * N * H * (prefix + suffix) * D, 2.0 * size * K * D * (groups * prefix + N * suffix), dtype)
+
+
+def cases(device: torch.device) -> list[Callable[[], Case]]:
+    """What is measured where: nano shapes and one real vocabulary on a CPU; the paper's shapes on a GPU."""
+    if device.type == "cpu":
+        f = torch.float32
+        return [lambda: logprob_case(device, f, 6000, 128, 1536, False),
+                lambda: logprob_case(device, f, 256, 256, 151_936, False),
+                lambda: loss_case(device, 700, 24, False),
+                lambda: attention_case(device, f, 24, 190, 8, (20, 70), 4, 2, 32),
+                lambda: decode_case(device, f, 6, 190, 8, 60, 4, 2, 32)]
+    h = torch.bfloat16
+    made = [lambda: loss_case(device, 2304, 700, True)]
+    for C, H, K in ((1024, 16, 8), (2560, 32, 8)):  # Qwen3-0.6B, Qwen3-4B
+        made += [lambda C=C: logprob_case(device, h, 4096, C, 151_936, True),
+                 lambda H=H, K=K: attention_case(device, h, 4, 5320, 8, (1024, 1524), H, K, 128),
+                 lambda H=H, K=K: decode_case(device, h, 64, 5320, 8, 1200, H, K, 128)]
+    return made
+
+
+# ---- Measuring -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    operation: str
+    shape: str
+    by: str
+    seconds: float
+    fastest: float
+    slowest: float
+    extra_mb: float
+    deviation: float  # largest difference to the first peer, in units of its largest value
+    compute_share: float  # of the measured matrix product
+    copy_share: float  # of the measured copy
+
+
+def ceilings(device, dtype) -> tuple[float, float]:
+    """(FLOP/s of a matrix product, bytes/s of a copy, read and write counted), best of 5."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    big = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    other = torch.empty_like(big)
+    product = min(_seconds(lambda: a @ a, device) for _ in range(5))
+    copy = min(_seconds(lambda: other.copy_(big), device) for _ in range(5))
+    return 2 * n**3 / product, 2 * big.numel() / copy
+
+
+def _seconds(work: Callable, device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def measure(case: Case, device, repeats: int, extra_mb: Callable[[Callable], float],
+            limits: tuple[float, float]) -> list[Row]:
+    """A row a peer. extra_mb(work): peak memory beyond what was held before."""
+    rows, truth = [], None
+    for name, peer in case.peers.items():
+        result = peer()  # also the warm-up, and what torch.compile compiles
+        truth = truth or result
+        deviation = max(float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-30))
+                        for a, b in zip(result, truth, strict=True))
+        del result
+        gc.collect()
+        extra = extra_mb(peer)
+        seconds = [_seconds(peer, device) for _ in range(repeats)]
+        middle = statistics.median(seconds)
+        rows.append(Row(case.operation, case.shape, name, middle, min(seconds), max(seconds), extra, deviation,
+                        case.flops / middle / limits[0], case.bytes / middle / limits[1]))
+    return rows
+
+
+def run(device: torch.device, repeats: int, extra_mb: Callable[[Callable], float]) -> tuple[list[Row], dict]:
+    rows, limits = [], {}
+    for make in tqdm(cases(device), desc="kernels", unit="case"):
+        case = make()
+        limits.setdefault(case.dtype, ceilings(device, case.dtype))
+        rows += measure(case, device, repeats, extra_mb, limits[case.dtype])
+    return rows, {str(k).removeprefix("torch."): v for k, v in limits.items()}
+
+
+def table(rows: list[Row], limits: dict, repeats: int) -> str:
+    lines = [f"{'':26s}{'ms':>10s}{'fastest':>10s}{'slowest':>10s}{'extra MB':>10s}{'differs':>10s}"
+             f"{'of product':>12s}{'of copy':>9s}"]
+    last = ""
+    for r in rows:
+        if (head := f"{r.operation}: {r.shape}") != last:
+            lines.append(f"\n{head}")
+            last = head
+        lines.append(f"  {r.by:24s}{r.seconds * 1e3:10.2f}{r.fastest * 1e3:10.2f}{r.slowest * 1e3:10.2f}"
+                     f"{r.extra_mb:10.0f}{r.deviation:10.1e}{r.compute_share:12.0%}{r.copy_share:9.0%}")
+    lines += ["", *(f"ceilings in {k}: matrix product {a / 1e12:.2f} TFLOP/s, copy {b / 1e9:.0f} GB/s"
+                    for k, (a, b) in limits.items())]
+    lines.append(f"forward and backward (decode: forward), median of {repeats}; extra: peak memory beyond the inputs; "
+                 "differs: from the first line, in units of its largest value")
+    return "\n".join(lines)
