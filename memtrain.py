@@ -117,8 +117,8 @@ class Config:
     response: int = option(33, "window", "sampled tokens of a turn, stop included (paper: 1024)")
     prompt_order: str = option("section-first", "window", "section-first or paper: where the memory stands")
 
-    memtrain_steps: int = option(60, "GRPO", "steps of MemTrain (paper: 300)")
-    memagent_steps: int = option(60, "GRPO", "steps of MemAgent (paper: 500)")
+    memtrain_steps: int = option(100, "GRPO", "steps of MemTrain (paper: 300)")
+    memagent_steps: int = option(100, "GRPO", "steps of MemAgent (paper: 500)")
     documents: int = option(6, "GRPO", "documents sampled a step (paper: 32)")
     update_documents: int = option(6, "GRPO", "documents per optimiser step (paper: 32; MemAgent: 8)")
     group: int = option(8, "GRPO", "G1, rollouts a document")
@@ -138,7 +138,7 @@ class Config:
     sample_rows: int = option(1024, "GRPO", "rollouts decoded side by side")
     save_every: int = option(20, "GRPO", "steps between checkpoints")
 
-    base_steps: int = option(2400, "base", "steps on text and demonstrations after the copy warm-up")
+    base_steps: int = option(6000, "base", "steps on text and demonstrations after the copy warm-up")
     base_copy_steps: int = option(200, "base", "warm-up steps on copying random tokens")
     base_lr: float = option(0.02, "base", "learning rate of Muon and of the embedding")
     base_people: int = option(400, "base", "size of the worlds that demonstrations are drawn from")
