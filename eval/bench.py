@@ -39,7 +39,7 @@ from data import InputError
 from eval import plain
 from eval.stage import environment
 
-TOLERANCE = 1e-5  # of loss and gradients: fp32 sums in another order
+TOLERANCE = 1e-5  # of loss and gradients, in fp64
 
 
 # ---- step: one GRPO step, twice ------------------------------------------------------------------------------------
@@ -146,12 +146,14 @@ class Pair:
         self.capture.zero_grad()
         return loss, self.capture.gradient
 
-    @torch.no_grad()
-    def shift(self) -> None:
-        """Moves the policy off the one that sampled: ratios leave 1 and the clip range, the KL term leaves 0. In fp64
-        from here on: ratios far from 1 magnify what fp32 rounds, which is no difference between the equations."""
+    def exact(self) -> None:
+        """Goes on in fp64, where two ways to write the same equations agree to far more than what fp32 rounds."""
         self.model.double()
         self.reference.double()
+
+    @torch.no_grad()
+    def shift(self) -> None:
+        """Moves the policy off the one that sampled: ratios leave 1 and the clip range, the KL term leaves 0."""
         generator = torch.Generator().manual_seed(0)
         for p in self.capture.parameters.values():
             noise = torch.randn(p.shape, generator=generator).to(p.device)
@@ -186,7 +188,7 @@ def same_tokens(mine: memtrain.Batch, other: memtrain.Batch) -> dict[str, float]
 
 def compare(pair: Pair, step: int, repeats: int) -> dict:
     """Both sides in turn, `repeats` times, then the check of the equations away from ratio 1."""
-    bar = tqdm(total=5 * repeats + 5, desc="step", unit="phase")
+    bar = tqdm(total=5 * repeats + 7, desc="step", unit="phase")
     meter = Meter([pair.model, pair.reference], bar)
     rows, warm = [], replace(pair.c, documents=1)
     for agent in (pair.agent, pair.plain_agent):  # first calls are slow: what they cost belongs to nobody
@@ -207,6 +209,8 @@ def compare(pair: Pair, step: int, repeats: int) -> dict:
         rows.append({"ours": {"sampling": ours_sampling, "training": ours_training},
                      "plain, filtered": {"sampling": plain_sampling, "training": plain_training},
                      "plain": {"sampling": plain_sampling, "training": plain_everything}})
+    pair.exact()
+    exact = [meter("check", lambda f=f: f(batch, kept))[0] for f in (pair.ours, pair.plain)]
     pair.shift()
     after = [meter("check", lambda f=f: f(batch, kept))[0] for f in (pair.ours, pair.plain)]
     bar.close()
@@ -215,7 +219,8 @@ def compare(pair: Pair, step: int, repeats: int) -> dict:
             "trained_turns": sum(e in kept for e in batch.entry),
             "signal": len(memtrain.with_signal(batch)) / len(set(batch.group)), "coin_rewards": flipped,
             "tokens_sampled": sum(len(t.sampled) for t in batch.turns), "same_tokens": same_tokens(batch, other),
-            "deviation": {"as sampled": deviation(mine, theirs), "weights shifted, in fp64": deviation(*after)},
+            "rounding": deviation(mine, theirs),
+            "deviation": {"as sampled": deviation(*exact), "weights shifted": deviation(*after)},
             "sides": summarise(rows)}
 
 
@@ -255,10 +260,14 @@ def step_table(result: dict) -> str:
                  f"as ours does\n")
     lines.append(f"same tokens sampled: {same['share']:.2%}; largest difference of a log-prob {same['logprob']:.1e}")
     for name, d in result["deviation"].items():
-        lines.append(f"same turns, {name + ':':24s} loss differs by {d['loss']:.1e}, gradient of the worst parameter "
-                     f"by {d['gradient']:.1e} of its norm, the whole by {d['gradient_whole']:.1e}  "
-                     f"{'ok' if _within(d) else 'DIFFERENT'}")
+        lines.append(f"same turns in fp64, {name + ':':16s} {_differences(d)}  {'ok' if _within(d) else 'DIFFERENT'}")
+    lines.append(f"same turns in fp32, as timed:    {_differences(result['rounding'])}")
     return "\n".join(lines)
+
+
+def _differences(d: dict[str, float]) -> str:
+    return (f"loss differs by {d['loss']:.1e}, gradient of the worst parameter by {d['gradient']:.1e} of its norm, "
+            f"the whole by {d['gradient_whole']:.1e}")
 
 
 def _within(deviation_: dict[str, float]) -> bool:

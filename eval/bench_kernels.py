@@ -75,7 +75,7 @@ def logprob_case(device, dtype, N: int, C: int, V: int, compiled: bool) -> Case:
 
 
 def loss_case(device, sequences: int, tokens: int, compiled: bool) -> Case:
-    """Ragged sequences of `tokens` on average, 8 rollouts a group."""
+    """Ragged sequences of `tokens` on average, 8 rollouts a group: sequences is a multiple of 8."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 2 * tokens, (sequences,), generator=generator)
     offsets = F.pad(lengths.cumsum(0), (1, 0)).to(device)
@@ -89,7 +89,7 @@ def loss_case(device, sequences: int, tokens: int, compiled: bool) -> Case:
     def naive(new):
         rows = [new.new_zeros(place.shape).masked_scatter(place, x) for x in (new, old, ref)]
         n, o, r = rows
-        mean = rewards.new_zeros(int(sequences / 8) + 1).index_add(0, group, rewards) / 8
+        mean = rewards.new_zeros(sequences // 8).index_add(0, group, rewards) / 8
         advantage = (rewards - mean[group])[:, None]
         ratio = (n - o).exp()
         objective = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
@@ -185,7 +185,7 @@ def cases(device: torch.device) -> list[Callable[[], Case]]:
         f = torch.float32
         return [lambda: logprob_case(device, f, 6000, 128, 1536, False),
                 lambda: logprob_case(device, f, 256, 256, 151_936, False),
-                lambda: loss_case(device, 700, 24, False),
+                lambda: loss_case(device, 704, 24, False),
                 lambda: attention_case(device, f, 24, 190, 8, (20, 70), 4, 2, 32),
                 lambda: decode_case(device, f, 6, 190, 8, 60, 4, 2, 32)]
     h = torch.bfloat16

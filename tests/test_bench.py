@@ -150,7 +150,7 @@ def test_time_command(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("argv", "says"), [
-    (["speed"], "speed: unknown benchmark; choose one of step, time"),
+    (["speed"], "speed: unknown benchmark; choose one of step, kernels, compile, time"),
     (["step", "--repeats", "0"], "--repeats 0: must be at least 1"),
     (["step", "--repeats", "x"], "--repeats"), (["step", "--grup", "4"], "--grup"),
     (["step", "--group", "1"], "--group 1"), (["step", "--update-documents", "2"], "leave it out"),
