@@ -65,7 +65,7 @@ BAD = {  # command: parts of the answer
     "--window 100": ["--window 100", "section 160"], "--window 250": ["--window 250"], "--memory 40": ["--response"],
     "--documents 6 --update-documents 4": ["--update-documents 4", "--documents 6"],
     "--key-heads 3": ["--key-heads 3"], "--head-size 7": ["--head-size 7"], "--layers 0": ["--layers 0"],
-    "--related 12": ["--related 7", "--passages 7"], "--people 20": ["--people 20"],
+    "--related 12": ["--related 12", "--passages 12"], "--people 20": ["--people 20"],
     "--prompt-order last": ["--prompt-order last", "paper"], "--wandb on": ["--wandb on", "offline"],
     "--device tpu": ["--device tpu", "cuda"], "--entities magic": ["magic", "rules"],
     "--eval-lengths 4,2": ["--eval-lengths 4,2"], "--eval-lengths 1,x": ["--eval-lengths 1,x"],
