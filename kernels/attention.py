@@ -47,7 +47,7 @@ class Tiles(NamedTuple):
 
 # By largest padded head size, in order of preference; the first that fits the card's shared memory is taken. Chosen
 # by what `python -m eval.bench compile` shows of shared memory and spills; not yet timed on a card.
-SMALLEST = (Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1))
+SMALLEST = (Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1))
 FORWARD = {64: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), *SMALLEST),
            128: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), *SMALLEST)}
 BACKWARD_QUERIES = {64: (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), *SMALLEST),
@@ -217,8 +217,8 @@ def choose(table: dict[int, tuple[Tiles, ...]], head_size: int, dtype: torch.dty
     """The first tiles of a table whose estimate fits `limit` bytes."""
     padded = max(16, triton.next_power_of_2(head_size))
     fitting = table[64 if padded <= 64 else 128]
-    if dtype == torch.float32:  # each product is three of TF32: operands take twice the registers and more
-        fitting = [t for t in fitting if t.BM * t.BN <= 32 * 32]
+    if dtype == torch.float32:  # each product is three of TF32, whose operands leave no registers for a second stage
+        fitting = [t for t in fitting if t.stages == 1]
     return next(t for t in fitting if shared_bytes(t, padded, dtype.itemsize, resident) <= limit)
 
 

@@ -22,6 +22,7 @@ from tests.test_kernels import case, exact_logprob, plain_loss, reference_attent
 
 triton = pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # there, `pytest -m gpu` runs just these
 SEED = random.SystemRandom().randrange(1 << 32)
 # Of the largest true value. The interpreter cuts off where a card rounds to bf16: twice the error.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2 if DEVICE.type == "cuda" else 2e-2, torch.float16: 2e-3}
@@ -356,10 +357,10 @@ def test_kernels_refuse_what_they_do_not_take():
 
 
 def test_kernels_build_for_six_generations():
-    """Compiled, not interpreted, hence in a process of its own; one head size and dtype each, to be quick: all of
-    them are `python -m eval.bench compile`."""
+    """Every tile that could be launched, compiled, not interpreted, hence in a process of its own. fp16, whose code
+    is bf16's, is left to `python -m eval.bench compile`."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MEMTRAIN_KERNELS")}
-    code = ("from eval.bench_compile import *; rows = build_all(dtypes=('bf16',), head_sizes=(128,)); "
+    code = ("from eval.bench_compile import *; rows = build_all(dtypes=('bf16', 'fp32')); "
             "print(compile_table(rows)); assert all(r.shared_kb <= r.limit_kb for r in rows)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment,
                           cwd=Path(__file__).parents[1], check=False)
