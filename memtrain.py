@@ -33,6 +33,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -91,12 +92,13 @@ class Config:
     debug: bool = option(False, "run", "show tracebacks")
 
     corpus: str = option("miniworld", "data", "miniworld, wikipedia, or a .jsonl/.json/.txt/.parquet file or folder")
-    people: int = option(600, "data", "size of the mini-world: about 4 passages a person")
+    people: int = option(600, "data", "size of the mini-world: about 11 passages a person")
     questions: str = option("", "data", "evaluation questions (HotpotQA, 2WikiMultiHopQA, MuSiQue or FlashRAG form)")
     train_questions: str = option("", "data", "training questions, same forms; needed where --questions is given")
     entities: str = option("auto", "data", "entity finder: auto, rules or spacy")
-    passages: int = option(20, "data", "passages of a masked document (paper: 150)")
-    related: int = option(7, "data", "of them retrieved with BM25 for the pivot (paper: 29)")
+    passages: int = option(30, "data", "passages of a masked document (paper: 150)")
+    related: int = option(10, "data", "of them retrieved with BM25 for the pivot (paper: 29)")
+    masked_sections: int = option(6, "data", "longest masked document, in sections; long passages are fewer (paper: 8)")
     train_sections: int = option(4, "data", "length of a training question's document, in sections (paper: 5-8)")
 
     width: int = option(128, "model", "C, size of the hidden state")
@@ -111,10 +113,10 @@ class Config:
     lora_rank: int = option(0, "model", "rank of LoRA adapters; 0 trains all weights")
     lora_alpha: float = option(32.0, "model", "LoRA scale is alpha / rank")
 
-    window: int = option(264, "window", "tokens of one turn, prompt and response (paper: 8192)")
+    window: int = option(280, "window", "tokens of one turn, prompt and response (paper: 8192)")
     section: int = option(160, "window", "tokens of a section (paper: 5120)")
-    memory: int = option(32, "window", "tokens of the memory (paper: 1024)")
-    response: int = option(33, "window", "sampled tokens of a turn, stop included (paper: 1024)")
+    memory: int = option(40, "window", "tokens of the memory (paper: 1024)")
+    response: int = option(41, "window", "sampled tokens of a turn, stop included (paper: 1024)")
     prompt_order: str = option("section-first", "window", "section-first or paper: where the memory stands")
 
     memtrain_steps: int = option(100, "GRPO", "steps of MemTrain (paper: 300)")
@@ -141,13 +143,14 @@ class Config:
     base_steps: int = option(6000, "base", "steps on text and demonstrations after the copy warm-up")
     base_copy_steps: int = option(200, "base", "warm-up steps on copying random tokens")
     base_lr: float = option(0.02, "base", "learning rate of Muon and of the embedding")
-    base_people: int = option(400, "base", "size of the worlds that demonstrations are drawn from")
+    base_people: int = option(200, "base", "size of the worlds that demonstrations are drawn from")
 
-    base_documents: int = option(8, "base", "documents read by the demonstrators a step")
+    base_documents: int = option(24, "base", "documents read by the demonstrators a step")
     base_sharpen: float = option(2.0, "base", "factor on all logits at the end: demonstrations that differ leave a "
                                               "policy flatter than an instruct model's")
-    base_answers: int = option(48, "base", "answers from a sufficient memory a step")
-    base_directs: int = option(16, "base", "answers straight from a section a step")
+    base_answers: int = option(32, "base", "answers from a sufficient memory a step")
+    base_recalls: int = option(8, "base", "recalls of what a memory holds a step")
+    base_directs: int = option(12, "base", "answers straight from a section a step")
 
     eval_lengths: str = option("1,2,4,8,16,32", "evaluation", "document lengths in sections, up to 128")
     eval_questions: int = option(200, "evaluation", "questions, the same at every length")
@@ -156,8 +159,8 @@ class Config:
 
 PRESETS: dict[str, dict] = {"nano": {}}
 STAGES = ("base", "memtrain", "memagent", "eval", "report")
-# Fields that may differ between two starts of the same run.
-FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset"}
+# Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths.
+FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset", "eval_lengths"}
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -222,8 +225,9 @@ def check(c: Config) -> None:
                           f"choose from {','.join(STAGES)}")
     refuse(c.group < 2, f"--group {c.group}: a group of one has no mean to compare with; use at least 2")
     refuse(c.recall_group == 1, "--recall-group 1: a group of one has no mean to compare with; use 0 or at least 2")
-    for name in ("people", "passages", "train_sections", "width", "layers", "heads", "key_heads", "head_size", "hidden",
-                 "documents", "update_documents", "save_every", "eval_questions", "micro_tokens", "sample_rows"):
+    for name in ("people", "passages", "train_sections", "masked_sections", "width", "layers", "heads", "key_heads",
+                 "head_size", "hidden", "documents", "update_documents", "save_every", "eval_questions",
+                 "micro_tokens", "sample_rows"):
         refuse(getattr(c, name) < 1, f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
     for name in ("lr", "temperature", "grad_clip", "rope_theta", "base_lr", "base_sharpen", "lora_alpha"):
         refuse(not getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be above 0")
@@ -308,12 +312,16 @@ class Block(nn.Module):
         self.gate, self.up = Linear(c.width, c.hidden, c), Linear(c.width, c.hidden, c)
         self.down = Linear(c.hidden, c.width, c)
 
-    def forward(self, x, rotary, attend):
+    def forward(self, x, rotary, attend, wanted=None):
+        """x (T,C) -> (T,C), or (M,C) where only the rows `wanted` (M) are needed: all are keys, few go on."""
         T, D = len(x), self.c.head_size
         h = self.norm1(x)
         q, k, v = (w(h).view(T, -1, D) for w in (self.q, self.k, self.v))  # (T,H,D), (T,K,D), (T,K,D)
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
-        x = x + self.o(attend(q, k, v).reshape(T, -1))
+        a = attend(q, k, v).reshape(T, -1)  # (T,H*D)
+        if wanted is not None:
+            a, x = a.index_select(0, wanted), x.index_select(0, wanted)
+        x = x + self.o(a)
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
@@ -366,16 +374,18 @@ class Decoder(nn.Module):
     def head(self) -> torch.Tensor:  # (V,C)
         return self.embed if self.c.tied else self.output
 
-    def forward(self, ids, positions, attend):
-        """ids, positions (T) -> hidden (T,C). attend(layer, q, k, v) -> (T,H,D) decides who sees whom: it is
-        memory_attention in training, fills the cache in prefill and reads it in decoding."""
+    def forward(self, ids, positions, attend, wanted=None):
+        """ids, positions (T) -> hidden (T,C), or (M,C) of the tokens `wanted` (M): the last block does without the
+        others. attend(layer, q, k, v) -> (T,H,D) decides who sees whom: it is memory_attention in training, fills
+        the cache in prefill and reads it in decoding."""
         angle = positions[:, None].float() * self.inverse_frequency  # (T,D/2)
         rotary = angle.cos()[:, None], angle.sin()[:, None]
         x = F.embedding(ids, self.embed)
         if self.embed_norm:
             x = self.embed_norm(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, lambda q, k, v, layer=layer: attend(layer, q, k, v))
+            last = layer == len(self.blocks) - 1
+            x = block(x, rotary, lambda q, k, v, layer=layer: attend(layer, q, k, v), wanted if last else None)
         return self.norm(x)
 
 
@@ -418,6 +428,19 @@ def pack(rows, device="cpu") -> Packed:
     return Packed(ids, layout, source, target, counts)
 
 
+def bounded(rows, limit: int) -> Iterator[list]:
+    """Consecutive rows [(prefix, [(given, sampled, ...), ...]), ...] in batches of at most about `limit` tokens."""
+    batch, used = [], 0
+    for row in rows:
+        size = len(row[0]) + sum(len(given) + len(sampled) for given, sampled, *_ in row[1])
+        if batch and used + size > limit:
+            yield batch
+            batch, used = [], 0
+        batch.append(row)
+        used += size
+    yield batch
+
+
 def group_by_prefix(prefixes: Sequence[Sequence[int]]) -> list[list[int]]:
     """Indices of equal prefixes together, in order of first appearance."""
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -431,8 +454,8 @@ def score(model: Decoder, packed: Packed, temperature: float = 1.0) -> tuple[tor
     def attend(layer, q, k, v):
         return memory_attention(q, k, v, packed.layout)
 
-    hidden = model(packed.ids, packed.layout.positions, attend)  # (T,C)
-    return linear_logprob(hidden[packed.source], model.head, packed.target, temperature)
+    hidden = model(packed.ids, packed.layout.positions, attend, packed.source)  # (M,C)
+    return linear_logprob(hidden, model.head, packed.target, temperature)
 
 
 # ---- Sampling ----------------------------------------------------------------------------------------------------
@@ -451,28 +474,40 @@ class Turn:
 class Cache:
     """Keys and values while a batch of rollouts is decoded: prefixes once a group, suffixes once a rollout."""
 
-    def __init__(self, c: Config, layout: Layout, room: int):
-        self.layout, self.lengths = layout, layout.suffix_lengths.clone()  # (N) tokens in each suffix cache
-        self.start = layout.prefix_lengths[layout.group]  # (N) positions before the suffix
-        self.width = int(self.lengths.max()) + room
-        self.prefix_lengths = layout.prefix_lengths  # (B)
-        index = torch.arange(int(self.prefix_lengths.max()), device=layout.device)
-        self.prefix_index = index * (index < self.prefix_lengths[:, None]) + layout.prefix_start[:, None]  # (B,P)
-        index = torch.arange(int(self.lengths.max()), device=layout.device)
-        self.suffix_index = index * (index < self.lengths[:, None]) + layout.suffix_start[:, None]  # (N,S)
-        self.group = layout.group
-        self.prefix: list[tuple] = []  # per layer: keys, values (B,K,P,D)
-        self.suffix: list[tuple] = []  # per layer: keys, values (N,K,width,D)
-        self.members = Members(self.group, layout.groups)
+    def __init__(self, model: Decoder, layouts: Sequence[Layout], room: int):
+        """Room for the prompts of all `layouts`, one after the other, and for `room` tokens more a rollout."""
+        c, device, dtype = model.c, model.embed.device, model.embed.dtype
+        first = [0, *itertools.accumulate(x.groups for x in layouts)]  # group that each layout starts with
+        self.lengths = torch.cat([x.suffix_lengths for x in layouts])  # (N) tokens in each suffix cache
+        self.prefix_lengths = torch.cat([x.prefix_lengths for x in layouts])  # (B)
+        self.group = torch.cat([x.group + b for x, b in zip(layouts, first, strict=False)])  # (N)
+        self.start = self.prefix_lengths[self.group]  # (N) positions before the suffix
 
-    def prefill(self, layer, q, k, v):
-        """attend() of the prompt: ordinary memory attention, its keys and values put away."""
-        self.prefix.append(tuple(x[self.prefix_index].transpose(1, 2).contiguous() for x in (k, v)))
-        padded = [x.new_zeros(len(self.lengths), x.shape[1], self.width, x.shape[2]) for x in (k, v)]
-        for cache, x in zip(padded, (k, v), strict=True):
-            cache[:, :, :self.suffix_index.shape[1]] = x[self.suffix_index].transpose(1, 2)
-        self.suffix.append(tuple(padded))
-        return memory_attention(q, k, v, self.layout)
+        def empty(rows, width):  # per layer: keys, values
+            return [tuple(torch.zeros(rows, c.key_heads, width, c.head_size, device=device, dtype=dtype)
+                          for _ in range(2)) for _ in range(c.layers)]
+
+        self.prefix = empty(len(self.prefix_lengths), int(self.prefix_lengths.max()))  # (B,K,P,D)
+        self.suffix = empty(len(self.lengths), int(self.lengths.max()) + room)  # (N,K,S,D)
+        self.members = Members(self.group, len(self.prefix_lengths))
+
+    def prefill(self, layout: Layout, group: int, rollout: int):
+        """attend() of one layout's prompts: ordinary memory attention, its keys and values put away from `group` and
+        `rollout` on, the first it holds."""
+        def places(start, lengths):
+            index = torch.arange(int(lengths.max()), device=layout.device)
+            return index * (index < lengths[:, None]) + start[:, None]
+
+        rows = [(self.prefix, group, places(layout.prefix_start, layout.prefix_lengths)),  # (b,p)
+                (self.suffix, rollout, places(layout.suffix_start, layout.suffix_lengths))]  # (n,s)
+
+        def attend(layer, q, k, v):
+            for caches, first, index in rows:
+                for cache, x in zip(caches[layer], (k, v), strict=True):
+                    cache[first:first + len(index), :, :index.shape[1]] = x[index].transpose(1, 2)
+            return memory_attention(q, k, v, layout)
+
+        return attend
 
     def decode(self, layer, q, k, v):
         """attend() of one new token a rollout. Its key goes to place `lengths`; advance() then counts it."""
@@ -545,10 +580,14 @@ def sample(model: Decoder, c: Config, prompts: Sequence[tuple], keys: Sequence[t
 def _decode(model, c: Config, rows, random_numbers, limit: int, stop: int) -> tuple[list, list]:
     """Prefill and decode loop of one batch: (tokens, log-probs) of each rollout, stop token included."""
     device = model.embed.device
-    packed = pack(rows, device)
-    N, cache = len(packed.counts), Cache(c, packed.layout, limit)
+    # in parts: one pass over all prompts took twice as long on a CPU, its activations fit no cache
+    parts = [pack(part, device) for part in bounded(rows, c.micro_tokens)]
+    cache, hidden, group, N = Cache(model, [p.layout for p in parts], limit), [], 0, 0
+    for p in parts:
+        hidden.append(model(p.ids, p.layout.positions, cache.prefill(p.layout, group, N), p.source))
+        group, N = group + p.layout.groups, N + len(p.counts)
+    hidden = torch.cat(hidden)  # (N,C) at the last given token
     u = torch.as_tensor(random_numbers, device=device)  # (N,limit)
-    hidden = model(packed.ids, packed.layout.positions, cache.prefill)[packed.source]  # (N,C) at the last given token
     tokens = torch.full((N, limit), stop, device=device)
     logprobs = torch.zeros(N, limit, device=device)
     lengths = torch.full((N,), limit, device=device)
@@ -848,7 +887,8 @@ class Data:
     def masked_problem(self, index: int, held_out: bool = False) -> Problem:
         """Masked document `index` of the training (or held-out) passages; differs by --seed in training only."""
         corpus, seed = (self.held_out, -1) if held_out else (self.train, self.c.seed)
-        return masked_document(corpus, self.finder, seed, index, self.c.passages, self.c.related)
+        return masked_document(corpus, self.finder, seed, index, self.c.passages, self.c.related,
+                               lambda text: len(self.tokenizer.encode(text)), self.c.masked_sections * self.c.section)
 
     def training_question(self, index: int) -> Problem:
         if self.world:
@@ -1046,8 +1086,9 @@ def train_base(run: Run) -> None:
         model.norm.weight.mul_(c.base_sharpen)
     from eval.gates import gates
 
-    state |= {"done": True, "gates": gates(run.agent, c), "config": dataclasses.asdict(c), "commit": commit()}
+    state |= {"done": True, "config": dataclasses.asdict(c), "commit": commit()}
     save_checkpoint(path, model, run.tokenizer, state)
+    save_checkpoint(path, model, run.tokenizer, state | {"gates": gates(run.agent, c)})
 
 
 def copying_rows(c: Config, step: int, tokenizer: Tokenizer) -> list[tuple]:
@@ -1080,19 +1121,6 @@ def imitate(model: Decoder, rows, c: Config, step: int, device) -> tuple[float, 
         part.backward()
         loss += float(part.detach())
     return loss, sum(p.layout.total for p, _, _ in batches)
-
-
-def bounded(rows, limit: int) -> Iterator[list]:
-    """Consecutive rows in batches of at most about `limit` tokens."""
-    batch, used = [], 0
-    for row in rows:
-        size = len(row[0]) + sum(len(g) + len(r) for g, r, _ in row[1])
-        if batch and used + size > limit:
-            yield batch
-            batch, used = [], 0
-        batch.append(row)
-        used += size
-    yield batch
 
 
 def train_policy(run: Run, name: str, start: str) -> None:

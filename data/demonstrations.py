@@ -2,14 +2,14 @@
 
 A simulated reader goes through mini-world documents and shows the four formats: update the memory, answer from a
 memory, recall a masked entity, answer straight from a text. Its memories are *valid but mediocre*: verbatim
-sentences, the relevant ones of the section just read reliably noted, but what the old memory held is carelessly
-lost. Two readers alternate at random from one update to the next:
+sentences, and what matters in the section just read is reliably noted, but from one update to the next the reader is
 
-    diligent (a third)   carries over what matters in the old memory, then adds what is new
-    careless (the rest)  notes the new first, pads it with the section's last sentences, keeps an old one now and then
+    diligent (a half)    copies the old memory, then adds what is new
+    careless (the rest)  forgets the old memory and notes what matters in this section alone
 
-Reinforcement learning can later raise the share of the first. Relevance is what the reader can *see*: a sentence
-that holds [MASK] or a name of the question, or the next fact of a chain whose earlier facts it has already noted.
+Reinforcement learning can raise the share of the first. Relevance is what the reader can *see*: a sentence that
+states a fact the answer follows from, recognised by [MASK], by a name of the question, or by the fact before it in
+a chain, if that one is in the memory or the section.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from data.prompts import Prompts
 from data.tasks import MASK, masked_document, qa_document, recall_target, split_sections
 from data.tokenizer import load_tokenizer
 
-DILIGENT = 0.35  # share of updates by the diligent reader
-KEPT = 0.25  # what the careless reader keeps of the old memory, a sentence at a time
-PASSAGES = 4.6  # of a masked document, a section
+DILIGENT = 0.48  # share of updates by the diligent reader
+PASSAGE = 17  # tokens of a section that a masked document spends on a passage
+LENGTHS = (0.4, 0.6, 1.0, 1.0)  # of demonstrated sections, as shares of a whole one: short ones teach more a token
 
 
 @dataclass
@@ -62,7 +62,7 @@ def sentences(text: str) -> list[str]:
 
 
 class Demonstrator:
-    """Draws demonstrations from one training world. window: (section, memory) lengths in tokens."""
+    """Draws demonstrations from one training world. section, memory: their lengths in tokens."""
 
     def __init__(self, world: MiniWorld, prompts: Prompts, section: int, memory: int):
         self.world, self.prompts, self.tokenizer = world, prompts, prompts.tokenizer
@@ -71,22 +71,25 @@ class Demonstrator:
 
     # ---- documents ---------------------------------------------------------------------------------------
 
-    def masked_episode(self, seed: int, index: int, sections: int) -> Episode:
-        passages = max(5, round(PASSAGES * sections))
-        problem = masked_document(self.corpus, self.finder, seed, index, passages, related=min(7, passages - 1))
+    def masked_episode(self, seed: int, index: int, sections: int, length: int = 0) -> Episode:
+        """length: tokens of a section; 0 for whole ones, here and below."""
+        length = length or self.section
+        passages = max(4, round(sections * length / PASSAGE))
+        problem = masked_document(self.corpus, self.finder, seed, index, passages, related=min(10, passages - 1))
         answer = problem.answers[0]
         fact_of = {mask_entity(s, answer, MASK)[0]: f for s, f in self.world.fact_of.items()
                    if answer in (f.subject, f.object) or answer in f.subject or answer in f.object}
-        return self._episode(problem, fact_of, list(self.world.clue_facts(answer)), [MASK], chained=False)
+        return self._episode(problem, fact_of, list(self.world.clue_facts(answer)), [MASK], False, length)
 
-    def question_episode(self, seed: int, index: int, sections: int) -> Episode:
+    def question_episode(self, seed: int, index: int, sections: int, length: int = 0) -> Episode:
+        length = length or self.section
         question, facts = self.world.question_facts(index, seed)
-        problem = qa_document(question, self.world.passages, self.tokenizer, sections * self.section, seed)
+        problem = qa_document(question, self.world.passages, self.tokenizer, sections * length, seed)
         names = [n for f in facts for n in (f.subject, f.object) if occurs(question.question, n)]
-        return self._episode(problem, {}, facts, list(dict.fromkeys(names)), question.kind != "comparison")
+        return self._episode(problem, {}, facts, list(dict.fromkeys(names)), question.kind != "comparison", length)
 
-    def _episode(self, problem, fact_of, gold, cue, chained) -> Episode:
-        ids = split_sections(problem.passages, self.tokenizer, self.section)
+    def _episode(self, problem, fact_of, gold, cue, chained, length) -> Episode:
+        ids = split_sections(problem.passages, self.tokenizer, length)
         return Episode(problem.question, problem.answers[0], ids, self.world.fact_of | fact_of, gold, cue, chained,
                        [self.tokenizer.decode(s) for s in ids])
 
@@ -106,33 +109,19 @@ class Demonstrator:
 
     def update(self, episode: Episode, memory: list[str], text: str, rng: random.Random,
                diligent: bool | None = None) -> list[str]:
-        """The next memory, a list of sentences of `text` and of the old memory that fits the budget."""
+        """The next memory: sentences of the old one, then of `text`, as many as the budget holds."""
         section = sentences(text)
-        evident = self.evident(episode, memory, section)
-        held = {episode.fact_of.get(s) for s in memory}
-
-        def gold(lines):
-            """Evident gold sentences in chain order, one sentence a fact."""
-            first = {}
-            for s in lines:
-                first.setdefault(episode.fact_of.get(s), s)
-            return [first[f] for f in evident if f in first]
-
-        def mentioned(lines):
-            return [s for s in lines if any(c in s for c in episode.cue)]
-
-        filler = [s for s in section if s in episode.fact_of][-2:]  # the easiest choice to learn: no noise from it
-        new = [s for s in gold(section) if episode.fact_of[s] not in held]
         diligent = rng.random() < DILIGENT if diligent is None else diligent
-        if diligent:
-            wanted = gold(memory) + new + mentioned(memory) + mentioned(section)
-            wanted = wanted or filler[-1:]
-        else:
-            noted = [s for s in new if rng.random() < 0.95]
-            seen = [s for s in mentioned(section) if s not in new and rng.random() < 0.5]
-            old = [s for s in memory if rng.random() < KEPT]
-            wanted = noted + seen + filler[-rng.randint(1, 2):] + old
-        return self.fit(wanted)
+        old = memory if diligent else []
+        held = {episode.fact_of.get(s) for s in old}
+        said: dict[Fact | None, str] = {}  # fact -> the first sentence of the section that states it
+        for s in section:
+            said.setdefault(episode.fact_of.get(s), s)
+        new = [said[f] for f in self.evident(episode, old, section) if f in said and f not in held]
+        if not old and not new:  # nothing to keep: a sentence on what the problem names, else the last one
+            named = [s for s in section if any(c in s for c in episode.cue)]
+            new = named[:1] or [s for s in section if s in episode.fact_of][-1:]
+        return self.fit(old + new)
 
     def fit(self, wanted: list[str]) -> list[str]:
         """As many of the wanted sentences, in order and without repetition, as the budget holds."""
@@ -143,6 +132,11 @@ class Demonstrator:
                 kept.append(s)
                 room -= size
         return kept
+
+    def random_memory(self, text: str, rng: random.Random) -> list[str]:
+        """Up to four sentences of `text`."""
+        lines = sentences(text)
+        return self.fit(rng.sample(lines, min(4, len(lines))))
 
     def memory_ids(self, memory: list[str]) -> list[int]:
         return self.tokenizer.encode("".join(" " + s for s in memory)) if memory else self.prompts.no_memory
@@ -165,10 +159,12 @@ class Demonstrator:
                 prefix, given = self.prompts.update(episode.problem, ids, self.memory_ids(memories[r]))
                 eventful |= bool(self.evident(episode, memories[r], sentences(text)))
                 memories[r] = self.update(episode, memories[r], text, rng)
-                suffixes.append((given, [*self.memory_ids(memories[r]), self.tokenizer.end]))
+                shown = given, [*self.memory_ids(memories[r]), self.tokenizer.end]
+                suffixes += [shown] if shown not in suffixes else []
             if eventful or rng.random() < 0.2:  # most sections of a long document say nothing of the problem
                 demos.append(Demo("update", prefix, suffixes))
-                demos += self.recalls(text, memories[rng.randrange(readers)], rng)
+                if rng.random() < 0.25:
+                    demos += self.recalls(text, memories[rng.randrange(readers)], rng)
         for memory in memories:
             if set(episode.gold) <= {episode.fact_of.get(s) for s in memory}:
                 demos.append(self.answer(episode, memory))
@@ -207,29 +203,33 @@ class Demonstrator:
                 return Demo("direct", prefix, [(given, self.boxed(episode.answer))])
         return None
 
-    def batch(self, seed: int, step: int, documents: int, answers: int, directs: int) -> list[Demo]:
+    def batch(self, seed: int, step: int, documents: int, answers: int, recalls: int, directs: int) -> list[Demo]:
         """The demonstrations of one training step: a function of (world, seed, step) alone."""
         rng, demos = random.Random(f"demo:{seed}:{step}"), []
 
         def episode(sections: int) -> Episode:
-            index = rng.randrange(1 << 30)
+            index, length = rng.randrange(1 << 30), round(rng.choice(LENGTHS) * self.section)
             make = self.masked_episode if rng.random() < 0.3 else self.question_episode
-            return make(seed, index, sections)
+            return make(seed, index, sections, length)
 
         for _ in range(documents):
-            demos += self.read(episode(rng.choice((1, 2, 3, 4))), rng, readers=4)
-        while answers or directs:
+            demos += self.read(episode(rng.choice((1, 2, 3, 4))), rng, readers=3)
+        while answers > 0 or recalls > 0 or directs > 0:
             e = episode(1)
-            if answers:
+            if answers > 0:
                 answers -= 1
                 demos.append(self.answer(e, self.oracle_memory(e, rng)))
-            if directs and (demo := self.direct(e)):
+            if recalls > 0:
+                made = self.recalls(e.texts[0], self.random_memory(e.texts[0], rng), rng)
+                recalls -= len(made)
+                demos += made
+            if directs > 0 and (demo := self.direct(e)):
                 directs -= 1
                 demos.append(demo)
         return demos
 
 
-WEIGHTS = {"update": 1.0, "answer": 2.0, "recall": 4.0, "direct": 2.0}  # answers are few tokens among many
+WEIGHTS = {"update": 2.0, "answer": 2.0, "recall": 3.0, "direct": 2.0}  # answers are few tokens among many
 
 
 class DemoSteps:
@@ -253,7 +253,8 @@ class DemoSteps:
         # world 0 is the one reinforcement learning reads, 99 the gates'
         world = MiniWorld(c.base_people, 1_000_000 * (c.seed + 1) + step, "train")
         demonstrator = Demonstrator(world, self.prompts, c.section, c.memory)
-        demos = demonstrator.batch(c.seed, step, c.base_documents, c.base_answers, c.base_directs)
+        demos = demonstrator.batch(c.seed, step, c.base_documents, c.base_answers, c.base_recalls,
+                                   c.base_directs)
         return [(d.prefix, [(g, r, WEIGHTS[d.kind]) for g, r in d.suffixes]) for d in demos]
 
 

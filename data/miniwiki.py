@@ -15,6 +15,9 @@ A masked name can therefore be inferred from clues that stand in *other* passage
 Every fact (subject, relation, object) is stated in the passage of its subject, of its object, or both, in one
 of three phrasings a side. Full names are split by a hash: a world of split "train" and one of split "eval"
 have no person, town, company, work or river in common, whatever their seeds and sizes.
+
+A passage holds one fact: with three, a reader this small noted half of what mattered, because it picked another
+sentence about the right name. So relevance is a matter of names here, as for [MASK], and answering one of relations.
 """
 
 from __future__ import annotations
@@ -159,10 +162,10 @@ def split_of(name: str) -> str:
 
 
 class MiniWorld:
-    """A world of about 4 * `people` short passages, the same for the same (people, seed, split).
+    """A world of about 11 * `people` short passages, the same for the same (people, seed, split).
 
-    passages: list[Passage], one or more an entity. stated: the facts of each passage. fact_of: sentence -> Fact,
-    fillers absent. facts: all facts. kind_of: entity name -> its type.
+    passages: list[Passage], one for each thing said of an entity. stated: the facts of each passage. fact_of:
+    sentence -> Fact, fillers absent. facts: all facts. kind_of: entity name -> its type.
     """
 
     def __init__(self, people: int = 400, seed: int = 0, split: str = "train"):
@@ -261,7 +264,7 @@ class MiniWorld:
 
     def _write(self) -> None:
         rng = self.rng
-        page: dict[str, list[tuple[str, Fact | None]]] = {name: [] for name in self.kind_of}
+        page: dict[str, list[tuple[str, Fact]]] = {name: [] for name in self.kind_of}
         self.fact_of: dict[str, Fact] = {}
         for fact in self.facts:
             spoken = RELATIONS[fact.relation]
@@ -277,14 +280,13 @@ class MiniWorld:
         self.stated: list[tuple[Fact, ...]] = []
         for name, lines in page.items():
             rng.shuffle(lines)
-            for start in range(0, max(len(lines), 1), 3):  # a much-linked entity gets several short passages
-                part = lines[start:start + 3]
-                for _ in range(rng.choice((0, 0, 1))):
+            for sentence, fact in lines:  # a passage each: what is relevant to a name is a matter of that name alone
+                part = [sentence]
+                if rng.random() < 0.5:
                     filler = rng.choice(FILLERS).format(a=rng.choice(ADJECTIVES), b=rng.choice(NOUNS))
-                    part.insert(rng.randint(0, len(part)), (filler, None))
-                if part:
-                    self.passages.append(Passage(name, " ".join(s for s, _ in part)))
-                    self.stated.append(tuple(f for _, f in part if f))
+                    part.insert(rng.randrange(2), filler)
+                self.passages.append(Passage(name, " ".join(part)))
+                self.stated.append((fact,))
         self.where: dict[Fact, list[int]] = defaultdict(list)  # fact -> passages that state it
         for i, facts in enumerate(self.stated):
             for f in facts:

@@ -5,9 +5,12 @@ All are functions of (corpus, seed, index) alone, so that a document can be rebu
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from data import InputError
 from data.corpus import Corpus, Passage, Question
@@ -53,11 +56,14 @@ def _draw(rng: random.Random, population: int, count: int, taken: Sequence[int])
     return [i for i in chosen if i not in taken][:count]
 
 
-def masked_document(corpus: Corpus, finder, seed: int, index: int, passages: int, related: int) -> Problem:
+def masked_document(corpus: Corpus, finder, seed: int, index: int, passages: int, related: int,
+                    size: Callable[[str], int] = len, limit: float = math.inf) -> Problem:
     """Document `index`: pivot + `related` BM25 neighbours + random passages, one entity of the pivot masked.
 
-    Where the corpus can tell (the mini-world), only entities that the document determines are masked.
-    InputError if the corpus is too small, or if 200 pivots in a row hold no usable entity.
+    At most `limit` of what `size` measures (characters; a tokenizer's tokens), the least related left out first, but
+    always the pivot and the passage nearest to it. Where the corpus can tell (the mini-world), only entities that
+    the document determines are masked. InputError if the corpus is too small, or if 200 pivots in a row hold no
+    usable entity.
     """
     if len(corpus.passages) < passages:
         raise InputError(f"corpus {corpus.name}: {len(corpus.passages)} passages, but a masked document needs "
@@ -67,6 +73,8 @@ def masked_document(corpus: Corpus, finder, seed: int, index: int, passages: int
         pivot = rng.randrange(len(corpus.passages))
         chosen = [pivot, *corpus.related(pivot, related)]
         chosen += _draw(rng, len(corpus.passages), passages - len(chosen), chosen)
+        total = list(accumulate(size(corpus.passages[i].rendered) for i in chosen))
+        chosen = chosen[:max(2, bisect_right(total, limit))]
         found = sorted({e.text for e in finder.find(corpus.passages[pivot].rendered)})
         if corpus.clues:
             found = [e for e in found if corpus.clues(e, chosen)]
@@ -91,6 +99,15 @@ def recall_target(section: str, finder, rng: random.Random) -> tuple[str, str] |
     return mask_entity(section, target, TARGET)[0], target
 
 
+def _shuffled(rng: random.Random, population: int) -> Iterator[int]:
+    """Indices below `population` in random order, drawn as they are asked for."""
+    moved: dict[int, int] = {}
+    for left in range(population, 0, -1):
+        k = rng.randrange(left)
+        yield moved.get(k, k)
+        moved[k] = moved.pop(left - 1, left - 1)
+
+
 def qa_document(question: Question, pool: Sequence[Passage], tokenizer: Tokenizer, tokens: int,
                 seed: int) -> Problem:
     """The question's gold passages shuffled among its own distractors and then `pool`, up to `tokens` tokens.
@@ -108,7 +125,7 @@ def qa_document(question: Question, pool: Sequence[Passage], tokenizer: Tokenize
             chosen.append(passage.rendered)
             room -= size
         seen.add(passage)
-    for i in rng.sample(range(len(pool)), len(pool)) if room > 0 else ():
+    for i in _shuffled(rng, len(pool)) if room > 0 else ():
         size = len(tokenizer.encode(pool[i].rendered + "\n"))
         if size > room:
             break

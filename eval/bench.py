@@ -8,7 +8,7 @@
     python -m eval.bench compile [--out FILE]
         every kernel compiled for six GPU generations, without a GPU: shared memory, registers, spills
     python -m eval.bench time [--runs 3] [--out FILE] [any field of memtrain.Config]
-        the whole of `python memtrain.py`: wall seconds and peak memory of each run
+        the whole of `python memtrain.py`, once a seed, in runs/time-SEED: wall seconds and peak memory of each run
 
 It measures memtrain.py from outside, so it imports it; nothing imports this file.
 """
@@ -19,7 +19,6 @@ import argparse
 import copy
 import ctypes
 import gc
-import itertools
 import os
 import random
 import statistics
@@ -377,19 +376,20 @@ def timed(command: Sequence[str]) -> dict:
 
 
 def time_runs(argv: Sequence[str]) -> int:
-    parser = Parser("time", "the whole of python memtrain.py, several runs one after the other")
-    parser.add_argument("--runs", type=int, default=3, help="how many (default: 3)")
+    parser = Parser("time", "the whole of python memtrain.py, once a seed, one after the other")
+    parser.add_argument("--runs", type=int, default=3, help="how many, from --seed on (default: 3)")
     options, fields = parser.read(argv, at_least_one=("runs",))
     refuse_own(fields, "run")
-    c = memtrain.parse(fields)
-    free = (name for k in itertools.count(1) if not Path("runs", name := f"bench-time-{k}").exists())
-    rows = []
-    for k, name in enumerate(itertools.islice(free, options.runs), 1):  # a finished run would only be read again
-        command = [sys.executable, str(Path(memtrain.__file__)), *fields, "--run", name]
-        print(f"run {k} of {options.runs}: runs/{name}", flush=True)
+    c, rows = memtrain.parse(fields), []
+    names = [f"time-{seed}" for seed in range(c.seed, c.seed + options.runs)]
+    if there := next((name for name in names if Path("runs", name).exists()), None):
+        raise InputError(f"runs/{there} exists: a finished run would only be read again; move it away or give --seed")
+    for seed, name in enumerate(names, c.seed):
+        command = [sys.executable, str(Path(memtrain.__file__)), *fields, "--seed", str(seed), "--run", name]
+        print(f"runs/{name}", flush=True)
         rows.append({"run": name} | timed(command))
         if rows[-1]["code"]:
-            raise InputError(f"run {k} ended with exit code {rows[-1]['code']}; what it said is above")
+            raise InputError(f"runs/{name} ended with exit code {rows[-1]['code']}; what it said is above")
     finish("time", argv, options.out, memtrain.choose_device(c.device), {"runs": rows, "config": asdict(c)},
            time_table(rows))
     return 0

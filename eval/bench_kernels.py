@@ -1,14 +1,17 @@
 """Times the kernels beside what one would write without them: `python -m eval.bench kernels`.
 
 Every operation runs forward and backward (decode: forward) at several shapes, by the product (memtrain) and by peers
-that compute the same: naive code, SDPA on repeated prefixes, FlexAttention with the equivalent block mask, and
-torch.compile of the naive code where there is a GPU. All results are compared with the naive code in fp64 first,
-where that is small enough, else with each other. Ceilings (a matrix product, a copy) are measured in the same run.
+that compute the same: naive code, SDPA on repeated prefixes, FlexAttention with the equivalent block mask,
+torch.compile of the naive code and cut-cross-entropy where there is a GPU, liger-kernel's GRPO losses. Peers of
+other packages take part where they are installed (pip install liger-kernel==0.8.5 cut-cross-entropy==25.1.1). The
+results of an operation are compared with each other; with fp64 they are compared by the tests (pytest -m gpu).
+Ceilings (a matrix product, a copy) are measured in the same run.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -38,6 +41,13 @@ class Case:
     flops: float
     bytes: float
     dtype: torch.dtype
+
+
+PACKAGES = {"liger_kernel": "liger-kernel", "cut_cross_entropy": "cut-cross-entropy"}
+
+
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 # ---- The operations ------------------------------------------------------------------------------------------------
@@ -70,45 +80,112 @@ def logprob_case(device, dtype, N: int, C: int, V: int, compiled: bool) -> Case:
     if compiled:
         fast = torch.compile(naive)
         peers["full logits, torch.compile"] = lambda: _forward_backward(lambda: fast(hidden, weight), leaves)
+    if device.type == "cuda" and installed("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        # without its filter, which drops small gradients: the others keep them. It gives no entropy.
+        peers["cut-cross-entropy"] = lambda: _forward_backward(lambda: -linear_cross_entropy(
+            hidden, weight, target, reduction="none", filter_eps=None), leaves)
     size = hidden.element_size()
     return Case("log-prob", f"N {N}, C {C}, V {V:,}", peers, 8.0 * N * C * V, 2.0 * size * (N * C + V * C), dtype)
 
 
-def loss_case(device, sequences: int, tokens: int, compiled: bool) -> Case:
-    """Ragged sequences of `tokens` on average, 8 rollouts a group: sequences is a multiple of 8."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 2 * tokens, (sequences,), generator=generator)
-    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(device)
-    N, longest = int(lengths.sum()), int(lengths.max())
-    new = (-torch.rand(N, generator=generator)).to(device).requires_grad_()
-    old, ref = (new.detach() + 0.1 * torch.randn(N, generator=generator).to(device) for _ in range(2))
-    group = (torch.arange(sequences) // 8).to(device)
-    rewards, rollout = torch.rand(sequences, generator=generator).to(device), torch.arange(sequences, device=device)
-    place = torch.arange(longest, device=device) < lengths.to(device)[:, None]  # (S,longest)
+class Ragged:
+    """Sequences of `tokens` tokens on average, 8 rollouts a group (`sequences` is a multiple of 8), and their loss by
+    our kernel and by naive code on padded rows."""
 
-    def naive(new):
-        rows = [new.new_zeros(place.shape).masked_scatter(place, x) for x in (new, old, ref)]
-        n, o, r = rows
-        mean = rewards.new_zeros(sequences // 8).index_add(0, group, rewards) / 8
-        advantage = (rewards - mean[group])[:, None]
-        ratio = (n - o).exp()
+    def __init__(self, device, sequences: int, tokens: int):
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(1, 2 * tokens, (sequences,), generator=generator)
+        self.offsets = F.pad(lengths.cumsum(0), (1, 0)).to(device)
+        self.sequences, self.total, longest = sequences, int(lengths.sum()), int(lengths.max())
+        self.group = (torch.arange(sequences) // 8).to(device)
+        self.rewards = torch.rand(sequences, generator=generator).to(device)
+        self.rollout = torch.arange(sequences, device=device)
+        self.place = torch.arange(longest, device=device) < lengths.to(device)[:, None]  # (S,longest)
+        self.noise = [0.1 * torch.randn(self.total, generator=generator).to(device) for _ in range(2)]
+
+    def around(self, new: torch.Tensor) -> None:
+        """Old and reference log-probs (N) near the new ones."""
+        self.old, self.ref = (new.detach().float() + noise for noise in self.noise)
+
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """x (N,...) -> (S,longest,...)."""
+        rows = x.new_zeros(*self.place.shape, *x.shape[1:])
+        return rows.index_put((self.place,), x)
+
+    @property
+    def advantages(self) -> torch.Tensor:
+        mean = self.rewards.new_zeros(self.sequences // 8).index_add(0, self.group, self.rewards) / 8
+        return self.rewards - mean[self.group]  # (S)
+
+    def ours(self, new):
+        return grpo_loss(new, self.old, self.ref, self.rewards, self.group, self.rollout, self.offsets,
+                         self.sequences, 0.2, 0.2, 1e-3)[0]
+
+    def naive(self, new):
+        n, o, r = (self.padded(x) for x in (new, self.old, self.ref))
+        ratio, advantage = (n - o).exp(), self.advantages[:, None]
         objective = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
         objective = objective - 1e-3 * ((r - n).exp() - (r - n) - 1)
-        return -((objective * place).sum(1) / place.sum(1)).sum() / sequences
+        return -((objective * self.place).sum(1) / self.place.sum(1)).sum() / self.sequences
 
-    def ours():
-        loss, _ = grpo_loss(new, old, ref, rewards, group, rollout, offsets, sequences, 0.2, 0.2, 1e-3)
-        return loss
 
-    def run(function):
-        loss = function()
-        return loss.detach(), *torch.autograd.grad(loss, [new])
+def _gradients(function: Callable, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    loss = function()
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
 
-    peers = {"memtrain": lambda: run(ours), "padded rows": lambda: run(lambda: naive(new))}
+
+def loss_case(device, sequences: int, tokens: int, compiled: bool) -> Case:
+    ragged = Ragged(device, sequences, tokens)
+    new = (-torch.rand(ragged.total, generator=torch.Generator().manual_seed(1))).to(device).requires_grad_()
+    ragged.around(new)
+    peers = {"memtrain": lambda: _gradients(lambda: ragged.ours(new), [new]),
+             "padded rows": lambda: _gradients(lambda: ragged.naive(new), [new])}
     if compiled:
-        fast = torch.compile(naive)
-        peers["padded rows, torch.compile"] = lambda: run(lambda: fast(new))
+        fast = torch.compile(ragged.naive)
+        peers["padded rows, torch.compile"] = lambda: _gradients(lambda: fast(new), [new])
+    N = ragged.total
     return Case("GRPO loss", f"{sequences} sequences, {N:,} tokens", peers, 20.0 * N, 16.0 * N, torch.float32)
+
+
+def head_and_loss_case(device, dtype, sequences: int, tokens: int, C: int, V: int) -> Case:
+    """From hidden states to the GRPO loss in one go, as liger-kernel has it; gradients of hidden states and head."""
+    ragged = Ragged(device, sequences, tokens)
+    hidden, weight = leaves = _leaves(device, dtype, (ragged.total, C), (V, C))
+    target = torch.randint(V, (ragged.total,), device=device)
+    with torch.no_grad():
+        weight *= C**-0.5
+        ragged.around(linear_logprob(hidden, weight, target)[0])
+
+    def naive():
+        logp = (hidden @ weight.T).float().log_softmax(-1)
+        return ragged.naive(logp.gather(-1, target[:, None])[:, 0])
+
+    peers = {"memtrain": lambda: _gradients(lambda: ragged.ours(linear_logprob(hidden, weight, target)[0]), leaves),
+             "full logits": lambda: _gradients(naive, leaves)}
+    if installed("liger_kernel"):
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+        from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+        chunked = LigerFusedLinearGRPOLoss(beta=1e-3, compiled=device.type == "cuda", loss_type="grpo")
+        ids, old, ref = (ragged.padded(x) for x in (target, ragged.old, ragged.ref))
+
+        def fused():
+            return chunked(ragged.padded(hidden), weight, ids, ragged.place, ragged.advantages,
+                           ref_per_token_logps=ref, old_per_token_logps=old)[0]
+
+        def kernel():
+            rows = F.pad(ragged.padded(hidden), (0, 0, 0, 1)) @ weight.T  # (S,longest+1,V): its last place is unused
+            return triton_grpo_loss(rows, old, ref, ids, ragged.advantages, ragged.place, temperature=1.0, beta=1e-3,
+                                    eps_low=0.2, eps_high=0.2, inplace=False, loss_type="grpo", reduce=True)[0]
+
+        peers["liger, fused linear"] = lambda: _gradients(fused, leaves)
+        if device.type == "cuda":
+            peers["liger, logits"] = lambda: _gradients(kernel, leaves)
+    N, size = ragged.total, hidden.element_size()
+    return Case("log-prob and loss", f"{sequences} sequences, {N:,} tokens, C {C}, V {V:,}", peers, 8.0 * N * C * V,
+                2.0 * size * (N * C + V * C), dtype)
 
 
 def attention_case(device, dtype, groups: int, prefix: int, G: int, suffix: tuple[int, int], H: int, K: int,
@@ -186,12 +263,14 @@ def cases(device: torch.device) -> list[Callable[[], Case]]:
         return [lambda: logprob_case(device, f, 6000, 128, 1536, False),
                 lambda: logprob_case(device, f, 256, 256, 151_936, False),
                 lambda: loss_case(device, 704, 24, False),
+                lambda: head_and_loss_case(device, f, 256, 24, 128, 1536),
                 lambda: attention_case(device, f, 24, 190, 8, (20, 70), 4, 2, 32),
                 lambda: decode_case(device, f, 6, 190, 8, 60, 4, 2, 32)]
     h = torch.bfloat16
     made = [lambda: loss_case(device, 2304, 700, True)]
     for C, H, K in ((1024, 16, 8), (2560, 32, 8)):  # Qwen3-0.6B, Qwen3-4B
         made += [lambda C=C: logprob_case(device, h, 4096, C, 151_936, True),
+                 lambda C=C: head_and_loss_case(device, h, 16, 256, C, 151_936),
                  lambda H=H, K=K: attention_case(device, h, 4, 5320, 8, (1024, 1524), H, K, 128),
                  lambda H=H, K=K: decode_case(device, h, 64, 5320, 8, 1200, H, K, 128)]
     return made
@@ -277,4 +356,5 @@ def table(rows: list[Row], limits: dict, repeats: int) -> str:
                     for k, (a, b) in limits.items())]
     lines.append(f"forward and backward (decode: forward), median of {repeats}; extra: peak memory beyond the inputs; "
                  "differs: from the first line, in units of its largest value")
+    lines += [f"not measured: {name} (not installed)" for module, name in PACKAGES.items() if not installed(module)]
     return "\n".join(lines)

@@ -72,7 +72,7 @@ def _recall(agent, demo: Demonstrator, n: int) -> dict[str, float]:
     for i, e in enumerate(_episodes(demo, False, 1, n)):
         rng = random.Random(i)
         text = e.texts[0]
-        memory = demo.fit(rng.sample(sentences(text), min(4, len(sentences(text)))))
+        memory = demo.random_memory(text, rng)
         made = recall_target(text, demo.finder, rng)
         if made and any(occurs(s, made[1]) for s in memory):
             sections.append(agent.tokenizer.encode(made[0]))

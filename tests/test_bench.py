@@ -133,20 +133,21 @@ def test_timed():
 
 
 def test_time_command(tmp_path, monkeypatch, capsys):
-    """Runs get folders of their own beside what is there, the fields are passed on, the figures come out."""
-    (tmp_path / "runs" / "bench-time-2").mkdir(parents=True)
+    """A run a seed in folders of their own, the fields are passed on, the figures come out; never over a run."""
     monkeypatch.chdir(tmp_path)
     commands = []
     monkeypatch.setattr(bench, "timed", lambda command: commands.append(command) or {
         "seconds": 90.0 + len(commands), "peak_mb": 512.0, "cpu_seconds": 150.0, "code": 0})
     assert bench.main(["time", "--runs", "2", "--seed", "4", "--out", "time.json"]) == 0
-    assert [c[2:] for c in commands] == [["--seed", "4", "--run", f"bench-time-{k}"] for k in (1, 3)]
+    assert [c[-4:] for c in commands] == [["--seed", str(k), "--run", f"time-{k}"] for k in (4, 5)]
     result = json.loads((tmp_path / "time.json").read_text())
     assert [r["seconds"] for r in result["runs"]] == [91.0, 92.0] and result["config"]["seed"] == 4
     printed = capsys.readouterr().out
     assert "91.0" in printed and "512" in printed and "91.5" in printed
     monkeypatch.setattr(bench, "timed", lambda command: {"code": 2})
-    assert bench.main(["time", "--runs", "1"]) == 2
+    assert bench.main(["time", "--runs", "1"]) == 2 and "exit code 2" in capsys.readouterr().err
+    (tmp_path / "runs" / "time-1").mkdir(parents=True)
+    assert bench.main(["time"]) == 2 and "runs/time-1 exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("argv", "says"), [
@@ -170,13 +171,14 @@ def test_peers_of_the_kernels_compute_the_same():
     """A benchmark of unlike things says nothing: every peer agrees with the product at a small shape."""
     cpu, f = torch.device("cpu"), torch.float32
     made = [bench_kernels.logprob_case(cpu, f, 20, 8, 50, False), bench_kernels.loss_case(cpu, 16, 5, False),
+            bench_kernels.head_and_loss_case(cpu, f, 16, 5, 8, 50),
             bench_kernels.attention_case(cpu, f, 2, 7, 3, (2, 5), 4, 2, 8),
             bench_kernels.decode_case(cpu, f, 2, 7, 3, 4, 4, 2, 8)]
     rows = [r for case in made for r in bench_kernels.measure(case, cpu, 2, lambda work: 1.0, (1e9, 1e9))]
-    assert len(rows) == 8 and all(r.deviation < 1e-4 for r in rows), rows
+    assert len(rows) == 11 and all(r.deviation < 1e-4 for r in rows), rows
     assert all(0 < r.fastest <= r.seconds <= r.slowest and r.compute_share > 0 for r in rows)
     text = bench_kernels.table(rows, {"float32": (1e9, 1e9)}, 2)
-    assert all(r.by in text for r in rows) and text.count("memtrain") == 4
+    assert all(r.by in text for r in rows) and text.count("memtrain") == 5
 
 
 def test_kernel_benchmarks_refuse_what_they_do_not_know(capsys):

@@ -384,3 +384,14 @@ def test_evaluation_without_masked_documents(folder, base_checkpoint, monkeypatc
                  "--eval-lengths", "1"]) == 0
     results = json.loads((folder / "runs/t/results.json").read_text())
     assert len(results["long_qa"]) == 2 and not any(r["n"] for r in results["recall"] + results["masked"])
+
+
+def test_a_finished_run_can_be_evaluated_at_more_lengths(folder, base_checkpoint, monkeypatch):
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    seen, base = [], base_checkpoint()
+    for lengths in ("1", "1,2"):
+        assert main([*TINY, "--run", "t", "--init", base, "--stages", "eval", "--eval-masked", "0",
+                     "--eval-lengths", lengths]) == 0
+        seen.append(json.loads((folder / "runs/t/results.json").read_text())["long_qa"])
+    assert seen[1][:2] == seen[0] and [(r["system"], r["length"]) for r in seen[1]] == [
+        ("base", 1), ("base-one-window", 1), ("base", 2), ("base-one-window", 2)]
