@@ -119,7 +119,7 @@ class Config:
     response: int = option(41, "window", "sampled tokens of a turn, stop included (paper: 1024)")
     prompt_order: str = option("section-first", "window", "section-first or paper: where the memory stands")
 
-    memtrain_steps: int = option(100, "GRPO", "steps of MemTrain (paper: 300)")
+    memtrain_steps: int = option(150, "GRPO", "steps of MemTrain (paper: 300)")
     memagent_steps: int = option(100, "GRPO", "steps of MemAgent (paper: 500)")
     documents: int = option(6, "GRPO", "documents sampled a step (paper: 32)")
     update_documents: int = option(6, "GRPO", "documents per optimiser step (paper: 32; MemAgent: 8)")
@@ -134,8 +134,8 @@ class Config:
     lr: float = option(3e-4, "GRPO", "learning rate of AdamW (paper: 1e-6 on 4-7 B parameters)")
     warmup: int = option(5, "GRPO", "steps of linear warm-up")
     grad_clip: float = option(0.2, "GRPO", "norm at which the gradient is clipped")
-    temperature: float = option(1.0, "GRPO", "of sampling, in training and evaluation")
-    top_p: float = option(1.0, "GRPO", "nucleus of sampling")
+    temperature: float = option(1.0, "GRPO", "of sampling in training")
+    top_p: float = option(1.0, "GRPO", "nucleus of sampling in training")
     micro_tokens: int = option(6_000, "GRPO", "packed tokens of one forward pass; never changes the gradient")
     sample_rows: int = option(1024, "GRPO", "rollouts decoded side by side")
     save_every: int = option(20, "GRPO", "steps between checkpoints")
@@ -154,6 +154,8 @@ class Config:
 
     eval_lengths: str = option("1,2,4,8,16,32", "evaluation", "document lengths in sections, up to 128")
     eval_questions: int = option(200, "evaluation", "questions, the same at every length")
+    eval_temperature: float = option(0.7, "evaluation", "of sampling in evaluation (MemAgent's evaluation script: 0.7)")
+    eval_top_p: float = option(0.95, "evaluation", "nucleus of sampling in evaluation (MemAgent's: 0.95)")
     eval_masked: int = option(100, "evaluation", "held-out masked documents for recall and reconstruction")
 
 
@@ -229,7 +231,8 @@ def check(c: Config) -> None:
                  "head_size", "hidden", "documents", "update_documents", "save_every", "eval_questions",
                  "micro_tokens", "sample_rows"):
         refuse(getattr(c, name) < 1, f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
-    for name in ("lr", "temperature", "grad_clip", "rope_theta", "base_lr", "base_sharpen", "lora_alpha"):
+    for name in ("lr", "temperature", "eval_temperature", "grad_clip", "rope_theta", "base_lr", "base_sharpen",
+                 "lora_alpha"):
         refuse(not getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be above 0")
     for name in ("memtrain_steps", "memagent_steps", "recall_group", "recall_weight", "kl", "lora_rank", "related",
                  "eval_masked", "warmup", "threads", "base_copy_steps", "base_steps"):
@@ -238,7 +241,8 @@ def check(c: Config) -> None:
            f"--update-documents {c.update_documents}: must divide --documents {c.documents}")
     refuse(c.heads % c.key_heads > 0, f"--key-heads {c.key_heads}: must divide --heads {c.heads}")
     refuse(c.head_size % 2 > 0, f"--head-size {c.head_size}: rotary positions need an even size")
-    refuse(not 0 < c.top_p <= 1, f"--top-p {c.top_p}: must lie in (0, 1]")
+    for name in ("top_p", "eval_top_p"):
+        refuse(not 0 < getattr(c, name) <= 1, f"--{name.replace('_', '-')} {getattr(c, name)}: must lie in (0, 1]")
     refuse(not (0 <= c.eps_low < 1 and c.eps_high >= 0), f"--eps-low {c.eps_low}, --eps-high {c.eps_high}: "
                                                          f"expected 0 <= eps_low < 1 and eps_high >= 0")
     refuse(c.passages <= c.related, f"--related {c.related}: a document of --passages {c.passages} holds the pivot "
@@ -969,6 +973,8 @@ class Run:
         self.data = Data(c, self.tokenizer)
         self.model = Decoder(c, self.tokenizer.size).to(self.device)
         self.agent = Agent(self.model, self.tokenizer, c)
+        as_evaluated = dataclasses.replace(c, temperature=c.eval_temperature, top_p=c.eval_top_p)
+        self.evaluated = Agent(self.model, self.tokenizer, as_evaluated)  # the same loop, sampled with less noise
         longest = max([MASK_PROBLEM, *(q.question for q in self.data.questions)], key=len)
         if (need := self.agent.prompts.overhead(longest) + c.section + c.memory + c.response) > c.window:
             if c.corpus == "miniworld":

@@ -155,13 +155,14 @@ class Demonstrator:
         demos, memories = [], [[] for _ in range(readers)]
         for ids, text in zip(episode.sections, episode.texts, strict=True):
             suffixes, eventful = [], False
-            for r in range(readers):
-                prefix, given = self.prompts.update(episode.problem, ids, self.memory_ids(memories[r]))
-                eventful |= bool(self.evident(episode, memories[r], sentences(text)))
-                memories[r] = self.update(episode, memories[r], text, rng)
+            for r, old in enumerate(memories):
+                prefix, given = self.prompts.update(episode.problem, ids, self.memory_ids(old))
+                memories[r] = self.update(episode, old, text, rng)
+                held, holds = ({episode.fact_of.get(s) for s in m} for m in (old, memories[r]))
+                eventful |= not set(episode.gold).isdisjoint(holds - held)
                 shown = given, [*self.memory_ids(memories[r]), self.tokenizer.end]
                 suffixes += [shown] if shown not in suffixes else []
-            if eventful or rng.random() < 0.2:  # most sections of a long document say nothing of the problem
+            if eventful or rng.random() < 0.2:  # most sections of a long document say nothing new of the problem
                 demos.append(Demo("update", prefix, suffixes))
                 if rng.random() < 0.25:
                     demos += self.recalls(text, memories[rng.randrange(readers)], rng)

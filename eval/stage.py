@@ -46,8 +46,8 @@ def command() -> str:
 def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     """Every trained system on the same questions at every length, and on held-out masked documents.
 
-    run: folder, configuration, data and agent (memtrain.Run). recall_probe: draws a recall prompt as training does.
-    Returns whether the evaluation is complete; False where it was interrupted after a row.
+    run: folder, configuration, data and the agent as evaluated (memtrain.Run). recall_probe: draws a recall prompt
+    as training does. Returns whether the evaluation is complete; False where it was interrupted after a row.
     """
     c, results = run.c, Results(run)
     systems = ["base", *(s for s in ("memtrain", "memagent", "memtrain+memagent") if run.finished(s))]
@@ -64,10 +64,10 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
         bar.set_postfix_str(f"{system} {length}x")
         if length:
             problems = [run.data.evaluation_question(i, length) for i in range(len(run.data.questions))]
-            results.add(long_qa=long_qa_row(run.agent, system, c.seed, length, problems))
+            results.add(long_qa=long_qa_row(run.evaluated, system, c.seed, length, problems))
         else:
             problems = [run.data.masked_problem(i, held_out=True) for i in range(c.eval_masked)]
-            recall, masked = held_out_rows(run.agent, system, c.seed, problems, run.data.finder, recall_probe)
+            recall, masked = held_out_rows(run.evaluated, system, c.seed, problems, run.data.finder, recall_probe)
             results.add(masked=masked, recall=recall)
         bar.update(length if system != "base-one-window" else 1)
         if run.interrupt.asked:
