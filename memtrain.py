@@ -548,9 +548,12 @@ def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
     """p (N,V) with everything behind the smallest set of tokens of mass >= top_p set to zero."""
     if top_p >= 1:
         return p
-    ordered, index = p.sort(-1, descending=True)
+    most, best = p.max(-1, keepdim=True)  # (N,1): mostly it is enough alone, and sorting is what takes time
+    kept, wide = torch.zeros_like(p).scatter_(-1, best, most), most[:, 0] < top_p
+    ordered, index = p[wide].sort(-1, descending=True)
     ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
-    return torch.zeros_like(p).scatter_(-1, index, ordered)
+    kept[wide] = torch.zeros_like(ordered).scatter_(-1, index, ordered)
+    return kept
 
 
 def draw(logp: torch.Tensor, u: torch.Tensor, top_p: float) -> torch.Tensor:
