@@ -1256,9 +1256,9 @@ def estimate(run: Run) -> tuple[float, int]:
     if "base" in stages:
         seconds += (c.base_copy_steps * 64 * 64 + c.base_steps * 19_000) / rate
     if "memtrain" in stages:
-        seconds += c.memtrain_steps * per_step * 1.5 / rate
+        seconds += c.memtrain_steps * per_step * 0.55 / rate  # most recall groups have no signal and are not trained on
     if "memagent" in stages:
-        seconds += (2 if "memtrain" in stages else 1) * c.memagent_steps * documents * 1.5 / rate
+        seconds += (2 if "memtrain" in stages else 1) * c.memagent_steps * documents / rate
     if "eval" in stages:
         systems = 1 + sum({"memtrain": 1, "memagent": 2}.get(s, 0) for s in stages)
         seconds += systems * sum(lengths_of(c)) * len(run.data.questions) * (c.section + 110) / (2.5 * rate)

@@ -38,7 +38,7 @@ SYSTEMS = {  # name in results.json: (name in print, colour, dash, marker)
 STAGE_COLOURS = {"memtrain": "#d07c00", "memagent": "#3a87d6", "memtrain+memagent": "#0a9b73"}
 MIN_QUESTIONS = 30  # below this a bootstrap interval means little: with one question it has no width at all
 REPRODUCED = "**reproduced**"
-UNSHARED = {"seed", "run", "wandb"}  # the settings in which pooled runs may differ
+UNSHARED = {"seed", "run", "wandb", "threads", "debug", "stages"}  # in what pooled runs may differ
 
 # arXiv 2606.03197, Table 1: accuracy in % by document length. Our length 1x stands beside its 7k, 2x beside
 # 14k and so on: in both, the shortest document is about one window long and each step doubles it.
