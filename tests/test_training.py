@@ -211,7 +211,7 @@ class Catch:
 @pytest.fixture(scope="module")
 def reading(tiny, decoder, tokenizer):
     """One step's batch of a random policy, with rewards that vary: (agent, data, batch)."""
-    c = tiny("--grad-clip", "1e9")
+    c = tiny("--grad-clip", "1e9", "--passages", "20")
     a = memtrain.Agent(decoder(c, tokenizer.size), tokenizer, c)
     data = memtrain.Data(c, tokenizer)
     with pytest.MonkeyPatch.context() as patch:
@@ -384,7 +384,7 @@ def test_rewards_are_equations_1_and_2(agent, reading, monkeypatch, lottery):
 
 @pytest.mark.parametrize(("options", "stage"), [(["--recall-group", "0"], "memtrain"), ([], "memagent")])
 def test_without_recall_the_reward_is_the_outcome(options, stage, agent, reading, lottery):
-    batch = collect(agent(*options), reading[1], stage, 0)
+    batch = collect(agent(*options), reading[1], stage, 1)
     assert set(batch.rewards) == {0.0, 1.0} and len(batch.rewards) == 6 and "recall" not in batch.stats
     assert batch.document == batch.group == [0, 0, 0, 1, 1, 1]
 
