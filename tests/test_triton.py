@@ -230,8 +230,9 @@ def grpo_agrees(module, kl=True, divide_by_std=False) -> bool:
     loss, stats = module.grpo_loss(*arguments)
     truth, (_, expected) = plain_loss(*doubles), grpo.grpo_loss_reference(*doubles)
     mine, true = torch.autograd.grad(3 * loss, arguments[0])[0], torch.autograd.grad(3 * truth, doubles[0])[0]
-    return close(loss.detach(), truth.detach()) and close(mine, true) and set(stats) == set(expected) and all(
-        close(stats[k], expected[k].double()) for k in expected)
+    # the loss is a sum whose terms cancel: its error is in units of them, not of what is left
+    good = close(loss.detach(), truth.detach(), least=0.1) and close(mine, true)
+    return good and set(stats) == set(expected) and all(close(stats[k], expected[k].double()) for k in expected)
 
 
 @pytest.mark.parametrize("kl", [True, False])
