@@ -92,7 +92,7 @@ class Config:
     debug: bool = option(False, "run", "show tracebacks")
 
     corpus: str = option("miniworld", "data", "miniworld, wikipedia, or a .jsonl/.json/.txt/.parquet file or folder")
-    people: int = option(600, "data", "size of the mini-world: about 11 passages a person")
+    people: int = option(600, "data", "size of the mini-world: about 16 passages a person")
     questions: str = option("", "data", "evaluation questions (HotpotQA, 2WikiMultiHopQA, MuSiQue or FlashRAG form)")
     train_questions: str = option("", "data", "training questions, same forms; needed where --questions is given")
     entities: str = option("auto", "data", "entity finder: auto, rules or spacy")
@@ -149,7 +149,7 @@ class Config:
     base_sharpen: float = option(2.0, "base", "factor on all logits at the end: demonstrations that differ leave a "
                                               "policy flatter than an instruct model's")
     base_answers: int = option(32, "base", "answers from a sufficient memory a step")
-    base_recalls: int = option(8, "base", "recalls of what a memory holds a step")
+    base_recalls: int = option(16, "base", "recalls of what a memory holds a step")
     base_directs: int = option(12, "base", "answers straight from a section a step")
 
     eval_lengths: str = option("1,2,4,8,16,32", "evaluation", "document lengths in sections, up to 128")

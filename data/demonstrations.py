@@ -25,6 +25,7 @@ from data.tasks import MASK, masked_document, qa_document, recall_target, split_
 from data.tokenizer import load_tokenizer
 
 DILIGENT = 0.48  # share of updates by the diligent reader
+WORN = 0.12  # share of old memories shown as they look after a writer that did not stop
 PASSAGE = 17  # tokens of a section that a masked document spends on a passage
 LENGTHS = (0.4, 0.6, 1.0, 1.0)  # of demonstrated sections, as shares of a whole one: short ones teach more a token
 
@@ -141,6 +142,13 @@ class Demonstrator:
     def memory_ids(self, memory: list[str]) -> list[int]:
         return self.tokenizer.encode("".join(" " + s for s in memory)) if memory else self.prompts.no_memory
 
+    def worn(self, memory: list[str], rng: random.Random) -> list[int]:
+        """`memory`, then sentences of it again until the budget is full and cuts one short."""
+        ids = self.memory_ids(memory)
+        while len(ids) < self.memory:
+            ids = ids + self.memory_ids([rng.choice(memory)])
+        return ids[:self.memory]
+
     def response(self, text: str) -> list[int]:
         return [*self.tokenizer.encode(text), self.tokenizer.end]
 
@@ -156,7 +164,9 @@ class Demonstrator:
         for ids, text in zip(episode.sections, episode.texts, strict=True):
             suffixes, eventful = [], False
             for r, old in enumerate(memories):
-                prefix, given = self.prompts.update(episode.problem, ids, self.memory_ids(old))
+                worn = bool(old) and rng.random() < WORN
+                prefix, given = self.prompts.update(episode.problem, ids,
+                                                    self.worn(old, rng) if worn else self.memory_ids(old))
                 memories[r] = self.update(episode, old, text, rng)
                 held, holds = ({episode.fact_of.get(s) for s in m} for m in (old, memories[r]))
                 eventful |= not set(episode.gold).isdisjoint(holds - held)
@@ -210,7 +220,7 @@ class Demonstrator:
 
         def episode(sections: int) -> Episode:
             index, length = rng.randrange(1 << 30), round(rng.choice(LENGTHS) * self.section)
-            make = self.masked_episode if rng.random() < 0.3 else self.question_episode
+            make = self.masked_episode if rng.random() < 0.25 else self.question_episode
             return make(seed, index, sections, length)
 
         for _ in range(documents):

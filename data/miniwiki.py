@@ -12,8 +12,9 @@ exists outside this file, so nothing can be known beforehand; what a reader can 
 A masked name can therefore be inferred from clues that stand in *other* passages, joined with the rule
 (the paper's task A: clues have to be gathered from several places and joined with what the model knows).
 
-Every fact (subject, relation, object) is stated in the passage of its subject, of its object, or both, in one
-of three phrasings a side. Full names are split by a hash: a world of split "train" and one of split "eval"
+Every fact (subject, relation, object) is stated on the page of its subject and on that of its object, where the
+object has one, each in one of three phrasings that begin with the name of the page. The gold passages of a question
+are on the pages that its chain visits, as in HotpotQA. Full names are split by a hash: a world of split "train" and one of split "eval"
 have no person, town, company, work or river in common, whatever their seeds and sizes.
 
 A passage holds one fact: with three, a reader this small noted half of what mattered, because it picked another
@@ -162,7 +163,7 @@ def split_of(name: str) -> str:
 
 
 class MiniWorld:
-    """A world of about 11 * `people` short passages, the same for the same (people, seed, split).
+    """A world of about 16 * `people` short passages, the same for the same (people, seed, split).
 
     passages: list[Passage], one for each thing said of an entity. stated: the facts of each passage. fact_of:
     sentence -> Fact, fillers absent. facts: all facts. kind_of: entity name -> its type.
@@ -268,11 +269,8 @@ class MiniWorld:
         self.fact_of: dict[str, Fact] = {}
         for fact in self.facts:
             spoken = RELATIONS[fact.relation]
-            # at home in one of the two passages for certain, in the other one sometimes
-            here = not spoken.backward or rng.random() < 0.6
-            there = bool(spoken.backward) and (not here or rng.random() < 0.4)
-            for said, home, phrasings in ((here, fact.subject, spoken.forward), (there, fact.object, spoken.backward)):
-                if said:
+            for home, phrasings in ((fact.subject, spoken.forward), (fact.object, spoken.backward)):
+                if phrasings:
                     sentence = rng.choice(phrasings).format(s=fact.subject, o=fact.object)
                     self.fact_of[sentence] = fact
                     page[home].append((sentence, fact))
@@ -338,7 +336,7 @@ class MiniWorld:
         inverse = any(f.object == before for f, before in zip(facts, seen, strict=False))
         if kind in ("bridge", "inverse") and inverse != (kind == "inverse"):
             return None
-        return rng.choice(ASKING).format(phrase.format(start)), entity, facts
+        return rng.choice(ASKING).format(phrase.format(start)), entity, facts, seen[:-1]
 
     def _comparison(self, rng: random.Random):
         relation = rng.choice(list(COMPARED))
@@ -348,7 +346,7 @@ class MiniWorld:
         if x == y:
             return None
         facts = [Fact(n, relation, self.by_subject[n, relation]) for n in (a, b)]
-        return f"{COMPARED[relation]}, {a} or {b}?", a if x < y else b, facts
+        return f"{COMPARED[relation]}, {a} or {b}?", a if x < y else b, facts, [a, b]
 
     def question_facts(self, index: int, seed: int = 0) -> tuple[Question, list[Fact]]:
         """Question number `index` and the facts of its chain in order: a function of (world, seed, index)."""
@@ -357,8 +355,9 @@ class MiniWorld:
         made = None
         while made is None:
             made = self._comparison(rng) if kind == "comparison" else self._chain(kind, rng)
-        text, answer, facts = made
-        gold = tuple(dict.fromkeys(self.passages[rng.choice(self.where[f])] for f in facts))
+        text, answer, facts, visited = made
+        gold = tuple(next(self.passages[i] for i in self.where[fact] if self.passages[i].title == name)
+                     for fact, name in zip(facts, visited, strict=True))
         return Question(f"{self.split}-{self.seed}-{seed}-{index}", text, (answer,), gold, (), kind), facts
 
     def question(self, index: int, seed: int = 0) -> Question:

@@ -131,9 +131,11 @@ def test_questions_follow_from_the_facts(split):
                 assert {one.subject, one.object} & {two.subject, two.object}, "a chain"
             if question.kind in ("date", "number"):
                 assert answer.isdigit()
-        stated = {world.fact_of.get(s) for p in question.gold for s in sentences(p.rendered)}
-        assert set(facts) <= stated
-        assert len(question.gold) <= len(facts)
+        asked = question.question
+        for fact, passage in zip(facts, question.gold, strict=True):
+            assert fact in {world.fact_of.get(s) for s in sentences(passage.rendered)}
+            assert occurs(asked, passage.title), "on the page of a name known by then"
+            asked += f" {fact.subject} {fact.object}"
     assert set(kinds) == set(QUESTION_KINDS) and len(kinds) == 6
     assert all(set(hops) == ({3} if kind == "three-hop" else {2}) for kind, hops in kinds.items())
 
@@ -370,6 +372,15 @@ def test_the_diligent_reader_keeps_what_matters(demos, tokenizer):
             hits.append(episode.gold[0] in {episode.fact_of.get(s) for s in memory})
         held[diligent] = sum(hits) / len(hits)
     assert held[True] > held[False] + 0.3, held
+
+
+def test_a_worn_memory_fills_the_budget_with_what_it_held(demos, tokenizer):
+    demonstrator, _ = demos
+    memory = demonstrator.random_memory(demonstrator.question_episode(1, 0, 1).texts[0], random.Random(0))
+    ids = demonstrator.worn(memory[:1], random.Random(1))
+    assert len(ids) == NANO.memory
+    *whole, cut = sentences(tokenizer.decode(ids).strip())
+    assert set(whole) == set(memory[:1]) and memory[0].startswith(cut.removesuffix("."))
 
 
 def test_demonstration_steps_follow_from_the_configuration(tiny):
