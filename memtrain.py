@@ -45,28 +45,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-from tqdm import tqdm
-
 from data import InputError
-from data.checkpoint import load_checkpoint, save_checkpoint, write_json
-from data.corpus import Question, load_passages, load_questions
-from data.entities import make_finder
-from data.miniwiki import MiniWorld
-from data.prompts import MASK_PROBLEM, Prompts
-from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, split_sections
-from data.tokenizer import Tokenizer, load_tokenizer
-from eval.metrics import exact_match, extract_boxed
-from eval.stage import command, commit, evaluate
-from kernels import kernels_in_use, use_triton
-from kernels.attention import memory_attention
-from kernels.decode import Members, memory_decode
-from kernels.grpo import grpo_loss
-from kernels.layout import Layout
-from kernels.logprob import linear_logprob
 
 # ---- Configuration -----------------------------------------------------------------------------------------------
 
@@ -92,14 +71,14 @@ class Config:
     debug: bool = option(False, "run", "show tracebacks")
 
     corpus: str = option("miniworld", "data", "miniworld, wikipedia, or a .jsonl/.json/.txt/.parquet file or folder")
-    people: int = option(600, "data", "size of the mini-world: about 16 passages a person")
+    people: int = option(600, "data", "size of the mini-world: about 14 passages a person")
     questions: str = option("", "data", "evaluation questions (HotpotQA, 2WikiMultiHopQA, MuSiQue or FlashRAG form)")
     train_questions: str = option("", "data", "training questions, same forms; needed where --questions is given")
     entities: str = option("auto", "data", "entity finder: auto, rules or spacy")
-    passages: int = option(30, "data", "passages of a masked document (paper: 150)")
+    passages: int = option(60, "data", "passages of a masked document (paper: 150)")
     related: int = option(10, "data", "of them retrieved with BM25 for the pivot (paper: 29)")
-    masked_sections: int = option(6, "data", "longest masked document, in sections; long passages are fewer (paper: 8)")
-    train_sections: int = option(4, "data", "length of a training question's document, in sections (paper: 5-8)")
+    masked_sections: int = option(8, "data", "longest masked document, in sections; long passages are fewer (paper: 8)")
+    train_sections: int = option(6, "data", "length of a training question's document, in sections (paper: 5-8)")
 
     width: int = option(128, "model", "C, size of the hidden state")
     layers: int = option(4, "model", "number of blocks")
@@ -119,8 +98,8 @@ class Config:
     response: int = option(41, "window", "sampled tokens of a turn, stop included (paper: 1024)")
     prompt_order: str = option("section-first", "window", "section-first or paper: where the memory stands")
 
-    memtrain_steps: int = option(150, "GRPO", "steps of MemTrain (paper: 300)")
-    memagent_steps: int = option(100, "GRPO", "steps of MemAgent (paper: 500)")
+    memtrain_steps: int = option(100, "GRPO", "steps of MemTrain (paper: 300)")
+    memagent_steps: int = option(70, "GRPO", "steps of MemAgent (paper: 500)")
     documents: int = option(6, "GRPO", "documents sampled a step (paper: 32)")
     update_documents: int = option(6, "GRPO", "documents per optimiser step (paper: 32; MemAgent: 8)")
     group: int = option(8, "GRPO", "G1, rollouts a document")
@@ -271,6 +250,42 @@ def check(c: Config) -> None:
     refuse(c.seed < 0, f"--seed {c.seed}: must not be negative")
     lengths_of(c)
 
+
+def refusal(error: InputError, argv: Sequence[str]) -> int:
+    """Says in one line what was wrong with `argv` or what it names; returns the exit code."""
+    if "--debug" in argv:
+        raise error
+    print(f"memtrain: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":  # --help and typos are answered here, before torch is loaded
+    try:
+        parse(sys.argv[1:])
+    except InputError as e:
+        sys.exit(refusal(e, sys.argv[1:]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from data.checkpoint import load_checkpoint, save_checkpoint, write_json
+from data.corpus import Question, load_passages, load_questions
+from data.entities import make_finder
+from data.miniwiki import MiniWorld
+from data.prompts import MASK_PROBLEM, Prompts
+from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, split_sections
+from data.tokenizer import Tokenizer, load_tokenizer
+from eval.metrics import exact_match, extract_boxed
+from eval.stage import command, commit, evaluate
+from kernels import kernels_in_use, use_triton
+from kernels.attention import memory_attention
+from kernels.decode import Members, memory_decode
+from kernels.grpo import grpo_loss
+from kernels.layout import Layout
+from kernels.logprob import linear_logprob
 
 # ---- Decoder -----------------------------------------------------------------------------------------------------
 
@@ -1240,8 +1255,9 @@ def estimate(run: Run) -> tuple[float, int]:
     """(minutes, packed tokens of one MemTrain step), from a second of training and decoding measured here and now."""
     c = run.c
     suffix = 2 * c.memory + 4
-    documents = c.documents * (c.train_sections * (c.section + 40 + c.group * suffix) + c.group * suffix)
-    per_step = documents + c.documents * c.group * (c.section + c.memory + 8 * c.recall_group)
+    masked, questions = (c.documents * (n * (c.section + 40 + c.group * suffix) + c.group * suffix)
+                         for n in (c.masked_sections, c.train_sections))
+    per_step = masked + c.documents * c.group * (c.section + c.memory + 8 * c.recall_group)
     rows = [([5] * c.section, [([6] * c.memory, [7] * 20)] * 8)] * 4
     packed = pack(rows, run.device)
     spent = []
@@ -1258,7 +1274,7 @@ def estimate(run: Run) -> tuple[float, int]:
     if "memtrain" in stages:
         seconds += c.memtrain_steps * per_step * 0.55 / rate  # most recall groups have no signal and are not trained on
     if "memagent" in stages:
-        seconds += (2 if "memtrain" in stages else 1) * c.memagent_steps * documents / rate
+        seconds += (2 if "memtrain" in stages else 1) * c.memagent_steps * questions / rate
     if "eval" in stages:
         systems = 1 + sum({"memtrain": 1, "memagent": 2}.get(s, 0) for s in stages)
         seconds += systems * sum(lengths_of(c)) * len(run.data.questions) * (c.section + 110) / (2.5 * rate)
@@ -1274,10 +1290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         header(run)
         run_stages(run)
     except InputError as e:
-        if "--debug" in argv:
-            raise
-        print(f"memtrain: {e}", file=sys.stderr)
-        return 2
+        return refusal(e, argv)
     except (Stopped, KeyboardInterrupt):
         print(f"stopped; continue with: {command()}", file=sys.stderr)
         return 130

@@ -14,8 +14,8 @@ A masked name can therefore be inferred from clues that stand in *other* passage
 
 Every fact (subject, relation, object) is stated on the page of its subject and on that of its object, where the
 object has one, each in one of three phrasings that begin with the name of the page. The gold passages of a question
-are on the pages that its chain visits, as in HotpotQA. Full names are split by a hash: a world of split "train" and one of split "eval"
-have no person, town, company, work or river in common, whatever their seeds and sizes.
+are on the pages that its chain visits, as in HotpotQA. Full names are split by a hash: a world of split "train" and
+one of split "eval" have no person, town, company, work or river in common, whatever their seeds and sizes.
 
 A passage holds one fact: with three, a reader this small noted half of what mattered, because it picked another
 sentence about the right name. So relevance is a matter of names here, as for [MASK], and answering one of relations.
@@ -163,7 +163,7 @@ def split_of(name: str) -> str:
 
 
 class MiniWorld:
-    """A world of about 16 * `people` short passages, the same for the same (people, seed, split).
+    """A world of about 14 * `people` short passages, the same for the same (people, seed, split).
 
     passages: list[Passage], one for each thing said of an entity. stated: the facts of each passage. fact_of:
     sentence -> Fact, fillers absent. facts: all facts. kind_of: entity name -> its type.

@@ -215,6 +215,15 @@ def test_help_explains_every_field_in_its_group(capsys):
         assert "".join(f.metadata["help"].split()) in text
 
 
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--grup", 2), ("--group=1", 2)])
+def test_the_command_line_is_checked_before_torch_is_loaded(argument, code):
+    program = (f"import runpy, sys\nsys.argv = ['memtrain.py', {argument!r}]\n"
+               f"try:\n    runpy.run_path({str(ROOT / 'memtrain.py')!r}, run_name='__main__')\n"
+               f"except SystemExit as e:\n    assert e.code == {code}, e.code\n"
+               "assert not {'torch', 'numpy', 'tiktoken'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=20, capture_output=True)
+
+
 def test_every_field_can_be_given_both_ways():
     for f in dataclasses.fields(Config):
         kind = {"int": int, "float": float, "bool": bool, "str": str}[f.type]
