@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
@@ -271,7 +272,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data.checkpoint import load_checkpoint, save_checkpoint, write_json
+from data.checkpoint import load_checkpoint, replacing, save_checkpoint, write_json
 from data.corpus import Question, load_passages, load_questions
 from data.entities import make_finder
 from data.miniwiki import MiniWorld
@@ -950,13 +951,16 @@ class Log:
                     continue
                 if row["stage"] != stage or row["step"] < step:
                     kept.append(line + "\n")
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, self.path)
+            with replacing(self.path) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8")
 
     def write(self, row: dict) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as e:  # half a line is forgotten at the next start
+            raise InputError(f"{self.path}: can't write ({e.strerror}); make room, then run the same command "
+                             f"again") from None
         if self.wandb:
             self.wandb.log({f"{row['stage']}/{k}": v for k, v in row.items() if k != "stage"})
 
@@ -1016,12 +1020,19 @@ class Run:
                                  f"choose another --run, or delete the folder to start anew")
 
     def _claim(self) -> None:
-        """Creates the folder and writes the configuration."""
+        """Creates the folder and writes the configuration. One process a folder: the lock ends with its process,
+        however that ends."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "config.json", dataclasses.asdict(self.c))
+            self.lock = (self.folder / ".lock").open("w", encoding="utf-8")
         except OSError as e:
             raise InputError(f"{self.folder}: can't write ({e.strerror}); change into a writable folder") from None
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{self.folder}: another process is at work on it; wait for it or choose another "
+                             f"--run") from None
+        write_json(self.folder / "config.json", dataclasses.asdict(self.c))
 
     def checkpoint(self, name: str) -> Path:
         return self.folder / name / "checkpoint.safetensors"

@@ -1,9 +1,17 @@
-"""Checkpoints: one safetensors file with weights, optimiser and state; no pickle anywhere."""
+"""Checkpoints: one safetensors file with weights, optimiser and state; no pickle anywhere.
+
+Every file is written under a temporary name, flushed to the disk and renamed: a reader finds the old one or the new
+one, whole. A digest over state and tensors is checked at load; the checkpoint before the last stays beside it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,31 +22,67 @@ from torch import nn
 from data import InputError
 from data.tokenizer import Tokenizer
 
+PREVIOUS = "previous.safetensors"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a name to write to, which becomes `path`, all or nothing. InputError where the disk refuses."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: can't write ({getattr(e, 'strerror', None) or e}); make room or choose a writable "
+                         f"folder, then run the same command again") from None
+
+
+def digest(state: str, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256, in hex, over the state's JSON and every tensor's name, dtype, shape and bytes."""
+    found = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        found.update(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
 
 def save_checkpoint(path: Path, model: nn.Module, tokenizer: Tokenizer, state: dict, optimizers=()) -> None:
     """Weights, optimiser and state in one safetensors file, so that they can never disagree; the state also beside
-    it as JSON, to read. Written under a temporary name, then renamed."""
+    it as JSON, to read. InputError where it can't be written; an earlier checkpoint is then intact."""
     tensors = {f"model.{k}": v.detach().contiguous() for k, v in model.state_dict().items()}
     for o, optimizer in enumerate(optimizers):
         for i, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{o}.{i}.{k}": torch.as_tensor(v).contiguous() for k, v in slots.items()}
-    state = {"format": 1, "tokenizer": tokenizer.fingerprint, "model": model.fields} | state
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"state": json.dumps(state)})
-    os.replace(temporary, path)
+    state = {"format": 2, "tokenizer": tokenizer.fingerprint, "model": model.fields} | state
+    text = json.dumps(state)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"state": text, "digest": digest(text, tensors)})
+        if path.exists():
+            with replacing(path.with_name(PREVIOUS)) as previous:
+                shutil.copyfile(path, previous)
     write_json(path.with_suffix(".json"), state)
 
 
 def load_checkpoint(path: Path, model: nn.Module, tokenizer: Tokenizer, optimizers=()) -> dict:
     """Fills model (and optimisers) and returns the state. InputError if the file is damaged or does not fit."""
+    instead = "give another --init or delete it"
+    if path.name != PREVIOUS and path.with_name(PREVIOUS).exists():
+        instead = f"rename {PREVIOUS} beside it to {path.name} to go on from the one before, or delete it"
     try:
         with safe_open(path, "pt") as file:
-            state = json.loads((file.metadata() or {}).get("state", "{}"))
+            metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+        state = json.loads(text := metadata.get("state", "{}"))
     except (OSError, SafetensorError, ValueError) as e:
-        raise InputError(f"checkpoint {path}: can't be read ({e}); give another --init or delete it") from None
-    if state.get("format") != 1:
+        raise InputError(f"checkpoint {path}: can't be read ({e}); {instead}") from None
+    if state.get("format") == 2 and metadata.get("digest") != digest(text, tensors):
+        raise InputError(f"checkpoint {path}: damaged, its content does not match its digest; {instead}")
+    if state.get("format") != 2:
         raise InputError(f"checkpoint {path}: not written by this version of memtrain; give another --init")
     if state["tokenizer"] != tokenizer.fingerprint:
         raise InputError(f"checkpoint {path}: made with tokenizer {state['tokenizer']}, this is "
@@ -65,6 +109,6 @@ def load_checkpoint(path: Path, model: nn.Module, tokenizer: Tokenizer, optimize
 
 
 def write_json(path: Path, value) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """InputError where it can't be written; what was there is then intact."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,12 @@ def without(path: Path, name: str) -> None:
     save_file(tensors, path, metadata=metadata)
 
 
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
 CHECKPOINTS = {  # options of the checkpoint, what is done to the file: parts of the answer
     "truncated": ([], lambda p: p.write_bytes(p.read_bytes()[:-100]), ["can't be read"]),
     "cut to nothing": ([], lambda p: p.write_bytes(b""), ["can't be read"]),
@@ -149,7 +156,11 @@ CHECKPOINTS = {  # options of the checkpoint, what is done to the file: parts of
     "deeper": (["--layers", "3"], None, ["layers"]),
     "shallower": (["--layers", "1"], None, ["missing"]),
     "of tied weights": (["--tied"], None, ["output", "missing"]),
-    "a tensor is missing": ([], lambda p: without(p, "model.norm.weight"), ["norm.weight", "missing"]),
+    "a tensor is missing": ([], lambda p: without(p, "model.norm.weight"), ["damaged", "digest"]),
+    "a flipped bit": ([], lambda p: flip(p, -1000), ["damaged", "digest"]),
+    "a flipped bit of the state": ([], lambda p: flip(p, p.read_bytes().index(b"\"stage") + 3), ["damaged", "digest"]),
+    "of a later version": ([], lambda p: p.write_bytes(p.read_bytes().replace(b"format\\\": 2", b"format\\\": 3")),
+                           ["not written by this version"]),
 }
 
 
@@ -171,13 +182,45 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(folder, base_checkpoint, c
 
 def test_a_damaged_checkpoint_of_the_run_itself_is_named(folder, base_checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
-    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "1"]
+    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "1",
+               "--save-every", "1"]
     assert main(command) == 0
     path = Path("runs/t/memtrain/checkpoint.safetensors")
     path.write_bytes(path.read_bytes()[:1000])
     Path("runs/t/memtrain/checkpoint.json").unlink()
     capsys.readouterr()
-    refused(capsys, command, "runs/t/memtrain/checkpoint.safetensors", "delete it")
+    refused(capsys, command, "runs/t/memtrain/checkpoint.safetensors", "delete it", "rename previous.safetensors")
+    path.with_name("previous.safetensors").rename(path)
+    assert main(command) == 0 and json.loads(path.with_suffix(".json").read_text())["done"]
+
+
+def test_one_process_a_run_folder(folder, base_checkpoint, capsys):
+    """The lock goes with its process: what a killed one leaves behind locks nobody out."""
+    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "0"]
+    Path("runs/t").mkdir(parents=True)
+    hold = ("import fcntl, time; f = open('runs/t/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX);"
+            "print('held', flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        refused(capsys, command, "runs/t", "another process", "--run")
+        other.kill()
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize("room", [1_000, 10_000])  # bytes a file may have: no configuration; no checkpoint
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(room, folder, base_checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--memtrain-steps", "1", "--memagent-steps", "1"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        assert main(command) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("memtrain: runs/t") and "make room" in line
+    assert not list(folder.rglob("*.tmp"))
+    assert main(command) == 0 and Path("runs/t/report.md").exists()
 
 
 def test_a_run_folder_of_another_configuration(folder, base_checkpoint, capsys, monkeypatch):
