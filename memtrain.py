@@ -1182,6 +1182,11 @@ def train_policy(run: Run, name: str, start: str) -> None:
         state["rewards"].append(row["reward"])
         for total in ("seconds", "tokens_sampled", "tokens_trained"):
             state[total] += row[total]
+        state["poisoned"] = state.get("poisoned", 0) + 1 if row.get("skipped") == 1 else 0
+        if state["poisoned"] == 5:
+            bar.close()
+            raise InputError(f"{name}: loss or gradient was not finite in five steps in a row, up to step "
+                             f"{state['step']}; lower --lr, or give a sound --init")
         bar.set_postfix_str(f"reward {row['reward']:.2f} exact {row['reward_em']:.2f} signal {row['signal']:.2f}")
         bar.update()
         if state["step"] % c.save_every == 0 or run.interrupt.asked:

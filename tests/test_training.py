@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 from safetensors.torch import load_file
 from test_kernels import dense, plain_loss
 
@@ -520,6 +521,18 @@ def test_checkpoints_round_trip(tmp_path, tiny, decoder, tokenizer):
         assert all(torch.equal(torch.as_tensor(old[i][k]), new[i][k]) for i in old for k in old[i])
 
 
+def test_five_poisoned_steps_in_a_row_end_the_stage(folder, tiny, base_checkpoint, monkeypatch, capsys):
+    row = {"step": 0, "reward": 0.0, "reward_em": 0.0, "signal": 1.0, "seconds": 0.0, "tokens_sampled": 0,
+           "tokens_trained": 0}
+    poisoned = iter([1, 1, 1, 1, 0, 0.5, 1, 1, 1, 1, 1])
+    monkeypatch.setattr(memtrain, "train_step", lambda *_: row | {"skipped": float(next(poisoned))})
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "50"]
+    assert memtrain.main(command) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("memtrain: memtrain") and "up to step 11" in line and "--lr" in line
+
+
 COMMAND = ["--run", "t", "--stages", "memtrain,memagent", "--memtrain-steps", "4", "--memagent-steps", "2",
            "--group", "4", "--lr", "0.01", "--save-every", "2"]
 TIMES = {"seconds", "seconds_sampling", "tokens_per_s"}
@@ -528,7 +541,6 @@ TIMES = {"seconds", "seconds_sampling", "tokens_per_s"}
 @pytest.fixture
 def start(base_checkpoint, monkeypatch, tmp_path):
     """start(folder name, *options) -> exit code of the whole command there; a second call takes the run up again."""
-    from conftest import TINY
     init = base_checkpoint()
     monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
 
