@@ -129,7 +129,7 @@ class Config:
     base_sharpen: float = option(2.0, "base", "factor on all logits at the end: demonstrations that differ leave a "
                                               "policy flatter than an instruct model's")
     base_answers: int = option(32, "base", "answers from a sufficient memory a step")
-    base_recalls: int = option(16, "base", "recalls of what a memory holds a step")
+    base_recalls: int = option(48, "base", "recalls of what a memory holds a step")
     base_directs: int = option(12, "base", "answers straight from a section a step")
 
     eval_lengths: str = option("1,2,4,8,16,32", "evaluation", "document lengths in sections, up to 128")

@@ -69,7 +69,7 @@ def _answering(agent, demo: Demonstrator, n: int) -> dict[str, float]:
 
 def _recall(agent, demo: Demonstrator, n: int) -> dict[str, float]:
     sections, memories, targets = [], [], []
-    for i, e in enumerate(_episodes(demo, False, 1, n)):
+    for i, e in enumerate(_episodes(demo, False, 1, 4 * n)):  # a third has a target that the memory holds
         rng = random.Random(i)
         text = e.texts[0]
         memory = demo.random_memory(text, rng)
