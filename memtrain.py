@@ -79,7 +79,8 @@ class Config:
     passages: int = option(60, "data", "passages of a masked document (paper: 150)")
     related: int = option(10, "data", "of them retrieved with BM25 for the pivot (paper: 29)")
     masked_sections: int = option(8, "data", "longest masked document, in sections; long passages are fewer (paper: 8)")
-    train_sections: int = option(6, "data", "length of a training question's document, in sections (paper: 5-8)")
+    train_sections: int = option(4, "data", "tokens of a training question's document, in sections; passages are "
+                                       "not cut, so that it has about one more (paper: 5-8)")
 
     width: int = option(128, "model", "C, size of the hidden state")
     layers: int = option(4, "model", "number of blocks")
@@ -100,7 +101,7 @@ class Config:
     prompt_order: str = option("section-first", "window", "section-first or paper: where the memory stands")
 
     memtrain_steps: int = option(150, "GRPO", "steps of MemTrain (paper: 300)")
-    memagent_steps: int = option(80, "GRPO", "steps of MemAgent (paper: 500)")
+    memagent_steps: int = option(30, "GRPO", "steps of MemAgent (paper: 500)")
     documents: int = option(6, "GRPO", "documents sampled a step (paper: 32)")
     update_documents: int = option(6, "GRPO", "documents per optimiser step (paper: 32; MemAgent: 8)")
     group: int = option(8, "GRPO", "G1, rollouts a document")
