@@ -100,8 +100,8 @@ class Config:
     response: int = option(41, "window", "sampled tokens of a turn, stop included (paper: 1024)")
     prompt_order: str = option("section-first", "window", "section-first or paper: where the memory stands")
 
-    memtrain_steps: int = option(150, "GRPO", "steps of MemTrain (paper: 300)")
-    memagent_steps: int = option(30, "GRPO", "steps of MemAgent (paper: 500)")
+    memtrain_steps: int = option(180, "GRPO", "steps of MemTrain (paper: 300)")
+    memagent_steps: int = option(20, "GRPO", "steps of MemAgent (paper: 500)")
     documents: int = option(6, "GRPO", "documents sampled a step (paper: 32)")
     update_documents: int = option(6, "GRPO", "documents per optimiser step (paper: 32; MemAgent: 8)")
     group: int = option(8, "GRPO", "G1, rollouts a document")
