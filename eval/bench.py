@@ -166,10 +166,11 @@ def kept_entries(batch: memtrain.Batch) -> set[int]:
 
 
 def deviation(mine: tuple[float, dict], other: tuple[float, dict]) -> dict[str, float]:
-    """loss: difference of two losses. gradient: norm of the difference over the norm, for the worst parameter."""
+    """loss: difference of two losses, in units of the loss where that is above 1. gradient: norm of the difference
+    over the norm, for the worst parameter."""
     difference = torch.stack([(mine[1][n] - g).norm() for n, g in other[1].items()])  # one norm a parameter
     size = torch.stack([g.norm() for g in other[1].values()]).clamp(min=1e-30)
-    return {"loss": abs(mine[0] - other[0]), "gradient": float((difference / size).max()),
+    return {"loss": abs(mine[0] - other[0]) / max(1.0, abs(other[0])), "gradient": float((difference / size).max()),
             "gradient_whole": float(difference.norm() / size.norm())}
 
 
