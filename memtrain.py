@@ -273,7 +273,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data.checkpoint import load_checkpoint, replacing, save_checkpoint, write_json
+from data.checkpoint import load_checkpoint, replacing, save_checkpoint, write_json, writing
 from data.corpus import Question, load_passages, load_questions
 from data.entities import make_finder
 from data.miniwiki import MiniWorld
@@ -956,12 +956,8 @@ class Log:
                 temporary.write_text("".join(kept), encoding="utf-8")
 
     def write(self, row: dict) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as e:  # half a line is forgotten at the next start
-            raise InputError(f"{self.path}: can't write ({e.strerror}); make room, then run the same command "
-                             f"again") from None
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")  # a half written line is forgotten at the next start
         if self.wandb:
             self.wandb.log({f"{row['stage']}/{k}": v for k, v in row.items() if k != "stage"})
 
@@ -1023,11 +1019,9 @@ class Run:
     def _claim(self) -> None:
         """Creates the folder and writes the configuration. One process a folder: the lock ends with its process,
         however that ends."""
-        try:
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = (self.folder / ".lock").open("w", encoding="utf-8")
-        except OSError as e:
-            raise InputError(f"{self.folder}: can't write ({e.strerror}); change into a writable folder") from None
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -1171,7 +1165,8 @@ def train_policy(run: Run, name: str, start: str) -> None:
         reference = Decoder(c, run.tokenizer.size).to(run.device).requires_grad_(False)
         reference.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=c.lr, weight_decay=0.0)
-    state = {"stage": name, "step": 0, "seconds": 0.0, "tokens_sampled": 0, "tokens_trained": 0, "rewards": []}
+    state = {"stage": name, "step": 0, "seconds": 0.0, "tokens_sampled": 0, "tokens_trained": 0, "rewards": [],
+             "poisoned": 0}
     if path.exists():
         state = load_checkpoint(path, model, run.tokenizer, [optimizer])
     run.log.rewind(name, state["step"])
@@ -1183,7 +1178,7 @@ def train_policy(run: Run, name: str, start: str) -> None:
         state["rewards"].append(row["reward"])
         for total in ("seconds", "tokens_sampled", "tokens_trained"):
             state[total] += row[total]
-        state["poisoned"] = state.get("poisoned", 0) + 1 if row.get("skipped") == 1 else 0
+        state["poisoned"] = state["poisoned"] + 1 if row.get("skipped") == 1 else 0
         if state["poisoned"] == 5:
             bar.close()
             raise InputError(f"{name}: loss or gradient was not finite in five steps in a row, up to step "

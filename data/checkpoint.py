@@ -26,19 +26,29 @@ PREVIOUS = "previous.safetensors"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a name to write to, which becomes `path`, all or nothing. InputError where the disk refuses."""
-    temporary = path.with_name(path.name + ".tmp")
+def writing(path: Path) -> Iterator[None]:
+    """InputError that names `path` where the disk refuses what is written within."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield
     except (OSError, SafetensorError) as e:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: can't write ({getattr(e, 'strerror', None) or e}); make room or choose a writable "
                          f"folder, then run the same command again") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a name to write to, which becomes `path`, all or nothing. InputError as in `writing`."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, SafetensorError):
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def digest(state: str, tensors: dict[str, torch.Tensor]) -> str:
@@ -47,7 +57,7 @@ def digest(state: str, tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         t = tensors[name]
         found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        found.update(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(t.cpu().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 
 
@@ -80,10 +90,10 @@ def load_checkpoint(path: Path, model: nn.Module, tokenizer: Tokenizer, optimize
         state = json.loads(text := metadata.get("state", "{}"))
     except (OSError, SafetensorError, ValueError) as e:
         raise InputError(f"checkpoint {path}: can't be read ({e}); {instead}") from None
-    if state.get("format") == 2 and metadata.get("digest") != digest(text, tensors):
-        raise InputError(f"checkpoint {path}: damaged, its content does not match its digest; {instead}")
     if state.get("format") != 2:
         raise InputError(f"checkpoint {path}: not written by this version of memtrain; give another --init")
+    if metadata.get("digest") != digest(text, tensors):
+        raise InputError(f"checkpoint {path}: damaged, its content does not match its digest; {instead}")
     if state["tokenizer"] != tokenizer.fingerprint:
         raise InputError(f"checkpoint {path}: made with tokenizer {state['tokenizer']}, this is "
                          f"{tokenizer.fingerprint}; train a base for it with --stages base")
