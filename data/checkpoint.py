@@ -46,7 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except (OSError, SafetensorError):
+        except BaseException:  # also what the caller raises within, such as a refused copy of the previous checkpoint
             temporary.unlink(missing_ok=True)
             raise
 

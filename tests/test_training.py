@@ -521,6 +521,16 @@ def test_checkpoints_round_trip(tmp_path, tiny, decoder, tokenizer):
         assert all(torch.equal(torch.as_tensor(old[i][k]), new[i][k]) for i in old for k in old[i])
 
 
+def test_no_temporary_file_outlives_what_stopped_its_writing(tmp_path, tiny, decoder, tokenizer):
+    """The old checkpoint can't be set aside: the new one, already written, does not keep its room on the disk."""
+    path, model = tmp_path / "checkpoint.safetensors", decoder(tiny(), tokenizer.size)
+    memtrain.save_checkpoint(path, model, tokenizer, {"step": 1})
+    (tmp_path / "previous.safetensors" / "in the way").mkdir(parents=True)
+    with pytest.raises(memtrain.InputError, match="previous"):
+        memtrain.save_checkpoint(path, model, tokenizer, {"step": 2})
+    assert not list(tmp_path.glob("*.tmp")) and memtrain.load_checkpoint(path, model, tokenizer)["step"] == 1
+
+
 def test_five_poisoned_steps_in_a_row_end_the_stage(folder, tiny, base_checkpoint, monkeypatch, capsys):
     row = {"step": 0, "reward": 0.0, "reward_em": 0.0, "signal": 1.0, "seconds": 0.0, "tokens_sampled": 0,
            "tokens_trained": 0}
