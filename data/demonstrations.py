@@ -7,7 +7,9 @@ sentences, and what matters in the section just read is reliably noted, but from
     diligent (a half)    copies the old memory, then adds what is new
     careless (the rest)  forgets the old memory and notes what matters in this section alone
 
-Reinforcement learning can raise the share of the first. Relevance is what the reader can *see*: a sentence that
+(a third is diligent on questions: the base carries more of their facts than it is shown). Some begin with notes
+of other pages, so that what matters is also added to a memory that holds something. Reinforcement learning can
+raise the share of the diligent. Relevance is what the reader can *see*: a sentence that
 states a fact the answer follows from, recognised by [MASK], by a name of the question, or by the fact before it in
 a chain, if that one is in the memory or the section.
 """
@@ -24,7 +26,7 @@ from data.prompts import Prompts
 from data.tasks import MASK, masked_document, qa_document, recall_target, split_sections
 from data.tokenizer import load_tokenizer
 
-DILIGENT = 0.48  # share of updates by the diligent reader
+DILIGENT_MASKED, DILIGENT_QUESTION = 0.48, 0.33  # share of updates by the diligent reader
 WORN = 0.12  # share of old memories shown as they look after a writer that did not stop
 PASSAGE = 17  # tokens of a section that a masked document spends on a passage
 LENGTHS = (0.4, 0.6, 1.0, 1.0)  # of demonstrated sections, as shares of a whole one: short ones teach more a token
@@ -112,7 +114,8 @@ class Demonstrator:
                diligent: bool | None = None) -> list[str]:
         """The next memory: sentences of the old one, then of `text`, as many as the budget holds."""
         section = sentences(text)
-        diligent = rng.random() < DILIGENT if diligent is None else diligent
+        if diligent is None:
+            diligent = rng.random() < (DILIGENT_MASKED if episode.cue == [MASK] else DILIGENT_QUESTION)
         old = memory if diligent else []
         held = {episode.fact_of.get(s) for s in old}
         said: dict[Fact | None, str] = {}  # fact -> the first sentence of the section that states it
@@ -133,6 +136,11 @@ class Demonstrator:
                 kept.append(s)
                 room -= size
         return kept
+
+    def earlier(self, rng: random.Random) -> list[str]:
+        """What a reader holds before the first section: nothing, or up to three sentences of other pages."""
+        count = rng.choice((0, 0, 1, 2, 3))
+        return self.fit([sentences(rng.choice(self.world.passages).rendered)[0] for _ in range(count)])
 
     def random_memory(self, text: str, rng: random.Random) -> list[str]:
         """Up to four sentences of `text`."""
@@ -160,7 +168,7 @@ class Demonstrator:
     def read(self, episode: Episode, rng: random.Random, readers: int) -> list[Demo]:
         """`readers` independent readings of one document: update demonstrations with a shared prefix, recalls,
         and answers from those final memories that suffice."""
-        demos, memories = [], [[] for _ in range(readers)]
+        demos, memories = [], [self.earlier(rng) for _ in range(readers)]
         for ids, text in zip(episode.sections, episode.texts, strict=True):
             suffixes, eventful = [], False
             for r, old in enumerate(memories):
