@@ -9,7 +9,7 @@ import torch
 
 from data import InputError
 from data.corpus import Corpus, Passage
-from data.demonstrations import Demonstrator, DemoSteps, sentences
+from data.demonstrations import DILIGENT_MASKED, DILIGENT_QUESTION, Demonstrator, DemoSteps, sentences
 from data.entities import RuleFinder, mask_entity, occurs
 from data.miniwiki import ASKING, CLUES, COMPARED, FILLERS, QUESTION_KINDS, RELATIONS, MiniWorld
 from data.prompts import MASK_PROBLEM, Prompts
@@ -372,6 +372,22 @@ def test_the_diligent_reader_keeps_what_matters(demos, tokenizer):
             hits.append(episode.gold[0] in {episode.fact_of.get(s) for s in memory})
         held[diligent] = sum(hits) / len(hits)
     assert held[True] > held[False] + 0.3, held
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_readers_begin_with_notes_of_other_pages_and_often_forget_them(masked, demos, tokenizer):
+    demonstrator, _ = demos
+    make = demonstrator.masked_episode if masked else demonstrator.question_episode
+    begun, kept, rng = [], [], random.Random(0)
+    for i in range(40):
+        episode, old = make(2, i, 1), ["Nobody lives in Nowhere."]
+        kept += [old[0] in demonstrator.update(episode, old, episode.texts[0], rng) for _ in range(10)]
+        for demo in demonstrator.read(episode, rng, readers=3):
+            if demo.kind == "update":
+                held = [tokenizer.decode(given).split("Memory:")[1].split("\n")[0] for given, _ in demo.suffixes]
+                begun += ["No memory yet." not in memory for memory in held]
+    assert 0.3 < sum(begun) / len(begun) < 0.9
+    assert abs(sum(kept) / len(kept) - (DILIGENT_MASKED if masked else DILIGENT_QUESTION)) < 0.1
 
 
 def test_a_worn_memory_fills_the_budget_with_what_it_held(demos, tokenizer):
