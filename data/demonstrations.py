@@ -4,14 +4,16 @@ A simulated reader goes through mini-world documents and shows the four formats:
 memory, recall a masked entity, answer straight from a text. Its memories are *valid but mediocre*: verbatim
 sentences, and what matters in the section just read is reliably noted, but from one update to the next the reader is
 
-    diligent (a half)    copies the old memory, then adds what is new
-    careless (the rest)  forgets the old memory and notes what matters in this section alone
+    diligent (half of the updates on masks, a third of those on questions)
+        copies the old memory, then adds what is new
+    careless (the rest)
+        forgets the old memory and notes what matters in this section alone
 
-(a third is diligent on questions: the base carries more of their facts than it is shown). Some begin with notes
-of other pages, so that what matters is also added to a memory that holds something. Reinforcement learning can
-raise the share of the diligent. Relevance is what the reader can *see*: a sentence that
-states a fact the answer follows from, recognised by [MASK], by a name of the question, or by the fact before it in
-a chain, if that one is in the memory or the section.
+Reinforcement learning can raise the share of the first. Questions get fewer of them because the base carries more
+of their facts than it is shown. Most readers begin with notes of random pages, so that what matters is also added to
+a memory that holds something. Relevance is what the reader can *see*: a sentence that states a fact the answer
+follows from, recognised by [MASK], by a name of the question, or by the fact before it in a chain, if that one is in
+the memory or the section.
 """
 
 from __future__ import annotations
@@ -138,9 +140,9 @@ class Demonstrator:
         return kept
 
     def earlier(self, rng: random.Random) -> list[str]:
-        """What a reader holds before the first section: nothing, or up to three sentences of other pages."""
+        """What a reader holds before the first section: nothing, or up to three sentences of random pages."""
         count = rng.choice((0, 0, 1, 2, 3))
-        return self.fit([sentences(rng.choice(self.world.passages).rendered)[0] for _ in range(count)])
+        return self.fit([sentences(rng.choice(self.world.passages).text)[0] for _ in range(count)])
 
     def random_memory(self, text: str, rng: random.Random) -> list[str]:
         """Up to four sentences of `text`."""
