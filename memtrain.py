@@ -32,14 +32,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
 import hashlib
 import itertools
-import json
 import math
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -273,9 +270,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data.checkpoint import load_checkpoint, replacing, save_checkpoint, write_json, writing
+from data.checkpoint import load_checkpoint, save_checkpoint
 from data.corpus import Question, load_passages, load_questions
 from data.entities import make_finder
+from data.folder import Interrupt, Log, RunFolder, Stopped
 from data.miniwiki import MiniWorld
 from data.prompts import MASK_PROBLEM, Prompts
 from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, split_sections
@@ -927,66 +925,14 @@ class Data:
         return qa_document(self.questions[index], self.held_out.passages, self.tokenizer, length * self.c.section, 0)
 
 
-# ---- Checkpoints and logs ----------------------------------------------------------------------------------------
-
-
-class Log:
-    """metrics.jsonl, a line per step on the terminal, and wandb where asked for."""
-
-    def __init__(self, c: Config, folder: Path):
-        self.path, self.wandb = folder / "metrics.jsonl", None
-        if c.wandb != "disabled":
-            import wandb
-
-            self.wandb = wandb.init(project="memtrain", name=c.run, id=c.run, resume="allow", mode=c.wandb,
-                                    dir=str(folder), config=dataclasses.asdict(c))
-
-    def rewind(self, stage: str, step: int) -> None:
-        """Forgets lines of `stage` from `step` on, and a line that a crash left half written."""
-        if self.path.exists():
-            kept = []
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if row["stage"] != stage or row["step"] < step:
-                    kept.append(line + "\n")
-            with replacing(self.path) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
-
-    def write(self, row: dict) -> None:
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")  # a half written line is forgotten at the next start
-        if self.wandb:
-            self.wandb.log({f"{row['stage']}/{k}": v for k, v in row.items() if k != "stage"})
-
-
-class Interrupt:
-    """Ctrl-C or SIGTERM once: finish the step, save, leave. Twice: leave at once."""
-
-    asked = False
-
-    def __init__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
-
-    def handle(self, number, frame):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        tqdm.write("stopping after this step (again to stop at once) ...")
-
-
-class Stopped(Exception):
-    """The run was interrupted and left resumable."""
+# ---- A run -------------------------------------------------------------------------------------------------------
 
 
 class Run:
     """A folder under runs/, its configuration, data, model and log."""
 
     def __init__(self, c: Config):
-        self.c, self.folder = c, Path("runs") / c.run
+        self.c, self.folder = c, RunFolder(Path("runs") / c.run)
         self.device = choose_device(c.device)
         self.tokenizer = load_tokenizer()
         self.data = Data(c, self.tokenizer)
@@ -1000,53 +946,22 @@ class Run:
                 raise InputError(f"--window {c.window}: the longest problem makes a turn of {need} tokens; "
                                  f"raise --window or lower --section, --memory or --response")
             tqdm.write(f"note: some questions make a turn of {need} tokens, more than --window {c.window}")
-        self._compare()
+        self.folder.compare(dataclasses.asdict(c), FREE_FIELDS)
         stages = c.stages.split(",")
         if "base" not in stages and {"memtrain", "memagent", "eval"}.intersection(stages):
             self.load("base")  # a checkpoint that does not fit is refused before anything is written
-        self._claim()
-        self.log, self.interrupt = Log(c, self.folder), Interrupt()
-
-    def _compare(self) -> None:
-        """Refuses a folder of another configuration."""
-        path = self.folder / "config.json"
-        theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        for name, mine in dataclasses.asdict(self.c).items():
-            if theirs and name not in FREE_FIELDS and theirs.get(name) != mine:
-                raise InputError(f"{self.folder}: was started with {name}={theirs.get(name)!r}, now {mine!r}; "
-                                 f"choose another --run, or delete the folder to start anew")
-
-    def _claim(self) -> None:
-        """Creates the folder and writes the configuration. One process a folder: the lock ends with its process,
-        however that ends."""
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.folder / ".lock").open("w", encoding="utf-8")
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{self.folder}: another process is at work on it; wait for it or choose another "
-                             f"--run") from None
-        write_json(self.folder / "config.json", dataclasses.asdict(self.c))
-
-    def checkpoint(self, name: str) -> Path:
-        return self.folder / name / "checkpoint.safetensors"
-
-    def finished(self, name: str) -> dict | None:
-        """The state of a completed stage, or None."""
-        path = self.checkpoint(name).with_suffix(".json")
-        state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return state if state.get("done") else None
+        self.folder.claim(dataclasses.asdict(c))
+        self.log, self.interrupt = Log(self.folder.path, dataclasses.asdict(c)), Interrupt()
 
     def base(self) -> Path:
         """Where reinforcement learning starts from."""
-        if self.finished("base"):
-            return self.checkpoint("base")
+        if self.folder.finished("base"):
+            return self.folder.checkpoint("base")
         return Path(self.c.init) if self.c.init else SHIPPED_BASE
 
     def load(self, system: str) -> None:
         """Fills the model with the weights of a system."""
-        load_checkpoint(self.base() if system == "base" else self.checkpoint(system), self.model, self.tokenizer)
+        load_checkpoint(self.base() if system == "base" else self.folder.checkpoint(system), self.model, self.tokenizer)
 
 
 SHIPPED_BASE = Path(__file__).parent / "data" / "nano" / "base.safetensors"
@@ -1072,7 +987,7 @@ def train_base(run: Run) -> None:
 
     from data.demonstrations import DemoSteps
 
-    c, model, path = run.c, run.model, run.checkpoint("base")
+    c, model, path = run.c, run.model, run.folder.checkpoint("base")
     hidden = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     heads = [] if c.tied else [{"params": [model.output], "lr": c.base_lr / 5}]
@@ -1155,9 +1070,9 @@ def imitate(model: Decoder, rows, c: Config, step: int, device) -> tuple[float, 
 
 def train_policy(run: Run, name: str, start: str) -> None:
     """One stage of reinforcement learning: `name` is memtrain, memagent or memtrain+memagent, from system `start`."""
-    c, model, path = run.c, run.model, run.checkpoint(name)
+    c, model, path = run.c, run.model, run.folder.checkpoint(name)
     kind, steps = (name, c.memtrain_steps) if name == "memtrain" else ("memagent", c.memagent_steps)
-    if run.finished(name):
+    if run.folder.finished(name):
         return
     run.load(start)
     reference = None
@@ -1220,19 +1135,19 @@ def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
 def report(run: Run) -> None:
     from eval.report import write_report
 
-    path = write_report(run.folder)
+    path = write_report(run.folder.path)
     print(f"\n{path.read_text(encoding='utf-8')}\nreport: {path}")
 
 
 def run_stages(run: Run) -> None:
     for stage in run.c.stages.split(","):
-        if stage == "base" and not run.finished("base"):
+        if stage == "base" and not run.folder.finished("base"):
             train_base(run)
         elif stage == "memtrain":
             train_policy(run, "memtrain", "base")
         elif stage == "memagent":
             train_policy(run, "memagent", "base")
-            if run.finished("memtrain"):
+            if run.folder.finished("memtrain"):
                 train_policy(run, "memtrain+memagent", "memtrain")
         elif stage == "eval":
             if not evaluate(run, lengths_of(run.c), recall_probe):
@@ -1250,7 +1165,7 @@ def header(run: Run) -> None:
     parameters = sum(p.numel() for p in run.model.parameters())
     steps = {"memtrain": c.memtrain_steps, "memagent": c.memagent_steps}
     minutes, per_step = estimate(run)
-    print(f"memtrain {commit()}  preset {c.preset}  run {run.folder}  seed {c.seed}  stages {c.stages}\n"
+    print(f"memtrain {commit()}  preset {c.preset}  run {run.folder.path}  seed {c.seed}  stages {c.stages}\n"
           f"  device   {run.device} ({torch.get_num_threads()} threads), kernels: {kernels_in_use(run.device)}\n"
           f"  model    {parameters / 1e6:.2f} M parameters, {run.tokenizer.size} tokens"
           f"{f', LoRA rank {c.lora_rank}' if c.lora_rank else ''}\n"

@@ -1,17 +1,13 @@
 """Checkpoints: one safetensors file with weights, optimiser and state; no pickle anywhere.
 
-Every file is written under a temporary name, flushed to the disk and renamed: a reader finds the old one or the new
-one, whole. A digest over state and tensors is checked at load; the checkpoint before the last stays beside it.
+A digest over state and tensors is checked at load; the checkpoint before the last stays beside it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,35 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data import InputError
+from data.files import replacing, write_json
 from data.tokenizer import Tokenizer
 
 PREVIOUS = "previous.safetensors"
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """InputError that names `path` where the disk refuses what is written within."""
-    try:
-        yield
-    except (OSError, SafetensorError) as e:
-        raise InputError(f"{path}: can't write ({getattr(e, 'strerror', None) or e}); make room or choose a writable "
-                         f"folder, then run the same command again") from None
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a name to write to, which becomes `path`, all or nothing. InputError as in `writing`."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:  # also what the caller raises within, such as a refused copy of the previous checkpoint
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def digest(state: str, tensors: dict[str, torch.Tensor]) -> str:
@@ -71,7 +42,10 @@ def save_checkpoint(path: Path, model: nn.Module, tokenizer: Tokenizer, state: d
     state = {"format": 2, "tokenizer": tokenizer.fingerprint, "model": model.fields} | state
     text = json.dumps(state)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"state": text, "digest": digest(text, tensors)})
+        try:
+            save_file(tensors, temporary, metadata={"state": text, "digest": digest(text, tensors)})
+        except SafetensorError as e:  # its word for a full disk
+            raise OSError(str(e)) from None
         if path.exists():
             with replacing(path.with_name(PREVIOUS)) as previous:
                 shutil.copyfile(path, previous)
@@ -116,9 +90,3 @@ def load_checkpoint(path: Path, model: nn.Module, tokenizer: Tokenizer, optimize
                 slots.setdefault(int(i), {})[key] = tensor
         optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
-
-
-def write_json(path: Path, value) -> None:
-    """InputError where it can't be written; what was there is then intact."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

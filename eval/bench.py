@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import memtrain
 from data import InputError
+from data.files import write_json
 from eval import plain
 from eval.stage import environment
 
@@ -443,7 +444,7 @@ def finish(name: str, argv: Sequence[str], out: Path | None, device, result: dic
     print(f"\n{where['command']}\n{where['date']}, {gpu}, {where['threads']} threads, torch "
           f"{where['torch']}, commit {where['commit'] or 'none'}\n\n{table}")
     if out:
-        memtrain.write_json(out, {"environment": where} | result)
+        write_json(out, {"environment": where} | result)
         print(f"\nwritten to {out}")
 
 

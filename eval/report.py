@@ -26,6 +26,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from data import InputError
+from data.files import replacing, writing
 from eval.metrics import bootstrap_difference, wilson_interval
 
 SYSTEMS = {  # name in results.json: (name in print, colour, dash, marker)
@@ -566,13 +567,12 @@ def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = 
     }
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = template.from_string(Path(__file__).with_name("report.md.j2").read_text(encoding="utf-8"))
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         plot_table1(table, out / "table1")
         curves = plot_training(runs, out / "training.png")
-        (out / "report.md").write_text(template.render(**content, curves=curves), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{out}: the report can't be written ({error})") from None
+    with replacing(out / "report.md") as temporary:
+        temporary.write_text(template.render(**content, curves=curves), encoding="utf-8")
     return out / "report.md"
 
 

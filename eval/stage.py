@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.checkpoint import write_json
+from data.files import write_json
 from eval.longqa import held_out_rows, long_qa_row
 from kernels import kernels_in_use
 
@@ -50,7 +50,7 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     as training does. Returns whether the evaluation is complete; False where it was interrupted after a row.
     """
     c, results = run.c, Results(run)
-    systems = ["base", *(s for s in ("memtrain", "memagent", "memtrain+memagent") if run.finished(s))]
+    systems = ["base", *(s for s in ("memtrain", "memagent", "memtrain+memagent") if run.folder.finished(s))]
     jobs = [(s, n) for s in systems for n in lengths]
     jobs += [("base-one-window", n) for n in lengths] + [(s, 0) for s in systems if c.eval_masked]
     jobs = [j for j in jobs if not results.has(*j)]
@@ -82,7 +82,7 @@ class Results:
     """results.json, saved after every row, so that an interrupted evaluation goes on where it stopped."""
 
     def __init__(self, run):
-        self.run, self.path = run, run.folder / "results.json"
+        self.run, self.path = run, run.folder.path / "results.json"
         self.value = {"environment": environment(run), "config": dataclasses.asdict(run.c),
                       "long_qa": [], "recall": [], "masked": [], "stages": []}
         if self.path.exists():
@@ -101,7 +101,7 @@ class Results:
     def finish(self) -> None:
         stages = []
         for name in ("base", "memtrain", "memagent", "memtrain+memagent"):
-            if state := self.run.finished(name):
+            if state := self.run.folder.finished(name):
                 rewards = state.get("rewards", [])
                 few = max(1, min(5, len(rewards) // 2))  # one step's reward is noisy: means of five
                 stages.append({"name": name, "seed": self.run.c.seed, "steps": state["step"],

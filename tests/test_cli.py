@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import memtrain
+from data.folder import Log
 from data.tokenizer import Tokenizer
 from memtrain import Config, main, parse
 
@@ -296,7 +297,7 @@ def test_wandb_gets_every_row(folder, tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     c = tiny("--run", "t", "--wandb", "offline")
     (folder / "runs/t").mkdir(parents=True)
-    log = memtrain.Log(c, folder / "runs/t")
+    log = Log(folder / "runs/t", dataclasses.asdict(c))
     log.write({"stage": "memtrain", "step": 0, "reward": 0.5})
     assert fake.calls[0]["mode"] == "offline" and fake.calls[0]["name"] == "t"
     assert fake.calls[0]["config"]["seed"] == 3 and Path(fake.calls[0]["dir"]) == folder / "runs/t"
@@ -307,15 +308,15 @@ def test_wandb_gets_every_row(folder, tiny, monkeypatch):
 @pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed")
 def test_wandb_offline_writes_a_local_run(folder, tiny):
     """The real package, without a network, in a process of its own: it starts services."""
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import memtrain; from pathlib import Path;"
-            "log = memtrain.Log(memtrain.parse(['--run', 't', '--wandb', 'offline']), Path('.'));"
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from data.folder import Log;"
+            "log = Log(Path('.'), {'run': 't', 'wandb': 'offline'});"
             "log.write({'stage': 'memtrain', 'step': 0, 'reward': 0.5}); log.wandb.finish()")
     subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, timeout=100, capture_output=True)
     assert list(folder.glob("**/offline-run-*/*.wandb"))
 
 
 def test_the_log_forgets_what_a_resumed_run_does_again(folder, tiny):
-    log = memtrain.Log(tiny(), folder)
+    log = Log(folder, dataclasses.asdict(tiny()))
     rows = [{"stage": s, "step": i} for s in ("memtrain", "memagent") for i in range(3)]
     for row in rows:
         log.write(row)

@@ -347,7 +347,7 @@ def test_missing_or_unreadable_run(tmp_path, capsys):
     folder = make_run(tmp_path / "run")
     (tmp_path / "file").write_text("")
     assert main([str(folder), "--out", str(tmp_path / "file")]) == 2
-    assert "can't be written" in capsys.readouterr().err
+    assert "can't write" in capsys.readouterr().err
 
 
 def test_command_line_without_torch(tmp_path):

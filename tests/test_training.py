@@ -19,6 +19,8 @@ from test_kernels import dense, plain_loss
 
 import memtrain
 from data.entities import occurs
+from data.files import write_json
+from data.folder import Interrupt
 from data.tasks import Problem
 from kernels.grpo import grpo_loss
 from memtrain import Batch, Cache, Turn, collect, micro_batches, nucleus, pack, sample, score, update, with_signal
@@ -593,7 +595,7 @@ def test_an_interrupted_run_continues_bit_for_bit(start, lottery, tmp_path, monk
 
     def killed(run, kind, number, *rest):
         if (kind, number) == ("memagent", 1):
-            with (run.folder / "metrics.jsonl").open("a") as log:
+            with run.log.path.open("a") as log:
                 log.write('{"stage": "memagent", "st')
             raise SystemExit(9)
         return step(run, kind, number, *rest)
@@ -633,7 +635,7 @@ def test_the_base_stage_continues_bit_for_bit(start, tmp_path, monkeypatch):
 
 
 def test_a_second_signal_stops_at_once():
-    interrupt = memtrain.Interrupt()
+    interrupt = Interrupt()
     os.kill(os.getpid(), signal.SIGINT)
     assert interrupt.asked
     with pytest.raises(KeyboardInterrupt):
@@ -643,7 +645,7 @@ def test_a_second_signal_stops_at_once():
 def test_an_interrupted_evaluation_continues(start, tmp_path, monkeypatch):
     """Killed before any write of its results: no row twice, none missing, the same figures."""
     assert start("whole", "--stages", "eval") == 0
-    write, count = memtrain.write_json, [0]
+    write, count = write_json, [0]
     for stop in (2, 4):
         def killed(path, value, stop=stop):
             count[0] += path.name == "results.json"
