@@ -35,6 +35,7 @@ class Tokenizer:
         specials = {s: len(ranks) + i for i, s in enumerate(SPECIALS)}
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         self.user, self.assistant, self.end = specials.values()
+        self.stops = (self.end,)
         self.size = len(ranks) + len(specials)
         self._ranks = ranks
 
@@ -70,6 +71,13 @@ def load_tokenizer(path: str | Path = NANO_RANKS) -> Tokenizer:
     if sorted(ranks.values()) != list(range(len(lines))) or any(bytes([b]) not in ranks for b in range(256)):
         raise InputError(f"tokenizer {path}: ranks must be 0..n-1 and include all 256 bytes; rebuild or replace it")
     return Tokenizer(ranks, path.stem)
+
+
+def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
+    """InputError where ids would go beyond an embedding of `rows` rows."""
+    if tokenizer.size > rows:
+        raise InputError(f"tokenizer {tokenizer.encoding.name}: {tokenizer.size} ids for an embedding of {rows} rows; "
+                         f"give the tokenizer of this checkpoint")
 
 
 def build(path: Path = NANO_RANKS, size: int = 1533) -> None:
