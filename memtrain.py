@@ -78,8 +78,10 @@ class Config:
 
     corpus: str = option("miniworld", "data", "miniworld, wikipedia, or a .jsonl/.json/.txt/.parquet file or folder")
     people: int = option(600, "data", "size of the mini-world: about 14 passages a person")
-    questions: str = option("", "data", "evaluation questions (HotpotQA, 2WikiMultiHopQA, MuSiQue or FlashRAG form)")
-    train_questions: str = option("", "data", "training questions, same forms; needed where --questions is given")
+    questions: str = option("", "data", "evaluation questions: a file (HotpotQA, 2WikiMultiHopQA, MuSiQue or FlashRAG "
+                                     "form), or hotpotqa (its validation split, from the hub)")
+    train_questions: str = option("", "data", "training questions: a file, or hotpotqa:train; needed where --questions "
+                                           "is given")
     entities: str = option("auto", "data", "entity finder: auto, rules or spacy")
     passages: int = option(60, "data", "passages of a masked document (paper: 150)")
     related: int = option(10, "data", "of them retrieved with BM25 for the pivot (paper: 29)")
@@ -1086,7 +1088,7 @@ class Data:
             self.train_questions: list[Question] = []
         else:
             self.train, self.held_out = load_passages(c.corpus).split()
-            self.questions = load_questions(c.questions)[:c.eval_questions] if c.questions else []
+            self.questions = load_questions(c.questions, c.eval_questions) if c.questions else []
             self.train_questions = load_questions(c.train_questions) if c.train_questions else []
             self._refuse_leaks()
         # a corpus that can't do what the stages need is refused before anything is trained or written
