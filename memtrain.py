@@ -33,6 +33,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
 import random
@@ -875,7 +876,7 @@ class Agent:
 
     def written(self, turn: Turn) -> list[int]:
         """What a turn wrote, without its stop token."""
-        return turn.sampled[:-1] if turn.sampled[-1] == self.tokenizer.end else turn.sampled
+        return list(itertools.takewhile(lambda token: token not in self.tokenizer.stops, turn.sampled))
 
     def boxed(self, turn: Turn) -> str | None:
         return extract_boxed(self.tokenizer.decode(self.written(turn)))
@@ -907,7 +908,7 @@ class Agent:
         return rollouts
 
     def _note(self, rollout: Rollout, turn: Turn, keep: bool) -> None:
-        rollout.finished += turn.sampled[-1] == self.tokenizer.end
+        rollout.finished += turn.sampled[-1] in self.tokenizer.stops
         if keep:
             rollout.turns.append(turn)
 
@@ -995,7 +996,7 @@ def collect(agent: Agent, data: Data, stage: str, step: int) -> Batch:
         rewards += hits
         stats["recall"] = float(np.mean(hits)) if hits else 0.0
     stats |= {"reward": float(np.mean(rewards[:len(rollouts)])),
-              "finished": float(np.mean([t.sampled[-1] == agent.tokenizer.end for t in turns])),
+              "finished": float(np.mean([t.sampled[-1] in agent.tokenizer.stops for t in turns])),
               "memory_tokens": float(np.mean([len(m) for r in rollouts for m in r.memories])),
               "tokens_sampled": sum(len(t.sampled) for t in turns)}
     return Batch(turns, entry, rewards, group, document, stats)
@@ -1261,7 +1262,7 @@ def copying_rows(c: Config, step: int, tokenizer: Tokenizer) -> list[tuple]:
     """64 sequences of 32 random tokens to be repeated: they build the copy circuit that everything rests on."""
     rng = np.random.default_rng([c.seed, step])
     tokens = rng.integers(0, tokenizer.size - 3, (64, 32)).tolist()
-    return [(ids, [([tokenizer.assistant], ids, 1.0)]) for ids in tokens]
+    return [(ids, [(tokenizer.assistant, ids, 1.0)]) for ids in tokens]
 
 
 def imitate(model: Decoder, rows, c: Config, step: int, device) -> tuple[float, int]:

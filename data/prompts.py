@@ -4,8 +4,11 @@ Every prompt is a pair of token lists (prefix, given). The prefix is shared by a
 tokens belong to one rollout and are never trained; what the model samples comes after them. Prompts are joined
 from ids, so a memory that the model wrote goes back in as the very tokens it sampled.
 
-    order "section-first":  [instruction, problem, section | memory, <|assistant|>]   prefix shared by all rollouts
-    order "paper":          [instruction, problem | memory, section, <|assistant|>]   little left to share
+    order "section-first":  [user, instruction, problem, section | memory, assistant]   prefix shared by all rollouts
+    order "paper":          [user, instruction, problem | memory, section, assistant]   little left to share
+
+`user` and `assistant` are what the tokenizer's chat template puts around a user's text: one id each for the nano
+model, "<|im_start|>assistant\n" and the like for a published one.
 """
 
 from __future__ import annotations
@@ -65,11 +68,11 @@ class Prompts:
         self._newline = encode("\n")
 
     def _join(self, head: str, context: list[int], memory_ids: list[int] | None) -> Prompt:
-        head_ids = [self.tokenizer.user, *self.tokenizer.encode(head)]
+        head_ids = [*self.tokenizer.user, *self.tokenizer.encode(head)]
         memory = [*self._memory, *memory_ids, *self._newline] if memory_ids is not None else []
         if self.order == "section-first":
-            return head_ids + context, [*memory, self.tokenizer.assistant]
-        return head_ids, [*memory, *context, self.tokenizer.assistant]
+            return head_ids + context, [*memory, *self.tokenizer.assistant]
+        return head_ids, [*memory, *context, *self.tokenizer.assistant]
 
     def update(self, problem: str, section_ids: list[int], memory_ids: list[int]) -> Prompt:
         head = self._update.format(problem=problem, words=self.words)

@@ -163,7 +163,7 @@ def test_every_text_round_trips_and_none_makes_a_special_token(tokenizer, world)
     texts += [rng.randbytes(200).decode("utf-8", "replace") for _ in range(20)]
     texts += ["".join(chr(rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)))) for _ in range(50))
               for _ in range(20)]
-    special = {tokenizer.user, tokenizer.assistant, tokenizer.end}
+    special = {*tokenizer.user, *tokenizer.assistant, tokenizer.end}
     assert special == set(range(tokenizer.size - 3, tokenizer.size))
     for text in texts:
         ids = tokenizer.encode(text)
@@ -367,7 +367,7 @@ def test_demonstrations_show_valid_turns_within_the_budgets(demos, world, tokeni
     for demo in batch:
         for given, response in demo.suffixes:
             assert response.index(tokenizer.end) == len(response) - 1 < NANO.response
-            assert given[-1] == tokenizer.assistant and demo.prefix[0] == tokenizer.user
+            assert given[-1:] == tokenizer.assistant and demo.prefix[:1] == tokenizer.user
             assert len(demo.prefix) + len(given) + len(response) <= NANO.window
             prompt, said = tokenizer.decode(demo.prefix + given), tokenizer.decode(response[:-1])
             if demo.kind == "update":
