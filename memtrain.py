@@ -273,7 +273,7 @@ from tqdm import tqdm
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.corpus import Question, load_passages, load_questions
 from data.entities import make_finder
-from data.folder import Interrupt, Log, RunFolder, Stopped
+from data.folder import Interrupt, Log, RunFolder, Stopped, deaf
 from data.miniwiki import MiniWorld
 from data.prompts import MASK_PROBLEM, Prompts
 from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, split_sections
@@ -1002,7 +1002,9 @@ def train_base(run: Run) -> None:
         load_checkpoint(Path(c.init), model, run.tokenizer)
     run.log.rewind("base", state["step"])
     steps, total = DemoSteps(c, state["step"] - c.base_copy_steps), c.base_copy_steps + c.base_steps
-    demos = iter(DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=4))
+    # a generator of its own: no run draws from the global ones, so that no checkpoint has to keep their state
+    demos = iter(DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=4, generator=torch.Generator(),
+                            worker_init_fn=deaf))
     bar = tqdm(total=total, initial=state["step"], desc="base", unit="step")
     while state["step"] < total:
         step, start = state["step"], time.perf_counter()
@@ -1021,7 +1023,7 @@ def train_base(run: Run) -> None:
         run.log.write({"stage": "base", "step": step, "loss": loss, "seconds": seconds, "tokens": tokens})
         bar.set_postfix_str(f"loss {loss:.3f}")
         bar.update()
-        if state["step"] % 200 == 0 or run.interrupt.asked:
+        if state["step"] % c.save_every == 0 or state["step"] == total or run.interrupt.asked:
             save_checkpoint(path, model, run.tokenizer, state, optimizers)
         if run.interrupt.asked:
             bar.close()
@@ -1032,7 +1034,6 @@ def train_base(run: Run) -> None:
     from eval.gates import gates
 
     state |= {"done": True, "config": dataclasses.asdict(c), "commit": commit()}
-    save_checkpoint(path, model, run.tokenizer, state)
     save_checkpoint(path, model, run.tokenizer, state | {"gates": gates(run.agent, c)})
 
 
@@ -1068,6 +1069,9 @@ def imitate(model: Decoder, rows, c: Config, step: int, device) -> tuple[float, 
     return loss, sum(p.layout.total for p, _, _ in batches)
 
 
+RECENT = 5  # steps whose mean reward decides which checkpoint is the best: one step's is noise
+
+
 def train_policy(run: Run, name: str, start: str) -> None:
     """One stage of reinforcement learning: `name` is memtrain, memagent or memtrain+memagent, from system `start`."""
     c, model, path = run.c, run.model, run.folder.checkpoint(name)
@@ -1100,13 +1104,18 @@ def train_policy(run: Run, name: str, start: str) -> None:
                              f"{state['step']}; lower --lr, or give a sound --init")
         bar.set_postfix_str(f"reward {row['reward']:.2f} exact {row['reward_em']:.2f} signal {row['signal']:.2f}")
         bar.update()
-        if state["step"] % c.save_every == 0 or run.interrupt.asked:
-            save_checkpoint(path, model, run.tokenizer, state, [optimizer])
+        done = state["step"] == steps  # the finished policy does without its optimiser
+        if done or state["step"] % c.save_every == 0 or run.interrupt.asked:
+            recent = float(np.mean(state["rewards"][-RECENT:]))
+            best = recent >= state.get("best", 0.0)
+            state["best"] = max(recent, state.get("best", 0.0))
+            save_checkpoint(path, model, run.tokenizer, state | {"done": done}, [] if done else [optimizer], best)
         if run.interrupt.asked:
             bar.close()
             raise Stopped
     bar.close()
-    save_checkpoint(path, model, run.tokenizer, state | {"done": True})
+    if not run.folder.finished(name):  # a stage of no steps
+        save_checkpoint(path, model, run.tokenizer, state | {"done": True})
 
 
 def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
