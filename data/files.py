@@ -64,6 +64,17 @@ def second_name(path: Path, other: Path) -> None:
             shutil.copyfile(path, temporary)
 
 
+def read_json(path: Path, remedy: str) -> dict:
+    """The JSON object in a file; InputError with `remedy` if it holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{path}: can't be read as JSON ({e}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__} instead of a JSON object; {remedy}")
+    return value
+
+
 def json_bytes(value) -> bytes:
     return json.dumps(value, indent=1).encode() + b"\n"
 

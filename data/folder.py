@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import InputError
-from data.files import json_bytes, replacing, write_json, writing
+from data.files import json_bytes, read_json, replacing, write_json, writing
 
 
 class RunFolder:
@@ -31,7 +31,7 @@ class RunFolder:
                 raise InputError(f"{entry}: a symbolic link, behind which files outside the run would be overwritten; "
                                  f"put a file or folder in its place (the run folder itself may be a link)")
         path = self.path / "config.json"
-        theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        theirs = read_json(path, "choose another --run, or delete the folder to start anew") if path.exists() else {}
         for name, mine in config.items():
             if theirs and name not in free and theirs.get(name) != mine:
                 raise InputError(f"{self.path}: was started with {name}={theirs.get(name)!r}, now {mine!r}; "

@@ -298,7 +298,7 @@ def trial(kills: int, seed: int, folder: Path, stages: str = STAGES) -> dict:
     while left:
         victims.append(victim := Victim(folder / f"killed-{n}", fields))
         n += 1
-        while left and victim.start(after=rng.uniform(0, 1.5 * work / max(1, kills // 5))):
+        while left and victim.start(after=rng.uniform(0, work / 2)):
             last = [m for start in victim.starts() for m in start][-1]
             killed_in(victim, last.stage, "from outside")
             left -= 1
