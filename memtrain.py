@@ -164,7 +164,7 @@ class Config:
 
 # The paper's setting for real weights; one GPU learns adapters, whose learning rate is above the paper's 1e-6 for all
 # weights. LoRA rank and rate are ours, not measured.
-PAPER = {"corpus": "wikipedia", "questions": "hotpotqa", "train_questions": "hotpotqa-train", "passages": 150,
+PAPER = {"corpus": "wikipedia", "questions": "hotpotqa", "train_questions": "hotpotqa:train", "passages": 150,
          "related": 29, "masked_sections": 8, "train_sections": 6, "embed_norm": False, "dtype": "bfloat16",
          "prompts": "full", "window": 8192, "section": 5120, "memory": 1023, "response": 1024,
          "memtrain_steps": 300, "memagent_steps": 500, "documents": 32, "update_documents": 32, "kl": 1e-3,
@@ -352,7 +352,7 @@ from tqdm import tqdm
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.corpus import Question, load_passages, load_questions
 from data.entities import make_finder
-from data.folder import Interrupt, Log, RunFolder, Stopped
+from data.folder import Interrupt, Log, RunFolder, Stopped, deaf
 from data.miniwiki import MiniWorld
 from data.prompts import FULL, MASK_PROBLEM, SHORT, Prompts
 from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, split_sections
@@ -1224,37 +1224,36 @@ def train_base(run: Run) -> None:
         load_checkpoint(Path(c.init), model, run.tokenizer)
     run.log.rewind("base", state["step"])
     steps, total = DemoSteps(c, state["step"] - c.base_copy_steps), c.base_copy_steps + c.base_steps
-    demos = iter(DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=4))
-    bar = tqdm(total=total, initial=state["step"], desc="base", unit="step")
-    while state["step"] < total:
-        step, start = state["step"], time.perf_counter()
-        after = step - c.base_copy_steps  # warm up anew after copying; the last half decays to zero
-        scale = min(1.0, (step + 1) / 20, 2 - 2 * (after + 0.5) / c.base_steps if after >= 0 else 1.0,
-                    (after + 1) / 20 if after >= 0 else 1.0)
-        rows = copying_rows(c, step, run.tokenizer) if after < 0 else next(demos)
-        loss, tokens = imitate(model, rows, c, step, run.device)
-        for o, lr in zip(optimizers, rates, strict=True):
-            for g, base in zip(o.param_groups, lr, strict=True):
-                g["lr"] = base * scale
-            o.step()
-            o.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - start
-        state |= {"step": step + 1, "seconds": state["seconds"] + seconds, "tokens": state["tokens"] + tokens}
-        run.log.write({"stage": "base", "step": step, "loss": loss, "seconds": seconds, "tokens": tokens})
-        bar.set_postfix_str(f"loss {loss:.3f}")
-        bar.update()
-        if state["step"] % 200 == 0 or run.interrupt.asked:
-            save_checkpoint(path, model, run.tokenizer, state, optimizers)
-        if run.interrupt.asked:
-            bar.close()
-            raise Stopped
-    bar.close()
+    # a generator of its own: no run draws from the global ones, so that no checkpoint has to keep their state
+    demos = iter(DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=4, generator=torch.Generator(),
+                            worker_init_fn=deaf))
+    with tqdm(total=total, initial=state["step"], desc="base", unit="step") as bar:
+        while state["step"] < total:
+            step, start = state["step"], time.perf_counter()
+            after = step - c.base_copy_steps  # warm up anew after copying; the last half decays to zero
+            scale = min(1.0, (step + 1) / 20, 2 - 2 * (after + 0.5) / c.base_steps if after >= 0 else 1.0,
+                        (after + 1) / 20 if after >= 0 else 1.0)
+            rows = copying_rows(c, step, run.tokenizer) if after < 0 else next(demos)
+            loss, tokens = imitate(model, rows, c, step, run.device)
+            for o, lr in zip(optimizers, rates, strict=True):
+                for g, base in zip(o.param_groups, lr, strict=True):
+                    g["lr"] = base * scale
+                o.step()
+                o.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - start
+            state |= {"step": step + 1, "seconds": state["seconds"] + seconds, "tokens": state["tokens"] + tokens}
+            run.log.write({"stage": "base", "step": step, "loss": loss, "seconds": seconds, "tokens": tokens})
+            bar.set_postfix_str(f"loss {loss:.3f}")
+            bar.update()
+            if state["step"] % c.save_every == 0 or state["step"] == total or run.interrupt.asked:
+                save_checkpoint(path, model, run.tokenizer, state, optimizers)
+            if run.interrupt.asked:
+                raise Stopped
     with torch.no_grad():
         model.norm.weight.mul_(c.base_sharpen)
     from eval.gates import gates
 
     state |= {"done": True, "config": dataclasses.asdict(c), "commit": commit()}
-    save_checkpoint(path, model, run.tokenizer, state)
     save_checkpoint(path, model, run.tokenizer, state | {"gates": gates(run.agent, c)})
 
 
@@ -1290,6 +1289,9 @@ def imitate(model: Decoder, rows, c: Config, step: int, device) -> tuple[float, 
     return loss, sum(p.layout.total for p, _, _ in batches)
 
 
+RECENT = 5  # steps whose mean reward decides which checkpoint is the best: one step's is noise
+
+
 def train_policy(run: Run, name: str, start: str) -> None:
     """One stage of reinforcement learning: `name` is memtrain, memagent or memtrain+memagent, from system `start`."""
     c, model, path = run.c, run.model, run.folder.checkpoint(name)
@@ -1307,28 +1309,30 @@ def train_policy(run: Run, name: str, start: str) -> None:
     if path.exists():
         state = load_checkpoint(path, model, run.tokenizer, [optimizer])
     run.log.rewind(name, state["step"])
-    bar = tqdm(total=steps, initial=state["step"], desc=name, unit="step")
-    while state["step"] < steps:
-        row = train_step(run, kind, state["step"], reference, optimizer)
-        run.log.write({"stage": name} | row)
-        state["step"] += 1
-        state["rewards"].append(row["reward"])
-        for total in ("seconds", "tokens_sampled", "tokens_trained"):
-            state[total] += row[total]
-        state["poisoned"] = state["poisoned"] + 1 if row.get("skipped") == 1 else 0
-        if state["poisoned"] == 5:
-            bar.close()
-            raise InputError(f"{name}: loss or gradient was not finite in five steps in a row, up to step "
-                             f"{state['step']}; lower --lr, or give a sound --init")
-        bar.set_postfix_str(f"reward {row['reward']:.2f} exact {row['reward_em']:.2f} signal {row['signal']:.2f}")
-        bar.update()
-        if state["step"] % c.save_every == 0 or run.interrupt.asked:
-            save_checkpoint(path, model, run.tokenizer, state, [optimizer])
-        if run.interrupt.asked:
-            bar.close()
-            raise Stopped
-    bar.close()
-    save_checkpoint(path, model, run.tokenizer, state | {"done": True})
+    with tqdm(total=steps, initial=state["step"], desc=name, unit="step") as bar:
+        while state["step"] < steps:
+            row = train_step(run, kind, state["step"], reference, optimizer)
+            run.log.write({"stage": name} | row)
+            state["step"] += 1
+            state["rewards"].append(row["reward"])
+            for total in ("seconds", "tokens_sampled", "tokens_trained"):
+                state[total] += row[total]
+            state["poisoned"] = state["poisoned"] + 1 if row.get("skipped") == 1 else 0
+            if state["poisoned"] == 5:
+                raise InputError(f"{name}: loss or gradient was not finite in five steps in a row, up to step "
+                                 f"{state['step']}; lower --lr, or give a sound --init")
+            bar.set_postfix_str(f"reward {row['reward']:.2f} exact {row['reward_em']:.2f} signal {row['signal']:.2f}")
+            bar.update()
+            done = state["step"] == steps  # the finished policy does without its optimiser
+            if done or state["step"] % c.save_every == 0 or run.interrupt.asked:
+                recent = float(np.mean(state["rewards"][-RECENT:]))
+                best = recent >= state.get("best", 0.0)
+                state["best"] = max(recent, state.get("best", 0.0))
+                save_checkpoint(path, model, run.tokenizer, state | {"done": done}, [] if done else [optimizer], best)
+            if run.interrupt.asked:
+                raise Stopped
+    if not run.folder.finished(name):  # a stage of no steps
+        save_checkpoint(path, model, run.tokenizer, state | {"done": True})
 
 
 def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:

@@ -1,13 +1,13 @@
 """Checkpoints: one safetensors file with weights, optimiser and state; no pickle anywhere.
 
-A digest over state and tensors is checked at load; the checkpoint before the last stays beside it.
+A digest over state and tensors is checked at load. Beside the last checkpoint stay the one before and the one that
+earned most in training.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data import InputError
-from data.files import replacing, write_json
+from data.files import replacing, second_name, write_json
 from data.tokenizer import Tokenizer
 
-PREVIOUS = "previous.safetensors"
+PREVIOUS, BEST = "previous.safetensors", "best.safetensors"
 
 
 def digest(state: str, tensors: dict[str, torch.Tensor]) -> str:
@@ -32,10 +32,11 @@ def digest(state: str, tensors: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-def save_checkpoint(path: Path, model: nn.Module, tokenizer: Tokenizer, state: dict, optimizers=()) -> None:
+def save_checkpoint(path: Path, model: nn.Module, tokenizer: Tokenizer, state: dict, optimizers=(),
+                    best: bool = False) -> None:
     """Weights, optimiser and state in one safetensors file, so that they can never disagree; the state also beside
-    it as JSON, to read. Frozen weights are left out: the file then says whose adapters it holds. InputError where it
-    can't be written; an earlier checkpoint is then intact."""
+    it as JSON, to read. Frozen weights are left out: the file then says whose adapters it holds. best: no checkpoint
+    before was better. InputError where it can't be written; an earlier checkpoint is then intact."""
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     tensors = {f"model.{k}": v.detach().contiguous() for k, v in model.state_dict().items() if k not in frozen}
     for o, optimizer in enumerate(optimizers):
@@ -50,9 +51,11 @@ def save_checkpoint(path: Path, model: nn.Module, tokenizer: Tokenizer, state: d
             save_file(tensors, temporary, metadata={"state": text, "digest": digest(text, tensors)})
         except SafetensorError as e:  # its word for a full disk
             raise OSError(str(e)) from None
+        # before the new one gets its name: whoever is killed in between does the step again, and this with it
+        if best:
+            second_name(temporary, path.with_name(BEST))
         if path.exists():
-            with replacing(path.with_name(PREVIOUS)) as previous:
-                shutil.copyfile(path, previous)
+            second_name(path, path.with_name(PREVIOUS))
     write_json(path.with_suffix(".json"), state)
 
 

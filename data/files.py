@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data import InputError
@@ -32,16 +33,71 @@ def replacing(path: Path) -> Iterator[Path]:
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)  # what a killed process left; a link goes, what it points to stays
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(temporary)
             os.replace(temporary, path)
-        except BaseException:  # also what the caller raises within, such as a refused copy of the previous checkpoint
-            temporary.unlink(missing_ok=True)
-            raise
+            flush(path.parent)  # else the new name may be lost with the power
+        finally:  # also after what the caller raises within, such as a refused copy of the previous checkpoint
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def second_name(path: Path, other: Path) -> None:
+    """Makes `other` one more name of the file `path`, all or nothing; a copy where the file system has no links.
+
+    Only for files that are replaced and never written to again: a link shares the bytes. InputError as in `writing`.
+    """
+    with replacing(other) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+
+
+def read_json(path: Path, remedy: str) -> dict:
+    """The JSON object in a file; InputError with `remedy` if it holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{path}: can't be read as JSON ({e}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__} instead of a JSON object; {remedy}")
+    return value
+
+
+def json_bytes(value) -> bytes:
+    return json.dumps(value, indent=1).encode() + b"\n"
 
 
 def write_json(path: Path, value) -> None:
     """InputError where it can't be written; what was there is then intact."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.write_bytes(json_bytes(value))
+
+
+ROOT = Path(__file__).parents[1]
+SOURCE = {"memtrain.py", "data", "kernels", "eval", "tests", "README.md", "LICENSE", "pyproject.toml",
+          "requirements.txt", ".git", ".gitignore", ".ci"}
+
+
+def output(path: Path) -> Path:
+    """`path`, as a place to write results to. InputError if it is part of this repository's own source.
+
+    Links are resolved first. Inside the repository, eval/results, runs and what is not source are fine.
+    """
+    place = path.resolve()
+    if place == ROOT or (place.is_relative_to(ROOT) and place.relative_to(ROOT).parts[0] in SOURCE
+                         and not place.is_relative_to(ROOT / "eval" / "results")):
+        raise InputError(f"--out {path}: that is where the source of memtrain lies; write to runs/, eval/results/ or "
+                         f"outside the repository")
+    return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import shlex
 import subprocess
@@ -16,7 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.files import write_json
+from data import InputError
+from data.files import read_json, write_json
 from eval.longqa import held_out_rows, long_qa_row
 from kernels import kernels_in_use
 
@@ -86,7 +86,9 @@ class Results:
         self.value = {"environment": environment(run), "config": dataclasses.asdict(run.c),
                       "long_qa": [], "recall": [], "masked": [], "stages": []}
         if self.path.exists():
-            old = json.loads(self.path.read_text(encoding="utf-8"))
+            old = read_json(self.path, "delete it to evaluate anew")
+            if not all(isinstance(old.get(k), list) for k in ("long_qa", "recall", "masked")):
+                raise InputError(f"{self.path}: its rows are not those of an evaluation; delete it to evaluate anew")
             self.value |= {k: old[k] for k in ("long_qa", "recall", "masked")}
 
     def has(self, system: str, length: int) -> bool:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import memtrain
+from data.files import second_name
 from data.folder import Log
 from data.tokenizer import Tokenizer
 from memtrain import Config, main, parse
@@ -183,16 +184,20 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(folder, base_checkpoint, c
 
 def test_a_damaged_checkpoint_of_the_run_itself_is_named(folder, base_checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
-    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "1",
+    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "2",
                "--save-every", "1"]
     assert main(command) == 0
     path = Path("runs/t/memtrain/checkpoint.safetensors")
-    path.write_bytes(path.read_bytes()[:1000])
-    Path("runs/t/memtrain/checkpoint.json").unlink()
+    whole = path.read_bytes()
+    path.unlink()  # best.safetensors may be the same file
+    path.write_bytes(whole[:1000])  # the .json beside it still says that the stage is done
     capsys.readouterr()
     refused(capsys, command, "runs/t/memtrain/checkpoint.safetensors", "delete it", "rename previous.safetensors")
     path.with_name("previous.safetensors").rename(path)
-    assert main(command) == 0 and json.loads(path.with_suffix(".json").read_text())["done"]
+    calls, step = [], memtrain.train_step
+    monkeypatch.setattr(memtrain, "train_step", lambda *a: calls.append(a[2]) or step(*a))
+    assert main(command) == 0 and calls == [1], "from the step before, whatever the .json said"
+    assert json.loads(path.with_suffix(".json").read_text())["done"]
 
 
 def test_one_process_a_run_folder(folder, base_checkpoint, capsys):
@@ -244,6 +249,112 @@ def test_an_output_folder_that_cannot_be_written(folder, base_checkpoint, capsys
 def test_debug_shows_the_traceback(folder):
     with pytest.raises(memtrain.InputError):
         main([*TINY, "--corpus", "nope.jsonl", "--stages", "memtrain", "--debug"])
+
+
+BOMB = b"cposix\nsystem\n(S'touch exploded'\ntR."  # a pickle that runs a command when it is loaded
+
+
+def test_a_pickle_is_refused_unexecuted_wherever_a_file_is_read(folder, base_checkpoint, capsys, monkeypatch):
+    import eval.report
+    from data.tokenizer import load_tokenizer
+
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    pickle = importlib.import_module("pickle")
+    with pytest.raises(TypeError):  # what it returned is no object
+        pickle.loads(BOMB) + ""
+    assert Path("exploded").exists(), "the bomb has to be a bomb"
+    Path("exploded").unlink()
+    write(**{f"c__{ending}": BOMB for ending in ("jsonl", "json", "txt", "parquet", "pkl")}, t__tiktoken=BOMB,
+          b__safetensors=BOMB)
+    for ending in ("jsonl", "json", "txt", "parquet", "pkl"):
+        refused(capsys, [*TINY, "--corpus", f"c.{ending}", "--stages", "memtrain", "--init", "x"], f"c.{ending}")
+    for ending in ("json", "jsonl", "pkl"):
+        refused(capsys, [*TINY, "--corpus", "c.txt", "--questions", f"c.{ending}", "--stages", "eval"], "c.")
+        with pytest.raises(memtrain.InputError, match=f"c.{ending}"):
+            memtrain.load_questions(f"c.{ending}")
+    refused(capsys, [*TINY, "--init", "b.safetensors", "--stages", "memtrain"], "b.safetensors", "can't be read")
+    with pytest.raises(memtrain.InputError, match=r"t\.tiktoken"):
+        load_tokenizer("t.tiktoken")
+    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "0"]
+    for name, said in (("config.json", "config.json"), ("memtrain/checkpoint.safetensors", "checkpoint"),
+                       ("results.json", "results.json")):
+        shutil.rmtree("runs", ignore_errors=True)
+        path = Path("runs/t", name)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(BOMB)
+        if name == "results.json":
+            assert eval.report.main(["runs/t"]) == 2 and said in capsys.readouterr().err
+        else:
+            refused(capsys, command, said)
+    assert not list(folder.rglob("exploded"))
+
+
+def test_no_code_of_ours_could_load_a_pickle():
+    """Nor run text as code: what is loaded is JSON, safetensors, parquet or plain text."""
+    unsafe = re.compile(r"\b(pickle|cPickle|dill|joblib|marshal|shelve)\b(?! anywhere)|torch\.(load|save)\b"
+                        r"|np\.load|numpy\.load|allow_pickle|trust_remote_code=True|(?<![\w.])(eval|exec)\(|yaml\.load")
+    sources = [p for p in ROOT.rglob("*.py") if not {"tests", "runs", ".git"} & set(p.relative_to(ROOT).parts)]
+    assert len(sources) > 20
+    found = [f"{p.relative_to(ROOT)}:{n}: {line.strip()}" for p in sources
+             for n, line in enumerate(p.read_text(encoding="utf-8").splitlines(), 1) if unsafe.search(line)]
+    assert found == []
+
+
+# ---- what lies in a run folder
+
+
+@pytest.mark.parametrize("name", ["memtrain", "config.json", ".lock", "metrics.jsonl",
+                                  "memtrain/checkpoint.safetensors", "memtrain/previous.safetensors.tmp",
+                                  "results.json.tmp"])
+def test_nothing_is_followed_out_of_a_run_folder(name, folder, base_checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "0"]
+    (folder / "mine").mkdir()
+    (folder / "mine" / "precious").write_text("do not touch")
+    link = folder / "runs/t" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(folder / "mine" if name == "memtrain" else folder / "mine" / "precious")
+    refused(capsys, command, f"runs/t/{name}", "symbolic link", "in its place")
+    assert link.is_symlink() and (folder / "mine" / "precious").read_text() == "do not touch"
+    assert [p.name for p in (folder / "mine").iterdir()] == ["precious"]
+
+
+def test_a_run_folder_may_itself_be_a_link(folder, base_checkpoint, monkeypatch):
+    """To another disk, where there is room."""
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    (folder / "disk").mkdir()
+    (folder / "runs").mkdir()
+    (folder / "runs/t").symlink_to(folder / "disk")
+    assert main([*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps",
+                 "1"]) == 0
+    assert (folder / "disk/memtrain/checkpoint.safetensors").exists()
+
+
+def test_the_last_two_checkpoints_and_the_best_are_kept(folder, base_checkpoint, monkeypatch):
+    """The best by the mean reward of the last five steps; as links, which cost no room."""
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    rewards, step = [0.0, 0.5, 1.0, 0.9, 0.9, 0.1, 0.1], memtrain.train_step
+    monkeypatch.setattr(memtrain, "train_step", lambda run, kind, n, *rest: step(run, kind, n, *rest) | {
+        "reward": rewards[n]})
+    assert main([*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "7",
+                 "--save-every", "1"]) == 0
+    path, steps = Path("runs/t/memtrain/checkpoint.safetensors"), {}
+    for name in ("checkpoint", "previous", "best"):
+        with safe_open(path.with_name(f"{name}.safetensors"), "pt") as file:
+            steps[name] = json.loads(file.metadata()["state"])["step"]
+    assert steps == {"checkpoint": 7, "previous": 6, "best": 6}, "means: 0 .25 .5 .6 .66 .68 .60"
+    assert path.with_name("best.safetensors").stat().st_ino == path.with_name("previous.safetensors").stat().st_ino
+    assert sorted(p.name for p in path.parent.iterdir()) == ["best.safetensors", "checkpoint.json",
+                                                             "checkpoint.safetensors", "previous.safetensors"]
+
+
+def test_without_hard_links_checkpoints_are_copied(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("not permitted")
+    monkeypatch.setattr("os.link", refuse)
+    (tmp_path / "a").write_text("x")
+    second_name(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "x" and sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
 # ---- the configuration
