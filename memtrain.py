@@ -306,6 +306,9 @@ def check(c: Config) -> None:
     refuse(bool(c.model and c.init) and not c.lora_rank,
            f"--init {c.init}: beside --model it is an adapter; give its --lora-rank, too")
     rope_scaling(c)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    refuse(c.update_documents % world > 0,
+           f"--update-documents {c.update_documents}: must be a multiple of the {world} processes that share them")
     refuse(c.wandb not in ("disabled", "offline", "online"), f"--wandb {c.wandb}: choose disabled, offline or online")
     refuse(c.device not in ("auto", "cpu", "cuda"), f"--device {c.device}: choose auto, cpu or cuda")
     refuse(c.response <= c.memory, f"--response {c.response}: needs --memory {c.memory} and a stop token")
@@ -349,6 +352,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from data import ranks
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.corpus import Question, load_passages, load_questions
 from data.entities import make_finder
@@ -455,12 +459,13 @@ def rope_frequencies(c: Config) -> torch.Tensor:
 class Decoder(nn.Module):
     """Token ids to hidden states. The head is applied outside, so that linear_logprob owns it.
 
-    base_id: which frozen weights the adapters belong to; checkpoints of adapters carry it.
+    base_id: which frozen weights the adapters belong to; checkpoints of adapters carry it. share: of --micro-tokens
+    that a forward pass takes; halved once if memory runs out.
     """
 
     def __init__(self, c: Config, vocab: int):
         super().__init__()
-        self.c, self.base_id = c, ""
+        self.c, self.base_id, self.share = c, "", 1.0
         self.fields = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)
                        if f.metadata["group"] == "model"} | {"lora_rank": c.lora_rank, "lora_targets": c.lora_targets}
         self.embed = nn.Parameter(torch.empty(c.vocab or vocab, c.width))
@@ -966,16 +971,17 @@ def collect(agent: Agent, data: Data, stage: str, step: int) -> Batch:
     """Samples one step: G1 rollouts a document and, in MemTrain, G2 recalls a rollout; rewards of equations 1-2."""
     c = agent.c
     masked = stage == "memtrain"
-    index = [step * c.documents + d for d in range(c.documents)]
-    problems = [data.masked_problem(i) if masked else data.training_question(i) for i in index]
-    keys = [(c.seed, stage, step, d, g) for d in range(c.documents) for g in range(c.group)]
+    mine = range(ranks.RANK, c.documents, ranks.WORLD)  # one process reads them all
+    problem = data.masked_problem if masked else data.training_question
+    problems = {d: problem(step * c.documents + d) for d in mine}
+    keys = [(c.seed, stage, step, d, g) for d in mine for g in range(c.group)]
     rollouts = agent.read([problems[d] for _, _, _, d, _ in keys], keys)
     rewards = [r.correct for r in rollouts]
     turns = [t for r in rollouts for t in r.turns]
     entry = [i for i, r in enumerate(rollouts) for _ in r.turns]
     group = [d for _, _, _, d, _ in keys]
     document = list(group)
-    stats = {"reward_em": float(np.mean(rewards))}
+    lists = {"reward_em": list(rewards)}
     if masked and c.recall_group:
         probes = []
         for i, (rollout, key) in enumerate(zip(rollouts, keys, strict=True)):
@@ -994,11 +1000,12 @@ def collect(agent: Agent, data: Data, stage: str, step: int) -> Batch:
         entry += range(len(rollouts), len(rollouts) + len(recalled))
         turns += recalled
         rewards += hits
-        stats["recall"] = float(np.mean(hits)) if hits else 0.0
-    stats |= {"reward": float(np.mean(rewards[:len(rollouts)])),
-              "finished": float(np.mean([t.sampled[-1] in agent.tokenizer.stops for t in turns])),
-              "memory_tokens": float(np.mean([len(m) for r in rollouts for m in r.memories])),
-              "tokens_sampled": sum(len(t.sampled) for t in turns)}
+        lists["recall"] = hits
+    lists |= {"reward": rewards[:len(rollouts)], "finished": [t.sampled[-1] in agent.tokenizer.stops for t in turns],
+              "memory_tokens": [len(m) for r in rollouts for m in r.memories]}
+    device = agent.model.embed.device
+    stats = {name: ranks.mean(values, device) for name, values in lists.items()}
+    stats["tokens_sampled"] = int(ranks.total([sum(len(t.sampled) for t in turns)], device)[0])
     return Batch(turns, entry, rewards, group, document, stats)
 
 
@@ -1028,15 +1035,15 @@ def micro_batches(turns: Sequence[Turn], limit: int) -> Iterator[list[list[int]]
         yield batch
 
 
-def update(model: Decoder, reference: Decoder | None, optimizer, c: Config, batch: Batch,
-           entries: set[int]) -> dict[str, float]:
-    """One optimiser step on the turns of the given reward entries. Micro-batches never change the gradient."""
-    chosen = [i for i, e in enumerate(batch.entry) if e in entries]
+def accumulate(model: Decoder, reference: Decoder | None, c: Config, batch: Batch, chosen: Sequence[int],
+               interactions: float, limit: int) -> dict[str, float]:
+    """Adds the gradient of the chosen turns' part of the objective, micro-batch by micro-batch; returns sums over
+    tokens. interactions: the number of turns that the objective is a mean of."""
     turns, device = [batch.turns[i] for i in chosen], model.embed.device
     rewards = torch.tensor(batch.rewards, dtype=torch.float64, device=device)
     group = torch.tensor(batch.group, device=device)
-    total = {"tokens": 0.0, "kl": 0.0, "clip_low": 0.0, "clip_high": 0.0, "entropy": 0.0, "loss": 0.0, "trained": 0.0}
-    for micro in micro_batches(turns, c.micro_tokens):
+    total = dict.fromkeys(("tokens", "kl", "clip_low", "clip_high", "entropy", "loss", "trained"), 0.0)
+    for micro in micro_batches(turns, limit):
         order = [i for group_ in micro for i in group_]
         packed = pack([(turns[g[0]].prefix, [(turns[i].given, turns[i].sampled) for i in g]) for g in micro], device)
         new, entropy = score(model, packed, c.temperature)
@@ -1044,7 +1051,7 @@ def update(model: Decoder, reference: Decoder | None, optimizer, c: Config, batc
         old = torch.tensor([x for i in order for x in turns[i].logprobs], dtype=new.dtype, device=device)
         offsets = F.pad(torch.tensor(packed.counts, device=device).cumsum(0), (1, 0))
         rollout = torch.tensor([batch.entry[chosen[i]] for i in order], device=device)
-        loss, stats = grpo_loss(new, old, ref, rewards, group, rollout, offsets, len(turns), c.eps_low, c.eps_high,
+        loss, stats = grpo_loss(new, old, ref, rewards, group, rollout, offsets, interactions, c.eps_low, c.eps_high,
                                 c.kl, c.divide_by_std)
         loss.backward()
         for name in ("tokens", "kl", "clip_low", "clip_high"):
@@ -1052,7 +1059,30 @@ def update(model: Decoder, reference: Decoder | None, optimizer, c: Config, batc
         total["entropy"] += float(entropy.detach().sum())
         total["loss"] += float(loss.detach())
         total["trained"] += packed.layout.total
+    return total
+
+
+def update(model: Decoder, reference: Decoder | None, optimizer, c: Config, batch: Batch,
+           entries: set[int]) -> dict[str, float]:
+    """One optimiser step on the turns of the given reward entries, those of all ranks together. Micro-batches never
+    change the gradient; if memory runs out, they are halved, once."""
+    chosen = [i for i, e in enumerate(batch.entry) if e in entries]
+    device = model.embed.device
+    interactions = int(ranks.total([len(chosen)], device)[0])
+    while True:
+        try:
+            total = accumulate(model, reference, c, batch, chosen, interactions, int(c.micro_tokens * model.share))
+            break
+        except torch.OutOfMemoryError:
+            if model.share < 1:
+                raise InputError(f"out of memory while training with half of --micro-tokens {c.micro_tokens}; lower "
+                                 f"it, or give --recompute") from None
+        model.share = 0.5
+        optimizer.zero_grad(set_to_none=True)
+        tqdm.write(f"out of memory while training: going on with half of --micro-tokens {c.micro_tokens}")
+    total = dict(zip(total, ranks.total(list(total.values()), device), strict=True))
     parameters = [p for p in model.parameters() if p.requires_grad]
+    ranks.sum_gradients(parameters)
     norm = float(nn.utils.clip_grad_norm_(parameters, c.grad_clip))
     skipped = not (math.isfinite(norm) and math.isfinite(total["loss"]))
     if not skipped:
@@ -1130,15 +1160,49 @@ class Data:
 # ---- A run -------------------------------------------------------------------------------------------------------
 
 
+class Policy:
+    """Tokenizer and decoder of a configuration, and where their weights come from.
+
+    c: the configuration, with the shape of --model. The decoder of a --model stays on the meta device until its
+    weights are loaded.
+    """
+
+    def __init__(self, c: Config, device: torch.device):
+        self.device, self.source = device, None
+        if c.model:
+            self.source = locate(c.model, c.revision)
+            c = dataclasses.replace(c, **read_shape(self.source))
+            check(c)
+        self.c, self.tokenizer = c, load_tokenizer(*filter(None, [self.source]))
+        if c.vocab:
+            check_vocabulary(self.tokenizer, c.vocab)
+        with torch.device("meta" if c.model else device):
+            self.model = Decoder(c, self.tokenizer.size)
+
+    def load_base(self, folder: RunFolder) -> None:
+        """Weights that training starts from. Frozen ones are read once; afterwards only the adapters are reset."""
+        c, model = self.c, self.model
+        if c.lora_rank and model.base_id:
+            model.reset_adapters()
+        elif self.source:
+            load_weights(self.source, model, self.device)
+        else:
+            trained = folder.checkpoint("base") if folder.finished("base") else None
+            load_checkpoint(trained or Path(c.init or SHIPPED_BASE), model, self.tokenizer)
+        if self.source and c.init:
+            load_adapter(Path(c.init), model)
+
+
 class Run:
     """A folder under runs/, its configuration, data, model and log."""
 
     def __init__(self, c: Config):
         self.c, self.folder = c, RunFolder(Path("runs") / c.run)
         self.device = choose_device(c.device)
-        self.tokenizer, self.model = self.build()
-        self.data = Data(self.c, self.tokenizer)
-        c = self.c
+        ranks.join(self.device)
+        self.policy = Policy(c, self.device)
+        self.c, self.tokenizer, self.model = self.policy.c, self.policy.tokenizer, self.policy.model
+        c, self.data = self.c, Data(self.c, self.tokenizer)
         self.agent = Agent(self.model, self.tokenizer, c)
         as_evaluated = dataclasses.replace(c, temperature=c.eval_temperature, top_p=c.eval_top_p)
         # the same loop, sampled with less noise
@@ -1153,37 +1217,37 @@ class Run:
         stages = c.stages.split(",")
         if "base" not in stages and {"memtrain", "memagent", "eval"}.intersection(stages):
             self.load("base")  # a checkpoint that does not fit is refused before anything is written
-        self.folder.claim(dataclasses.asdict(c))
-        self.log, self.interrupt = Log(self.folder.path, dataclasses.asdict(c)), Interrupt()
-
-    def build(self) -> tuple[Tokenizer, Decoder]:
-        """Tokenizer and decoder; with --model on the meta device, until load() brings the weights."""
-        c = self.c
-        if not c.model:
-            tokenizer = load_tokenizer()
-            return tokenizer, Decoder(c, tokenizer.size).to(self.device)
-        self.source = locate(c.model, c.revision)
-        self.c = c = dataclasses.replace(c, **read_shape(self.source))
-        check(c)
-        tokenizer = load_tokenizer(self.source)
-        check_vocabulary(tokenizer, c.vocab)
-        with torch.device("meta"):
-            return tokenizer, Decoder(c, tokenizer.size)
+        if ranks.FIRST:
+            self.folder.claim(dataclasses.asdict(c))
+            self.log = Log(self.folder.path, dataclasses.asdict(c))
+        self.interrupt = Interrupt()
+        ranks.wait()  # the folder is there
 
     def load(self, system: str) -> None:
         """Fills the model with the weights of a system."""
+        if system == "base" or self.c.lora_rank:
+            self.policy.load_base(self.folder)
         if system != "base":
             load_checkpoint(self.folder.checkpoint(system), self.model, self.tokenizer)
-        elif self.c.model:
-            if self.c.lora_rank and self.model.base_id:
-                self.model.reset_adapters()
-            else:
-                load_weights(self.source, self.model, self.device)
-            if self.c.init:
-                load_adapter(Path(self.c.init), self.model)
-        else:
-            trained = self.folder.finished("base") and self.folder.checkpoint("base")
-            load_checkpoint(trained or Path(self.c.init or SHIPPED_BASE), self.model, self.tokenizer)
+
+    # Rank 0 writes, the others wait until it has written.
+
+    def save(self, name: str, state: dict, optimizers=(), best: bool = False) -> None:
+        if ranks.FIRST:
+            save_checkpoint(self.folder.checkpoint(name), self.model, self.tokenizer, state, optimizers, best)
+        ranks.wait()
+
+    def write(self, row: dict) -> None:
+        if ranks.FIRST:
+            self.log.write(row)
+
+    def rewind(self, stage: str, step: int) -> None:
+        if ranks.FIRST:
+            self.log.rewind(stage, step)
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank was interrupted: then all stop after the same step."""
+        return ranks.total([self.interrupt.asked], self.device)[0] > 0
 
 
 SHIPPED_BASE = Path(__file__).parent / "data" / "nano" / "base.safetensors"
@@ -1193,6 +1257,9 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
     device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     try:
         use_triton(device)
     except ValueError as e:
@@ -1222,12 +1289,12 @@ def train_base(run: Run) -> None:
         state = load_checkpoint(path, model, run.tokenizer, optimizers)
     elif c.init:
         load_checkpoint(Path(c.init), model, run.tokenizer)
-    run.log.rewind("base", state["step"])
+    run.rewind("base", state["step"])
     steps, total = DemoSteps(c, state["step"] - c.base_copy_steps), c.base_copy_steps + c.base_steps
     # a generator of its own: no run draws from the global ones, so that no checkpoint has to keep their state
     demos = iter(DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=4, generator=torch.Generator(),
                             worker_init_fn=deaf))
-    with tqdm(total=total, initial=state["step"], desc="base", unit="step") as bar:
+    with tqdm(total=total, initial=state["step"], desc="base", unit="step", disable=not ranks.FIRST) as bar:
         while state["step"] < total:
             step, start = state["step"], time.perf_counter()
             after = step - c.base_copy_steps  # warm up anew after copying; the last half decays to zero
@@ -1242,19 +1309,20 @@ def train_base(run: Run) -> None:
                 o.zero_grad(set_to_none=True)
             seconds = time.perf_counter() - start
             state |= {"step": step + 1, "seconds": state["seconds"] + seconds, "tokens": state["tokens"] + tokens}
-            run.log.write({"stage": "base", "step": step, "loss": loss, "seconds": seconds, "tokens": tokens})
+            run.write({"stage": "base", "step": step, "loss": loss, "seconds": seconds, "tokens": tokens})
             bar.set_postfix_str(f"loss {loss:.3f}")
             bar.update()
-            if state["step"] % c.save_every == 0 or state["step"] == total or run.interrupt.asked:
-                save_checkpoint(path, model, run.tokenizer, state, optimizers)
-            if run.interrupt.asked:
+            stop = run.asked_to_stop()
+            if state["step"] % c.save_every == 0 or state["step"] == total or stop:
+                run.save("base", state, optimizers)
+            if stop:
                 raise Stopped
     with torch.no_grad():
         model.norm.weight.mul_(c.base_sharpen)
     from eval.gates import gates
 
     state |= {"done": True, "config": dataclasses.asdict(c), "commit": commit()}
-    save_checkpoint(path, model, run.tokenizer, state | {"gates": gates(run.agent, c)})
+    run.save("base", state | {"gates": gates(run.agent, c) if ranks.FIRST else {}})
 
 
 def copying_rows(c: Config, step: int, tokenizer: Tokenizer) -> list[tuple]:
@@ -1279,14 +1347,15 @@ def imitate(model: Decoder, rows, c: Config, step: int, device) -> tuple[float, 
         total += float(weight.sum())
         batches.append((packed, text, weight))
     loss = 0.0
-    for packed, text, weight in batches:
+    for packed, text, weight in batches[ranks.RANK::ranks.WORLD]:
         packed.source = torch.cat([packed.source, text])
         packed.target = torch.cat([packed.target, packed.ids[text + 1]])
         logprob, _ = score(model, packed)
         part = -(logprob * weight).sum() / total
         part.backward()
         loss += float(part.detach())
-    return loss, sum(p.layout.total for p, _, _ in batches)
+    ranks.sum_gradients(model.parameters())
+    return ranks.total([loss], device)[0], sum(p.layout.total for p, _, _ in batches)
 
 
 RECENT = 5  # steps whose mean reward decides which checkpoint is the best: one step's is noise
@@ -1308,11 +1377,11 @@ def train_policy(run: Run, name: str, start: str) -> None:
              "poisoned": 0}
     if path.exists():
         state = load_checkpoint(path, model, run.tokenizer, [optimizer])
-    run.log.rewind(name, state["step"])
-    with tqdm(total=steps, initial=state["step"], desc=name, unit="step") as bar:
+    run.rewind(name, state["step"])
+    with tqdm(total=steps, initial=state["step"], desc=name, unit="step", disable=not ranks.FIRST) as bar:
         while state["step"] < steps:
             row = train_step(run, kind, state["step"], reference, optimizer)
-            run.log.write({"stage": name} | row)
+            run.write({"stage": name} | row)
             state["step"] += 1
             state["rewards"].append(row["reward"])
             for total in ("seconds", "tokens_sampled", "tokens_trained"):
@@ -1324,15 +1393,16 @@ def train_policy(run: Run, name: str, start: str) -> None:
             bar.set_postfix_str(f"reward {row['reward']:.2f} exact {row['reward_em']:.2f} signal {row['signal']:.2f}")
             bar.update()
             done = state["step"] == steps  # the finished policy does without its optimiser
-            if done or state["step"] % c.save_every == 0 or run.interrupt.asked:
+            stop = run.asked_to_stop()
+            if done or state["step"] % c.save_every == 0 or stop:
                 recent = float(np.mean(state["rewards"][-RECENT:]))
                 best = recent >= state.get("best", 0.0)
                 state["best"] = max(recent, state.get("best", 0.0))
-                save_checkpoint(path, model, run.tokenizer, state | {"done": done}, [] if done else [optimizer], best)
-            if run.interrupt.asked:
+                run.save(name, state | {"done": done}, [] if done else [optimizer], best)
+            if stop:
                 raise Stopped
     if not run.folder.finished(name):  # a stage of no steps
-        save_checkpoint(path, model, run.tokenizer, state | {"done": True})
+        run.save(name, state | {"done": True})
 
 
 def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
@@ -1347,15 +1417,15 @@ def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
     for first in range(0, c.documents, c.update_documents):
         entries = {e for e, (g, d) in enumerate(zip(batch.group, batch.document, strict=True))
                    if g in signal_ and first <= d < first + c.update_documents}
-        if entries:
+        if ranks.total([len(entries)], run.device)[0]:
             rows.append(update(run.model, reference, optimizer, c, batch, entries))
     seconds = time.perf_counter() - began
     mean = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]} if rows else {}
     mean["tokens_trained"] = sum(r["tokens_trained"] for r in rows)
-    share = len(signal_) / len(set(batch.group))
+    signals, groups = ranks.total([len(signal_), len(set(batch.group))], run.device)
     speed = mean["tokens_trained"] / max(1e-9, seconds - sampled)
     return {"step": step, "seconds": seconds, "seconds_sampling": sampled} | batch.stats | mean | {
-        "signal": share, "tokens_per_s": speed}
+        "signal": signals / groups, "tokens_per_s": speed}
 
 
 def report(run: Run) -> None:
@@ -1375,6 +1445,8 @@ def run_stages(run: Run) -> None:
             train_policy(run, "memagent", "base")
             if run.folder.finished("memtrain"):
                 train_policy(run, "memtrain+memagent", "memtrain")
+        elif not ranks.FIRST:
+            continue
         elif stage == "eval":
             if not evaluate(run, lengths_of(run.c), recall_probe):
                 raise Stopped
@@ -1440,13 +1512,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         c = parse(argv)
         torch.set_num_threads(c.threads or os.cpu_count() or 1)
         run = Run(c)
-        header(run)
+        if ranks.FIRST:
+            header(run)
         run_stages(run)
     except InputError as e:
         return refusal(e, argv)
     except (Stopped, KeyboardInterrupt):
         print(f"stopped; continue with: {command()}", file=sys.stderr)
         return 130
+    finally:
+        ranks.leave()
     return 0
 
 
