@@ -48,7 +48,7 @@ NEVER = 1 << 60
 DISPENSABLE = {*range(9), 11, 12, *range(14, 32), 127, 0xC0, 0xC1, *range(0xF1, 0x100)}
 # Parts of a pattern that mean the same to Oniguruma (in `tokenizers`) and to tiktoken's engine. Words (\w, \b), dots,
 # anchors and lookarounds don't; ignoring case is different for letters that fold to several ("ss").
-PARTS = re.compile(r"""(?: \\[pP]\{\w+\} | \\[sSdrnt] | \\[^\w\s] | \(\?: | [()|?*+] | \{\d+(?:,\d*)?\}(?!\+)
+PARTS = re.compile(r"""(?: \\[pP]\{\w+\} | \\[sSdrnt] | \\[^\w\s] | \(\?: | \((?!\?) | [)|?*+] | \{\d+(?:,\d*)?\}(?!\+)
                        | \[\^?(?: \\[pP]\{\w+\} | \\[sSdrnt] | \\[^\w\s] | (?!&&|--|~~)[^\\\[\]] )+\]
                        | \(\?i:(?: 's\|'t\|'re\|'ve\|'m\|'ll\|'d | \[sdmt\]\|ll\|ve\|re )\)
                        | [^\\\[\](){}^$.|?*+] )*""", re.VERBOSE)
@@ -62,7 +62,7 @@ def load_published(folder: Path) -> Tokenizer:
         where = f"tokenizer {folder / 'tokenizer.json'}"
         whole = _read(folder / "tokenizer.json")
         pattern, normalized = _pattern(where, whole.get("pre_tokenizer")), _normalized(where, whole.get("normalizer"))
-        model = whole.get("model")
+        model = whole.get("model") or {}
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         where, whole = f"tokenizer {folder / 'vocab.json'}", {}
         pattern, normalized = _of_class(folder, config)
@@ -132,11 +132,10 @@ def _bytes(token: str) -> bytes:
 
 def _vocabulary(where: str, model: Any) -> dict[str, int]:
     """token -> id of a BPE model that is one of bytes."""
-    if not isinstance(model, dict):
-        raise InputError(f"{where}: it has no model; download it again")
-    kind = model.get("type") or ("BPE" if "merges" in model else "unknown")
+    kind = model.get("type") or ("BPE" if "merges" in model else None) if isinstance(model, dict) else type(model)
     if kind != "BPE":
-        raise InputError(f"{where}: a {kind} model; only byte-level BPE is supported (Qwen, Llama 3, SmolLM2, GPT-2)")
+        raise InputError(f"{where}: the type of the model is {kind}; only byte-level BPE is supported "
+                         f"(Qwen, Llama 3, SmolLM2, GPT-2)")
     for option in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             raise InputError(f"{where}: {option}={model[option]!r} is not supported; only byte-level BPE is "
