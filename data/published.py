@@ -127,7 +127,10 @@ def _alphabet() -> dict[str, int]:
 def _bytes(token: str) -> bytes:
     """A token outside the byte-level alphabet (a special one) stands for its own characters."""
     letters = _alphabet()
-    return bytes(map(letters.__getitem__, token)) if letters.keys() >= set(token) else token.encode("utf-8", "replace")
+    try:
+        return bytes([letters[c] for c in token])
+    except KeyError:
+        return token.encode("utf-8", "replace")
 
 
 def _vocabulary(where: str, model: Any) -> dict[str, int]:
@@ -161,16 +164,16 @@ def _merges(path: Path) -> list[str]:
 
 def _merged(token: str, order: dict[tuple[str, str], int]) -> tuple[list[str], int]:
     """What the listed merges make of a token's own bytes: the parts left, and the rank of the last merge."""
-    parts, last = list(token), NEVER
-    ranks = [order.get(pair, NEVER) for pair in pairwise(parts)]
+    parts, last, get = list(token), NEVER, order.get
+    ranks = [get(pair, NEVER) for pair in pairwise(parts)]
     while ranks and (rank := min(ranks)) < NEVER:
         i, last = ranks.index(rank), rank
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        parts[i] += parts.pop(i + 1)
         del ranks[i]
         if i:
-            ranks[i - 1] = order.get((parts[i - 1], parts[i]), NEVER)
+            ranks[i - 1] = get((parts[i - 1], parts[i]), NEVER)
         if i < len(ranks):
-            ranks[i] = order.get((parts[i], parts[i + 1]), NEVER)
+            ranks[i] = get((parts[i], parts[i + 1]), NEVER)
     return parts, last
 
 

@@ -188,44 +188,54 @@ def qwen_ranks() -> dict[bytes, int]:
     return {base64.b64decode(t): int(r) for t, r in map(bytes.split, path.read_bytes().splitlines())}
 
 
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    """Qwen's published ranks as vocab.json + merges.txt and as tokenizer.json: two folders and their tokenizers."""
-    ranks, letter = qwen_ranks(), {b: c for c, b in _alphabet().items()}
-    spelled = {t: "".join(letter[b] for b in t) for t in ranks}
+def spelled(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """(vocabulary, merges) in GPT-2's spelling: every split of a token into two of the ranks is listed."""
+    letter = {b: c for c, b in _alphabet().items()}
+    name = {t: "".join(letter[b] for b in t) for t in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.get):
         pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
         merges += sorted(pairs, key=lambda p: (ranks[p[0]], ranks[p[1]]))
-    merges = [(spelled[a], spelled[b]) for a, b in merges]
-    vocab = {spelled[t]: r for t, r in ranks.items()}
-    old, new = tmp_path_factory.mktemp("old"), tmp_path_factory.mktemp("new")
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    (old / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    (old / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n", encoding="utf-8")
-    (old / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "chat_template": CHATML,
-        "added_tokens_decoder": {str(len(vocab) + i): {"content": s, "special": True} for i, s in enumerate(special)}}))
+    return {name[t]: r for t, r in ranks.items()}, [(name[a], name[b]) for a, b in merges]
+
+
+def test_qwens_ranks_as_tokenizer_json(tmp_path):
+    ranks = qwen_ranks()
+    vocab, merges = spelled(ranks)
     made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
     made.pre_tokenizer, made.normalizer = split(QWEN2), normalizers.NFC()
-    made.add_special_tokens(special)
-    save(made, new)
-    return old, new, load_tokenizer(old), load_tokenizer(new)
-
-
-def test_qwen_in_three_forms(qwen):
-    _, folder, old, new = qwen
     texts = torture() + passages()
-    same_ids(new, without_added(folder / "tokenizer.json"), texts)
-    ranks = qwen_ranks()
+    expected = made.encode_batch_fast(texts, add_special_tokens=False)
+    made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    ours = load_tokenizer(save(made, tmp_path))
     plain = tiktoken.Encoding("qwen", pat_str=QWEN2, mergeable_ranks=ranks, special_tokens={})
-    for text in texts:
-        assert old.encode(text) == new.encode(text) == plain.encode_ordinary(nfc(text))
-    assert old.fingerprint == new.fingerprint and (new.size, new.end) == (151646, 151645)
-    assert (new._ids, len(new._ranks)) == (None, len(ranks)), "every rank of a sound vocabulary arises by merging"
-    check_vocabulary(new, 151936)
+    for text, theirs in zip(texts, expected, strict=True):
+        assert ours.encode(text) == theirs.ids == plain.encode_ordinary(nfc(text))
+    assert (ours.size, ours.end, len(ours._ranks), ours._ids) == (151646, 151645, len(ranks), None), "all ranks arise"
+    check_vocabulary(ours, 151936)
     with pytest.raises(InputError, match=r"up to 151645.*151645 rows"):
-        check_vocabulary(new, 151645)
+        check_vocabulary(ours, 151645)
+
+
+def test_older_forms(tmp_path):
+    """vocab.json + merges.txt, and the ranks themselves: for time's sake only the first of Qwen's."""
+    ranks = {t: r for t, r in qwen_ranks().items() if r < 30_000}
+    vocab, merges = spelled(ranks)
+    special = {str(len(ranks) + i): {"content": s, "special": True} for i, s in enumerate(FAMILIES["qwen2"][2])}
+    old, stored = tmp_path / "old", tmp_path / "stored"
+    for folder, name in ((old, "Qwen2Tokenizer"), (stored, "QWenTokenizer")):
+        folder.mkdir()
+        (folder / "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": name, "eos_token": "<|im_end|>", "chat_template": CHATML,
+            "added_tokens_decoder": special}))
+    (old / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (old / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n", encoding="utf-8")
+    (stored / "qwen.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in ranks.items()))
+    ours = load_tokenizer(old)
+    plain = tiktoken.Encoding("qwen", pat_str=QWEN2, mergeable_ranks=ranks, special_tokens={})
+    for text in torture() + passages()[:2000]:
+        assert ours.encode(text) == plain.encode_ordinary(nfc(text))
+    assert ours.fingerprint == load_tokenizer(stored).fingerprint and ours.stops == (30_002,)
 
 
 def model_of(vocab: list[str], merges: list[tuple[str, str]], **options) -> dict:
@@ -329,7 +339,6 @@ LONG = {
     "no spaces": lambda rng: "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=MEGABYTE)),
     "one letter": lambda rng: "a" * MEGABYTE,
     "CJK": lambda rng: "".join(rng.choices("日本語中文字漢", k=MEGABYTE // 3)),
-    "spaces": lambda rng: " " * MEGABYTE,
     "spaces and a word": lambda rng: " " * MEGABYTE + "x",
     "lines": lambda rng: "\n" * MEGABYTE + "x",
     "mixed whitespace": lambda rng: "".join(rng.choices(" \t\n\r\u3000", k=MEGABYTE)) + "x",
@@ -341,7 +350,7 @@ LONG = {
 
 
 @pytest.mark.parametrize(("family", "case"), [*(("qwen2", case) for case in LONG), ("smollm2", "spaces and a word"),
-                                              ("smollm2", "mixed whitespace"), ("smollm2", "digits")])
+                                              ("smollm2", "mixed whitespace")])
 def test_a_megabyte_of_anything_takes_no_longer_than_linear(family, case, tmp_path):
     made = trained(family)
     ours, oracle = load_tokenizer(save(made, tmp_path)), without_added(made)
@@ -368,8 +377,8 @@ def test_lone_surrogates(text, tmp_path, tokenizer):
 # ---- conversations
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3", "smollm2"])
-@pytest.mark.parametrize("where", ["file", "config", "named"])
+@pytest.mark.parametrize(("family", "where"), [("qwen2", "file"), ("qwen3", "config"), ("llama3", "file"),
+                                               ("llama3", "named"), ("smollm2", "config")])
 def test_prompts_are_those_of_transformers(family, where, tmp_path):
     template, eos = FAMILIES[family][3:]
     made, bos = trained(family), "<|begin_of_text|>" if family == "llama3" else None
@@ -441,7 +450,7 @@ ESCAPES = ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__
            "{{ messages.append(1) }}", "{{ self.__init__.__globals__ }}", "{{ raise_exception('no\nway') }}",
            "{{ (raise_exception|attr('__globals__'))['sys'] }}", "{% include '/etc/passwd' %}",
            "{% import 'os' as os %}", "{{ 'x' * 10 ** 11 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-           "{{ '%0999999999d' | format(1) }}{{ 'x' | center(9999999999) }}", "{% if", "{{ 1 / 0 }}"]
+           "{{ '%0999999999d' | format(1) }}", "{% if", "{{ 1 / 0 }}"]
 
 
 @pytest.mark.parametrize("template", ESCAPES)
@@ -586,10 +595,3 @@ def test_a_folder_around_ranks_is_the_file(tmp_path, tokenizer):
     (tmp_path / "x.tiktoken").write_bytes(NANO_RANKS.read_bytes())
     assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint == "8f51e139a0f5"
     assert (tokenizer.user, tokenizer.assistant, tokenizer.stops) == ([1533], [1534], (1535,))
-
-
-def test_ranks_with_a_configuration_are_qwens_first(tmp_path, qwen):
-    config = json.loads((qwen[0] / "tokenizer_config.json").read_text()) | {"tokenizer_class": "QWenTokenizer"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "qwen.tiktoken").write_bytes((SHARED / "qwen.tiktoken").read_bytes())
-    assert load_tokenizer(tmp_path).fingerprint == qwen[2].fingerprint
