@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import subprocess
 import sys
 from datetime import datetime
@@ -117,4 +116,4 @@ if __name__ == "__main__":
 
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_SECONDS, LIMIT_SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
-    print(re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(render(**json.load(sys.stdin)))))
+    print(json.dumps(render(**json.load(sys.stdin))))
