@@ -280,6 +280,7 @@ from data.tasks import Problem, cut_middle, masked_document, qa_document, recall
 from data.tokenizer import Tokenizer, load_tokenizer
 from eval.metrics import exact_match, extract_boxed
 from eval.stage import command, commit, evaluate
+from eval.watch import signs, watch
 from kernels import kernels_in_use, use_triton
 from kernels.attention import memory_attention
 from kernels.decode import Members, memory_decode
@@ -791,6 +792,7 @@ def collect(agent: Agent, data: Data, stage: str, step: int) -> Batch:
               "finished": float(np.mean([t.sampled[-1] == agent.tokenizer.end for t in turns])),
               "memory_tokens": float(np.mean([len(m) for r in rollouts for m in r.memories])),
               "tokens_sampled": sum(len(t.sampled) for t in turns)}
+    stats |= signs(agent, rollouts, rewards[:len(rollouts)], turns)
     return Batch(turns, entry, rewards, group, document, stats)
 
 
@@ -828,12 +830,14 @@ def update(model: Decoder, reference: Decoder | None, optimizer, c: Config, batc
     rewards = torch.tensor(batch.rewards, dtype=torch.float64, device=device)
     group = torch.tensor(batch.group, device=device)
     total = {"tokens": 0.0, "kl": 0.0, "clip_low": 0.0, "clip_high": 0.0, "entropy": 0.0, "loss": 0.0, "trained": 0.0}
+    finite = True
     for micro in micro_batches(turns, c.micro_tokens):
         order = [i for group_ in micro for i in group_]
         packed = pack([(turns[g[0]].prefix, [(turns[i].given, turns[i].sampled) for i in g]) for g in micro], device)
         new, entropy = score(model, packed, c.temperature)
         ref = reference_logprobs(model, reference, packed, c) if c.kl else None
         old = torch.tensor([x for i in order for x in turns[i].logprobs], dtype=new.dtype, device=device)
+        finite = finite and bool(torch.isfinite(new).all() & torch.isfinite(old).all())  # clipping can hide an inf
         offsets = F.pad(torch.tensor(packed.counts, device=device).cumsum(0), (1, 0))
         rollout = torch.tensor([batch.entry[chosen[i]] for i in order], device=device)
         loss, stats = grpo_loss(new, old, ref, rewards, group, rollout, offsets, len(turns), c.eps_low, c.eps_high,
@@ -846,7 +850,7 @@ def update(model: Decoder, reference: Decoder | None, optimizer, c: Config, batc
         total["trained"] += packed.layout.total
     parameters = [p for p in model.parameters() if p.requires_grad]
     norm = float(nn.utils.clip_grad_norm_(parameters, c.grad_clip))
-    skipped = not (math.isfinite(norm) and math.isfinite(total["loss"]))
+    skipped = not (finite and math.isfinite(norm) and math.isfinite(total["loss"]))
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -1097,8 +1101,10 @@ def train_policy(run: Run, name: str, start: str) -> None:
                 state[total] += row[total]
             state["poisoned"] = state["poisoned"] + 1 if row.get("skipped") == 1 else 0
             if state["poisoned"] == 5:
-                raise InputError(f"{name}: loss or gradient was not finite in five steps in a row, up to step "
-                                 f"{state['step']}; lower --lr, or give a sound --init")
+                raise InputError(f"{name}: loss, gradient or a log-prob was not finite in five steps in a row, up to "
+                                 f"step {state['step']}; lower --lr, or give a sound --init")
+            for note in watch(row, state.setdefault("seen", {})):
+                tqdm.write(f"note: {name}, step {state['step']}: {note}")
             bar.set_postfix_str(f"reward {row['reward']:.2f} exact {row['reward_em']:.2f} signal {row['signal']:.2f}")
             bar.update()
             done = state["step"] == steps  # the finished policy does without its optimiser

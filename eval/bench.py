@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import memtrain
 from data import InputError
-from data.files import write_json
+from data.files import output, write_json
 from eval import plain
 from eval.stage import environment
 
@@ -427,6 +427,8 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
         if options.out and (options.out.is_dir() or not os.access(options.out.parent, os.W_OK)):
             raise InputError(f"--out {options.out}: can't be written; give a file in a writable folder")
+        if options.out:
+            output(options.out)
         return options, fields
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from data import InputError
-from data.files import replacing, writing
+from data.files import output, replacing, writing
 from eval.metrics import bootstrap_difference, wilson_interval
 
 SYSTEMS = {  # name in results.json: (name in print, colour, dash, marker)
@@ -543,6 +543,8 @@ def plot_training(runs: Sequence[Run], path: Path) -> bool:
 
 def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = None) -> Path:
     """Write report.md and its plots for a run, or for several of different seeds; returns report.md."""
+    if out:
+        output(Path(out))
     runs = [load_run(path) for path in (run_dir, *others)]
     _check_pool(runs)
     rows = {section: [row for run in runs for row in run.results[section]] for section in SCHEMA}

@@ -535,7 +535,7 @@ def test_no_temporary_file_outlives_what_stopped_its_writing(tmp_path, tiny, dec
 
 def test_five_poisoned_steps_in_a_row_end_the_stage(folder, tiny, base_checkpoint, monkeypatch, capsys):
     row = {"step": 0, "reward": 0.0, "reward_em": 0.0, "signal": 1.0, "seconds": 0.0, "tokens_sampled": 0,
-           "tokens_trained": 0}
+           "tokens_trained": 0, "finished": 1.0} | dict.fromkeys(("all_zero", "all_one", "empty", "copied"), 0.0)
     poisoned = iter([1, 1, 1, 1, 0, 0.5, 1, 1, 1, 1, 1])
     monkeypatch.setattr(memtrain, "train_step", lambda *_: row | {"skipped": float(next(poisoned))})
     monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
