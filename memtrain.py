@@ -44,6 +44,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import InputError
+from data.terminal import outlive_terminal, printable
 
 # ---- Configuration -----------------------------------------------------------------------------------------------
 
@@ -65,6 +66,8 @@ class Config:
     init: str = option("", "run", "checkpoint instead of the shipped base; the base stage trains on from it")
     device: str = option("auto", "run", "auto, cpu or cuda")
     threads: int = option(0, "run", "CPU threads; 0: all cores")
+    deterministic: bool = option(False, "run", "on a GPU: only operations that give the same result every time, or an "
+                                               "error; slower. On a CPU every run is")
     wandb: str = option("disabled", "run", "disabled, offline or online")
     debug: bool = option(False, "run", "show tracebacks")
 
@@ -234,6 +237,7 @@ def check(c: Config) -> None:
     need = c.section + c.memory + c.response + 24
     refuse(c.window < need, f"--window {c.window}: section {c.section} + memory {c.memory} + response {c.response} + "
                             f"at least 24 for the instruction need {need}; raise --window or lower the parts")
+    refuse(len(c.run) > 100, f"--run {c.run[:20]}...: {len(c.run)} characters; give a name of at most 100")
     refuse(not c.run.replace("-", "").replace("_", "").replace(".", "").isalnum() or c.run.startswith("."),
            f"--run {c.run}: use letters, digits, '-', '_' and '.'; runs are folders under runs/")
     refuse(c.corpus == "miniworld" and bool(c.questions or c.train_questions),
@@ -254,11 +258,12 @@ def refusal(error: InputError, argv: Sequence[str]) -> int:
     """Says in one line what was wrong with `argv` or what it names; returns the exit code."""
     if "--debug" in argv:
         raise error
-    print(f"memtrain: {error}", file=sys.stderr)
+    print(f"memtrain: {printable(str(error))}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":  # --help and typos are answered here, before torch is loaded
+    outlive_terminal()
     try:
         parse(sys.argv[1:])
     except InputError as e:
@@ -560,6 +565,13 @@ def uniforms(key: tuple, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(count)
 
 
+def running_sum(p: torch.Tensor) -> torch.Tensor:
+    """Cumulated rows. On the CPU where --deterministic asks for it: torch vouches for no order of addition on CUDA."""
+    if p.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return p.cpu().cumsum(-1).to(p.device)
+    return p.cumsum(-1)
+
+
 def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
     """p (N,V) with everything behind the smallest set of tokens of mass >= top_p set to zero."""
     if top_p >= 1:
@@ -567,7 +579,7 @@ def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
     most, best = p.max(-1, keepdim=True)  # (N,1): mostly it is enough alone, and sorting is what takes time
     kept, wide = torch.zeros_like(p).scatter_(-1, best, most), most[:, 0] < top_p
     ordered, index = p[wide].sort(-1, descending=True)
-    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+    ordered[running_sum(ordered) - ordered >= top_p] = 0
     kept[wide] = torch.zeros_like(ordered).scatter_(-1, index, ordered)
     return kept
 
@@ -575,7 +587,7 @@ def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
 def draw(logp: torch.Tensor, u: torch.Tensor, top_p: float) -> torch.Tensor:
     """logp (N,V), u (N) uniform fp64 -> (N) token ids, by inverting the cumulated probabilities."""
     # fp64: over a large vocabulary an fp32 running sum would shift the draw
-    total = nucleus(logp.exp(), top_p).double().cumsum(-1)
+    total = running_sum(nucleus(logp.exp(), top_p).double())
     drawn = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True)[:, 0]
     return drawn.clamp(max=logp.shape[1] - 1)
 
@@ -1146,7 +1158,7 @@ def report(run: Run) -> None:
     from eval.report import write_report
 
     path = write_report(run.folder.path)
-    print(f"\n{path.read_text(encoding='utf-8')}\nreport: {path}")
+    print(printable(f"\n{path.read_text(encoding='utf-8')}\nreport: {path}"))
 
 
 def run_stages(run: Run) -> None:
@@ -1175,7 +1187,8 @@ def header(run: Run) -> None:
     parameters = sum(p.numel() for p in run.model.parameters())
     steps = {"memtrain": c.memtrain_steps, "memagent": c.memagent_steps}
     minutes, per_step = estimate(run)
-    print(f"memtrain {commit()}  preset {c.preset}  run {run.folder.path}  seed {c.seed}  stages {c.stages}\n"
+    print(printable(
+          f"memtrain {commit()}  preset {c.preset}  run {run.folder.path}  seed {c.seed}  stages {c.stages}\n"
           f"  device   {run.device} ({torch.get_num_threads()} threads), kernels: {kernels_in_use(run.device)}\n"
           f"  model    {parameters / 1e6:.2f} M parameters, {run.tokenizer.size} tokens"
           f"{f', LoRA rank {c.lora_rank}' if c.lora_rank else ''}\n"
@@ -1185,7 +1198,7 @@ def header(run: Run) -> None:
           f"{c.section} section + {c.memory} memory + {c.response} response; order {c.prompt_order}\n"
           f"  GRPO     {c.documents} documents x {c.group} rollouts x {c.recall_group} recalls; {steps['memtrain']} + "
           f"{steps['memagent']} steps; about {per_step:,} tokens a step\n"
-          f"  time     about {minutes:.0f} minutes in all on this machine", flush=True)
+          f"  time     about {minutes:.0f} minutes in all on this machine"), flush=True)
 
 
 def estimate(run: Run) -> tuple[float, int]:
@@ -1223,9 +1236,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         c = parse(argv)
         torch.set_num_threads(c.threads or os.cpu_count() or 1)
+        if c.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+            torch.use_deterministic_algorithms(True)
         run = Run(c)
         header(run)
-        run_stages(run)
+        try:
+            run_stages(run)
+        finally:
+            run.log.close()
     except InputError as e:
         return refusal(e, argv)
     except (Stopped, KeyboardInterrupt):

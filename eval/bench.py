@@ -36,6 +36,7 @@ from tqdm import tqdm
 import memtrain
 from data import InputError
 from data.files import output, write_json
+from data.terminal import printable
 from eval import plain
 from eval.stage import environment
 
@@ -466,7 +467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as e:
         if "--debug" in argv:
             raise
-        print(f"bench: {e}", file=sys.stderr)
+        print(printable(f"bench: {e}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

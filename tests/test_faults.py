@@ -1,9 +1,15 @@
 """What a run survives: kills, terminals that go away, a network that does."""
 
 import dataclasses
+import io
 import json
 import math
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -14,7 +20,9 @@ from conftest import TINY
 import memtrain
 from data import InputError
 from data.files import ROOT, output
+from data.folder import Interrupt
 from data.tasks import Problem
+from data.terminal import printable
 from eval import bench, faults
 from eval import report as reports
 from eval.faults import Moment
@@ -190,3 +198,90 @@ def test_every_command_with_an_out_asks_first(capsys):
 def test_places_for_results(tmp_path):
     for path in (tmp_path / "x", ROOT / "runs/a/x.json", ROOT / "eval/results/new/x.json", ROOT / "figures.json"):
         assert output(path) == path
+
+
+# ---- the same twice
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_the_same_seed_gives_the_same_metrics(threads, folder, base_checkpoint, lottery, monkeypatch):
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", (called := []).append)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")  # what main sets is taken back after the test
+    base, rows = base_checkpoint(), []
+    for name in ("a", "b"):
+        assert memtrain.main([*TINY, "--run", name, "--init", base, "--memtrain-steps", "2", "--documents", "1",
+                              "--update-documents", "1", "--stages", "memtrain", "--lr", "0.01", "--threads", threads,
+                              *(["--deterministic"] if name == "b" else [])]) == 0
+        assert torch.get_num_threads() == int(threads)
+        lines = (folder / f"runs/{name}/metrics.jsonl").read_text().splitlines()
+        rows.append(faults.timeless([json.loads(line) for line in lines]))
+    assert rows[0] == rows[1] and len(rows[0]) == 2 and any(row.get("loss") for row in rows[0])
+    assert called == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+
+# ---- terminals and signals
+
+COMMAND = [sys.executable, str(ROOT / "memtrain.py"), *TINY, "--run", "t"]
+
+
+def waited(condition, seconds=60) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not condition():
+        time.sleep(0.05)
+    return bool(condition())
+
+
+def test_a_run_goes_on_when_its_terminal_is_closed(folder, base_checkpoint):
+    """`| head -1`, no standard error from the start, and the signal that a closed terminal sends."""
+    command = [*COMMAND, "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "3"]
+    with subprocess.Popen(["sh", "-c", 'exec "$@" 2>&- <&-', "sh", *command], stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline().startswith(b"memtrain ")
+        child.stdout.close()
+        child.send_signal(signal.SIGHUP)
+        assert child.wait(60) == 0
+    assert json.loads((folder / "runs/t/memtrain/checkpoint.json").read_text())["done"]
+    for line in (folder / "runs/t/metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["stage"] == "memtrain", "nothing that was meant for the terminal"
+
+
+def test_sigterm_to_all_processes_of_a_run_ends_as_stopped(folder):
+    """As a batch system sends it. The process that makes demonstrations must not die before the run has saved."""
+    log = folder / "runs/t/metrics.jsonl"
+    with (folder / "err").open("w") as err, subprocess.Popen(
+            [*COMMAND, "--stages", "base", "--base-steps", "5000", "--save-every", "5000"], stderr=err,
+            stdout=subprocess.DEVNULL, start_new_session=True) as child:
+        assert waited(lambda: log.exists() and log.read_bytes().count(b"\n") >= 5), "past the copying"
+        os.killpg(child.pid, signal.SIGTERM)
+        assert child.wait(60) == 130
+    said = (folder / "err").read_text().replace("\r", "\n").strip().splitlines()
+    assert said[-1].startswith("stopped; continue with: python memtrain.py") and "Traceback" not in "".join(said)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert json.loads((folder / "runs/t/base/checkpoint.json").read_text())["step"] == len(steps) == steps[-1] + 1
+
+
+def test_a_signal_in_the_middle_of_a_print_is_noted(capfd):
+    """A handler that printed would re-enter the stream that is being written."""
+    interrupt = Interrupt()
+
+    class Stream(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            os.kill(os.getpid(), signal.SIGINT)
+            return len(data)
+    sys.stderr, kept = io.TextIOWrapper(io.BufferedWriter(Stream())), sys.stderr
+    try:
+        print("text", file=sys.stderr, flush=True)
+    finally:
+        sys.stderr = kept
+    assert interrupt.asked and "stopping after this step" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("\x1b[31mred\x07", r"\x1b[31mred\x07"), ("a\tb\nc", "a\tb\nc"), ("\u202egnp", r"\u202egnp"), ("\x00", r"\x00"),
+    ("\ud800", r"\ud800"), ("Zürich 東京 🙂", "Zürich 東京 🙂"), ("\r\x9b2J", r"\r\x9b2J")])
+def test_printable(text, shown):
+    assert printable(text) == shown
