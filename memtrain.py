@@ -47,6 +47,7 @@ from pathlib import Path
 
 from data import InputError
 from data.pretrained import load_adapter, load_weights, locate, read_shape
+from data.terminal import outlive_terminal, printable
 
 # ---- Configuration -----------------------------------------------------------------------------------------------
 
@@ -74,6 +75,8 @@ class Config:
                        "--model the folder of a PEFT adapter")
     device: str = option("auto", "run", "auto, cpu or cuda")
     threads: int = option(0, "run", "CPU threads; 0: all cores")
+    deterministic: bool = option(False, "run", "on a GPU: only operations that give the same result every time, or an "
+                                               "error; slower. On a CPU every run is")
     wandb: str = option("disabled", "run", "disabled, offline or online")
     debug: bool = option(False, "run", "show tracebacks")
 
@@ -315,6 +318,7 @@ def check(c: Config) -> None:
     need = c.section + c.memory + c.response + 24
     refuse(c.window < need, f"--window {c.window}: section {c.section} + memory {c.memory} + response {c.response} + "
                             f"at least 24 for the instruction need {need}; raise --window or lower the parts")
+    refuse(len(c.run) > 100, f"--run {c.run[:20]}...: {len(c.run)} characters; give a name of at most 100")
     refuse(not c.run.replace("-", "").replace("_", "").replace(".", "").isalnum() or c.run.startswith("."),
            f"--run {c.run}: use letters, digits, '-', '_' and '.'; runs are folders under runs/")
     refuse(c.corpus == "miniworld" and bool(c.questions or c.train_questions),
@@ -335,11 +339,12 @@ def refusal(error: InputError, argv: Sequence[str]) -> int:
     """Says in one line what was wrong with `argv` or what it names; returns the exit code."""
     if "--debug" in argv:
         raise error
-    print(f"memtrain: {error}", file=sys.stderr)
+    print(f"memtrain: {printable(str(error))}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":  # --help and typos are answered here, before torch is loaded
+    outlive_terminal()
     try:
         parse(sys.argv[1:])
     except InputError as e:
@@ -363,6 +368,7 @@ from data.tasks import Problem, cut_middle, masked_document, qa_document, recall
 from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from eval.metrics import exact_match, extract_boxed
 from eval.stage import command, commit, evaluate
+from eval.watch import signs, watch
 from kernels import kernels_in_use, use_triton
 from kernels.attention import memory_attention
 from kernels.cache import Cache, move
@@ -647,6 +653,13 @@ def uniforms(key: tuple, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(count)
 
 
+def running_sum(p: torch.Tensor) -> torch.Tensor:
+    """Cumulated rows. On the CPU where --deterministic asks for it: torch vouches for no order of addition on CUDA."""
+    if p.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return p.cpu().cumsum(-1).to(p.device)
+    return p.cumsum(-1)
+
+
 def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
     """p (N,V) with everything behind the smallest set of tokens of mass >= top_p set to zero."""
     if top_p >= 1:
@@ -657,7 +670,7 @@ def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
     most, best = p.max(-1, keepdim=True)  # (N,1): mostly it is enough alone, and sorting is what takes time
     kept, wide = torch.zeros_like(p).scatter_(-1, best, most), most[:, 0] < top_p
     ordered, index = p[wide].sort(-1, descending=True)
-    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+    ordered[running_sum(ordered) - ordered >= top_p] = 0
     kept[wide] = torch.zeros_like(ordered).scatter_(-1, index, ordered)
     return kept
 
@@ -665,7 +678,7 @@ def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
 def draw(logp: torch.Tensor, u: torch.Tensor, top_p: float) -> torch.Tensor:
     """logp (N,V), u (N) uniform fp64 -> (N) token ids, by inverting the cumulated probabilities."""
     # fp64: over a large vocabulary an fp32 running sum would shift the draw
-    total = nucleus(logp.exp(), top_p).double().cumsum(-1)
+    total = running_sum(nucleus(logp.exp(), top_p).double())
     drawn = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True)[:, 0]
     return drawn.clamp(max=logp.shape[1] - 1)
 
@@ -1003,6 +1016,7 @@ def collect(agent: Agent, data: Data, stage: str, step: int) -> Batch:
         lists["recall"] = hits
     lists |= {"reward": rewards[:len(rollouts)], "finished": [t.sampled[-1] in agent.tokenizer.stops for t in turns],
               "memory_tokens": [len(m) for r in rollouts for m in r.memories]}
+    lists |= {k: [v] for k, v in signs(agent, rollouts, rewards[:len(rollouts)], turns).items()}
     device = agent.model.embed.device
     stats = {name: ranks.mean(values, device) for name, values in lists.items()}
     stats["tokens_sampled"] = int(ranks.total([sum(len(t.sampled) for t in turns)], device)[0])
@@ -1042,13 +1056,14 @@ def accumulate(model: Decoder, reference: Decoder | None, c: Config, batch: Batc
     turns, device = [batch.turns[i] for i in chosen], model.embed.device
     rewards = torch.tensor(batch.rewards, dtype=torch.float64, device=device)
     group = torch.tensor(batch.group, device=device)
-    total = dict.fromkeys(("tokens", "kl", "clip_low", "clip_high", "entropy", "loss", "trained"), 0.0)
+    total = dict.fromkeys(("tokens", "kl", "clip_low", "clip_high", "entropy", "loss", "trained", "broken"), 0.0)
     for micro in micro_batches(turns, limit):
         order = [i for group_ in micro for i in group_]
         packed = pack([(turns[g[0]].prefix, [(turns[i].given, turns[i].sampled) for i in g]) for g in micro], device)
         new, entropy = score(model, packed, c.temperature)
         ref = reference_logprobs(model, reference, packed, c) if c.kl else None
         old = torch.tensor([x for i in order for x in turns[i].logprobs], dtype=new.dtype, device=device)
+        total["broken"] += not bool(torch.isfinite(new).all() & torch.isfinite(old).all())  # clipping can hide an inf
         offsets = F.pad(torch.tensor(packed.counts, device=device).cumsum(0), (1, 0))
         rollout = torch.tensor([batch.entry[chosen[i]] for i in order], device=device)
         loss, stats = grpo_loss(new, old, ref, rewards, group, rollout, offsets, interactions, c.eps_low, c.eps_high,
@@ -1084,7 +1099,7 @@ def update(model: Decoder, reference: Decoder | None, optimizer, c: Config, batc
     parameters = [p for p in model.parameters() if p.requires_grad]
     ranks.sum_gradients(parameters)
     norm = float(nn.utils.clip_grad_norm_(parameters, c.grad_clip))
-    skipped = not (math.isfinite(norm) and math.isfinite(total["loss"]))
+    skipped = total["broken"] > 0 or not (math.isfinite(norm) and math.isfinite(total["loss"]))
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -1388,8 +1403,10 @@ def train_policy(run: Run, name: str, start: str) -> None:
                 state[total] += row[total]
             state["poisoned"] = state["poisoned"] + 1 if row.get("skipped") == 1 else 0
             if state["poisoned"] == 5:
-                raise InputError(f"{name}: loss or gradient was not finite in five steps in a row, up to step "
-                                 f"{state['step']}; lower --lr, or give a sound --init")
+                raise InputError(f"{name}: loss, gradient or a log-prob was not finite in five steps in a row, up to "
+                                 f"step {state['step']}; lower --lr, or give a sound --init")
+            for note in watch(row, state.setdefault("seen", {})):
+                tqdm.write(f"note: {name}, step {state['step']}: {note}")
             bar.set_postfix_str(f"reward {row['reward']:.2f} exact {row['reward_em']:.2f} signal {row['signal']:.2f}")
             bar.update()
             done = state["step"] == steps  # the finished policy does without its optimiser
@@ -1432,7 +1449,7 @@ def report(run: Run) -> None:
     from eval.report import write_report
 
     path = write_report(run.folder.path)
-    print(f"\n{path.read_text(encoding='utf-8')}\nreport: {path}")
+    print(printable(f"\n{path.read_text(encoding='utf-8')}\nreport: {path}"))
 
 
 def run_stages(run: Run) -> None:
@@ -1463,7 +1480,8 @@ def header(run: Run) -> None:
     parameters = sum(p.numel() for p in run.model.parameters())
     steps = {"memtrain": c.memtrain_steps, "memagent": c.memagent_steps}
     minutes, per_step = estimate(run)
-    print(f"memtrain {commit()}  preset {c.preset}  run {run.folder.path}  seed {c.seed}  stages {c.stages}\n"
+    print(printable(
+          f"memtrain {commit()}  preset {c.preset}  run {run.folder.path}  seed {c.seed}  stages {c.stages}\n"
           f"  device   {run.device} ({torch.get_num_threads()} threads), kernels: {kernels_in_use(run.device)}\n"
           f"  model    {parameters / 1e6:.2f} M parameters, {run.tokenizer.size} tokens"
           f"{f', LoRA rank {c.lora_rank}' if c.lora_rank else ''}\n"
@@ -1473,7 +1491,7 @@ def header(run: Run) -> None:
           f"{c.section} section + {c.memory} memory + {c.response} response; order {c.prompt_order}\n"
           f"  GRPO     {c.documents} documents x {c.group} rollouts x {c.recall_group} recalls; {steps['memtrain']} + "
           f"{steps['memagent']} steps; about {per_step:,} tokens a step\n"
-          f"  time     about {minutes:.0f} minutes in all on this machine", flush=True)
+          f"  time     about {minutes:.0f} minutes in all on this machine"), flush=True)
 
 
 def estimate(run: Run) -> tuple[float, int]:
@@ -1511,10 +1529,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         c = parse(argv)
         torch.set_num_threads(c.threads or os.cpu_count() or 1)
+        if c.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+            torch.use_deterministic_algorithms(True)
         run = Run(c)
-        if ranks.FIRST:
-            header(run)
-        run_stages(run)
+        try:
+            if ranks.FIRST:
+                header(run)
+            run_stages(run)
+        finally:
+            if ranks.FIRST:
+                run.log.close()
     except InputError as e:
         return refusal(e, argv)
     except (Stopped, KeyboardInterrupt):

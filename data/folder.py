@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import queue
 import signal
+import threading
+import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data import InputError
 from data.files import json_bytes, read_json, replacing, write_json, writing
+from data.terminal import printable
 
 
 class RunFolder:
@@ -88,10 +94,7 @@ class Log:
     def __init__(self, folder: Path, config: dict):
         self.path, self.wandb = folder / "metrics.jsonl", None
         if config["wandb"] != "disabled":
-            import wandb
-
-            self.wandb = wandb.init(project="memtrain", name=config["run"], id=config["run"], resume="allow",
-                                    mode=config["wandb"], dir=str(folder), config=config)
+            self.wandb = Wandb(folder, config)
 
     def rewind(self, stage: str, step: int) -> None:
         """Forgets lines of `stage` from `step` on, and a line that a crash left half written."""
@@ -113,21 +116,78 @@ class Log:
         if self.wandb:
             self.wandb.log({f"{row['stage']}/{k}": v for k, v in row.items() if k != "stage"})
 
+    def close(self) -> None:
+        if self.wandb:
+            self.wandb.close()
+
+
+class Wandb:
+    """wandb in a thread of its own, behind a queue: should it fail or hang, the run goes on after one note.
+
+    Its id is drawn once and kept in the run folder, so that a run taken up again goes on in the same curves. InputError
+    where the package is missing.
+    """
+
+    patience = 15.0  # seconds that the end of a run waits for its last rows to be sent
+
+    def __init__(self, folder: Path, config: dict):
+        try:
+            import wandb
+        except ImportError as e:
+            raise InputError(f"--wandb {config['wandb']}: {e}; pip install wandb, or leave --wandb out") from None
+        known = folder / "wandb.json"
+        if not known.exists():
+            write_json(known, {"id": f"{config['run']}-{uuid.uuid4().hex[:8]}"})
+        id_ = read_json(known, "delete it to begin new curves").get("id")
+        self.rows: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+        self.settings = {"project": "memtrain", "name": config["run"], "id": id_, "resume": "allow",
+                         "mode": config["wandb"], "dir": str(folder), "config": config}
+        self.thread = threading.Thread(target=self._send, args=(wandb,), daemon=True)
+        self.thread.start()
+
+    def _send(self, wandb) -> None:
+        try:
+            run = wandb.init(**self.settings)
+            while (row := self.rows.get()) is not None:
+                run.log(row)
+            run.finish()
+        except BaseException as e:  # no class of exceptions covers a network; nor is it this run's to end
+            self._give_up(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
+
+    def _give_up(self, why: str) -> None:
+        tqdm.write(printable(f"note: wandb: {why}; the run goes on without it, metrics.jsonl has every row"))
+
+    def log(self, row: dict) -> None:
+        if self.thread.is_alive():
+            self.rows.put(row)
+
+    def close(self) -> None:
+        """Waits for the last rows, but not for ever."""
+        waiting = self.thread.is_alive()
+        self.rows.put(None)
+        self.thread.join(self.patience)
+        if waiting and self.thread.is_alive():
+            self._give_up(f"no answer within {self.patience:g} seconds")
+
+
 
 class Interrupt:
-    """Ctrl-C or SIGTERM once: finish the step, save, leave. Twice: leave at once."""
+    """Ctrl-C or SIGTERM once: finish the step, save, leave. Twice: leave at once. SIGHUP, from a terminal that is
+    closed: go on."""
 
     asked = False
 
     def __init__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def handle(self, number, frame):
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        tqdm.write("stopping after this step (again to stop at once) ...")
+        with suppress(OSError):  # straight to the file: the signal may have come in the middle of a print
+            os.write(2, b"\nstopping after this step (again to stop at once) ...\n")
 
 
 def deaf(worker: int) -> None:

@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 import memtrain
 from data import InputError
-from data.files import write_json
+from data.files import output, write_json
+from data.terminal import printable
 from eval import plain
 from eval.stage import environment
 
@@ -468,6 +469,8 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
         if options.out and (options.out.is_dir() or not os.access(options.out.parent, os.W_OK)):
             raise InputError(f"--out {options.out}: can't be written; give a file in a writable folder")
+        if options.out:
+            output(options.out)
         return options, fields
 
 
@@ -505,7 +508,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as e:
         if "--debug" in argv:
             raise
-        print(f"bench: {e}", file=sys.stderr)
+        print(printable(f"bench: {e}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from data import InputError
 from data.files import output, write_json
+from data.terminal import printable
 
 ROOT = Path(__file__).parents[1]
 TINY = {  # seconds long, and every stage has steps
@@ -352,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.out:
             write_json(options.out, result)
     except InputError as e:
-        print(f"faults: {e}", file=sys.stderr)
+        print(printable(f"faults: {e}"), file=sys.stderr)
         return 2
     return int(bool(result["problems"]))
 

@@ -26,7 +26,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from data import InputError
-from data.files import replacing, writing
+from data.files import output, replacing, writing
+from data.terminal import printable
 from eval.metrics import bootstrap_difference, wilson_interval
 
 SYSTEMS = {  # name in results.json: (name in print, colour, dash, marker)
@@ -371,8 +372,9 @@ def verdicts(table: Table) -> tuple[list[list[str]], list[list[str]]]:
 # ------------------------------------------------------------------------------------------------ tables
 
 def md(value) -> str:
-    """Text from outside as one markdown table cell: markup escaped, line breaks turned into spaces."""
-    return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", " ".join(str(value).split()))
+    """Text from outside as one markdown table cell: markup escaped, line breaks turned into spaces, and what could
+    steer a terminal spelled out."""
+    return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", printable(" ".join(str(value).split())))
 
 
 def table1(table: Table) -> list[list[str]]:
@@ -543,6 +545,8 @@ def plot_training(runs: Sequence[Run], path: Path) -> bool:
 
 def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = None) -> Path:
     """Write report.md and its plots for a run, or for several of different seeds; returns report.md."""
+    if out:
+        output(Path(out))
     runs = [load_run(path) for path in (run_dir, *others)]
     _check_pool(runs)
     rows = {section: [row for run in runs for row in run.results[section]] for section in SCHEMA}
@@ -553,7 +557,7 @@ def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = 
     summary, detail = verdicts(table)
     content = {
         "names": [md(run.path.resolve().name) for run in runs],
-        "commands": [" ".join(str(run.environment.get("command", "not recorded")).split()) for run in runs],
+        "commands": [printable(" ".join(str(run.environment.get("command", "not recorded")).split())) for run in runs],
         "environment": [[md(key), *(md(run.environment.get(key, "—")) for run in runs)] for key in keys],
         "preset": md(config.get("preset", "unknown")), "corpus": md(config.get("corpus", "unknown")),
         "seeds": table.seeds, "asked": sorted({f"{row['n']:g}" for row in rows["long_qa"]}),
@@ -585,7 +589,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(write_report(arguments.runs[0], arguments.runs[1:], arguments.out))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
 

@@ -31,7 +31,7 @@ TINY = [text for name, value in TINY.items() for text in (f"--{name}", str(value
 def undisturbed():
     """One thread, as beside a training; a run installs signal handlers, which must not outlive its test."""
     torch.set_num_threads(1)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

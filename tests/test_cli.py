@@ -8,6 +8,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 
@@ -410,18 +412,58 @@ def test_wandb_gets_every_row(folder, tiny, monkeypatch):
     (folder / "runs/t").mkdir(parents=True)
     log = Log(folder / "runs/t", dataclasses.asdict(c))
     log.write({"stage": "memtrain", "step": 0, "reward": 0.5})
+    log.close()
     assert fake.calls[0]["mode"] == "offline" and fake.calls[0]["name"] == "t"
     assert fake.calls[0]["config"]["seed"] == 3 and Path(fake.calls[0]["dir"]) == folder / "runs/t"
     assert fake.rows == [{"memtrain/step": 0, "memtrain/reward": 0.5}]
     assert json.loads((folder / "runs/t/metrics.jsonl").read_text()) == {"stage": "memtrain", "step": 0, "reward": 0.5}
+    Log(folder / "runs/t", dataclasses.asdict(c)).close()
+    assert fake.calls[1]["id"] == fake.calls[0]["id"] and fake.calls[1]["resume"] == "allow", "one curve"
+    Log(folder / "runs", dataclasses.asdict(c)).close()
+    assert fake.calls[2]["id"] != fake.calls[0]["id"], "another folder is another run, whatever its name"
+
+
+@pytest.mark.parametrize("outage", ["init raises", "init hangs", "log raises", "log hangs"])
+def test_without_wandb_a_run_goes_on_after_one_note(outage, folder, tiny, monkeypatch, capsys):
+    fake, released = FakeWandb(), threading.Event()
+    kind, how = outage.split()
+
+    def broken(*_, **__):
+        if how == "hangs":
+            released.wait(20)
+        raise OSError("no \x1b[31mnetwork\nat all")
+    if kind == "init":
+        fake.init = broken
+    else:
+        fake.init = lambda **_: types.SimpleNamespace(log=broken, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr("data.folder.Wandb.patience", 0.3)
+    c, rows = tiny("--run", "t", "--wandb", "online"), [{"stage": "memtrain", "step": i} for i in range(3)]
+    log = Log(folder, dataclasses.asdict(c))
+    for row in rows:
+        log.write(row)
+        time.sleep(0.02)
+    log.close()
+    notes = capsys.readouterr().out.strip().splitlines()
+    assert len(notes) == 1 and notes[0].startswith("note: wandb: ") and "metrics.jsonl" in notes[0]
+    assert ("0.3 seconds" if how == "hangs" else "\\x1b[31mnetwork at all") in notes[0] and "\x1b" not in notes[0]
+    assert [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] == rows
+    released.set()
+    log.wandb.thread.join(5)
+
+
+def test_wandb_that_is_not_installed(folder, capsys, base_checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refused(capsys, [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--wandb", "offline"],
+            "--wandb offline", "pip install wandb")
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed")
 def test_wandb_offline_writes_a_local_run(folder, tiny):
     """The real package, without a network, in a process of its own: it starts services."""
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from data.folder import Log;"
-            "log = Log(Path('.'), {'run': 't', 'wandb': 'offline'});"
-            "log.write({'stage': 'memtrain', 'step': 0, 'reward': 0.5}); log.wandb.finish()")
+            "log = Log(Path('.'), {'run': 't', 'wandb': 'offline'}); log.wandb.patience = 80;"
+            "log.write({'stage': 'memtrain', 'step': 0, 'reward': 0.5}); log.close()")
     subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, timeout=100, capture_output=True)
     assert list(folder.glob("**/offline-run-*/*.wandb"))
 

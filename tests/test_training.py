@@ -600,7 +600,7 @@ def test_no_temporary_file_outlives_what_stopped_its_writing(tmp_path, tiny, dec
 
 def test_five_poisoned_steps_in_a_row_end_the_stage(folder, tiny, base_checkpoint, monkeypatch, capsys):
     row = {"step": 0, "reward": 0.0, "reward_em": 0.0, "signal": 1.0, "seconds": 0.0, "tokens_sampled": 0,
-           "tokens_trained": 0}
+           "tokens_trained": 0, "finished": 1.0} | dict.fromkeys(("all_zero", "all_one", "empty", "copied"), 0.0)
     poisoned = iter([1, 1, 1, 1, 0, 0.5, 1, 1, 1, 1, 1])
     monkeypatch.setattr(memtrain, "train_step", lambda *_: row | {"skipped": float(next(poisoned))})
     monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
@@ -780,7 +780,7 @@ def test_two_processes_train_what_one_does(tmp_path, base_checkpoint):
     script, root = tmp_path / "ranks.py", str(Path(memtrain.__file__).parent)
     script.write_text(RANKS)
     command = [str(script), root, *TINY, "--stages", "base,memtrain", "--memtrain-steps", "5", "--base-steps", "2"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]  # or it takes --run for its own
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]  # or --run were its own
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for name, start in (("one", []), ("two", launcher)):
         folder = tmp_path / name

@@ -1,0 +1,64 @@
+"""What a run says, and to whom: text from outside never reaches a terminal raw, and a run goes on when nobody listens.
+
+Loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from contextlib import suppress
+
+# Control characters but for tab and line feed, marks that turn the direction of writing, lone surrogates.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""`text` with what could steer a terminal, or turn a line around, spelled out: \x1b instead of an escape."""
+    return UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+
+
+class Lasting:
+    """A stream whose reader may go away (a closed terminal, `| head`): from then on it writes to nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self._lose()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self._lose()
+
+    def _lose(self) -> None:
+        """The file behind the stream becomes /dev/null, for libraries that write there by themselves too."""
+        with suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def outlive_terminal() -> None:
+    """Makes standard output and error last. One that was closed from the start is opened on /dev/null: else the next
+    file opened would get its number, and what a library prints would end up in that file."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open as long as we run)
+        stream.reconfigure(errors="backslashreplace")  # a terminal of few letters is no reason to stop either
+        setattr(sys, name, Lasting(stream))
