@@ -46,7 +46,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import InputError
-from data.pretrained import load_adapter, load_weights, locate, read_shape
+from data.pretrained import export_adapter, export_weights, load_adapter, load_weights, locate, read_shape
 from data.terminal import outlive_terminal, printable
 
 # ---- Configuration -----------------------------------------------------------------------------------------------
@@ -189,6 +189,7 @@ QWEN = {  # as in their published config.json
 REAL = {"paper": PAPER} | {name: PAPER | shape for name, shape in QWEN.items()}
 PRESETS: dict[str, dict] = {"nano": {}} | REAL | {f"{name}-consumer": p | CONSUMER for name, p in REAL.items()}
 STAGES = ("base", "memtrain", "memagent", "eval", "report")
+COMMANDS = ("read", "export")  # besides training and evaluation; the plain command takes options only
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths, and one
 # that ran out of memory goes on in smaller batches.
@@ -196,15 +197,24 @@ FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset",
                "recompute", "micro_tokens", "sample_rows", "cache_gb"}
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """Command line -> checked Config. InputError on an unknown name, a wrong type or an impossible combination."""
+class CommandParser(argparse.ArgumentParser):
+    """python memtrain.py NAME ...; errors are InputErrors."""
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise InputError(f"{message}; python memtrain.py --help lists all options")
+    def __init__(self, name: str, text: str):
+        self.command = f"python memtrain.py {name}".strip()
+        super().__init__(prog=self.command, allow_abbrev=False, description=text,
+                         epilog="Other options: fields of the configuration, python memtrain.py --help lists them.")
 
-    parser = Parser(prog="memtrain.py", usage="python memtrain.py [--field value ...]", allow_abbrev=False,
-                    description="MemTrain in miniature: python memtrain.py reproduces the paper end to end.")
+    def error(self, message):
+        raise InputError(f"{message}; {self.command} --help lists all options")
+
+
+def argument_parser() -> CommandParser:
+    """The command line of Config: every field an option, absent unless given."""
+    parser = CommandParser("", "MemTrain in miniature: python memtrain.py reproduces the paper end to end.")
+    parser.usage = "python memtrain.py [plan | read | export] [--field value ...]"
+    parser.epilog = ("python memtrain.py plan, read and export have a --help of their own: what a run needs, a text "
+                     "read with a memory, a checkpoint for other tools.")
     groups = {}
     for f in dataclasses.fields(Config):
         group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
@@ -212,7 +222,30 @@ def parse(argv: Sequence[str]) -> Config:
         extra = {"nargs": "?", "const": True} if f.type == "bool" else {}
         group.add_argument("--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
                            metavar=f.type.upper(), help=f"{f.metadata['help']} (default: {f.default!r})", **extra)
-    given = vars(parser.parse_args([_dashes(a) for a in argv]))
+    return parser
+
+
+def command_options(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(options of `python memtrain.py read` or `export`, the rest: fields of Config). InputError as in parse."""
+    if name == "read":
+        parser = CommandParser(name, "Read a text of any length section by section: the memory after each, the answer.")
+        parser.add_argument("file", metavar="FILE", help="text, markdown or HTML in UTF-8; - for standard input")
+        parser.add_argument("--question", default="", help="answered after the last section")
+        parser.add_argument("--out", type=Path, metavar="FILE", help="also write memories and answer as JSON")
+    else:
+        parser = CommandParser(name, "Write a checkpoint as a PEFT adapter, or as whole weights for transformers.")
+        parser.add_argument("--format", choices=("peft", "hf"), required=True, help="adapter, or whole weights")
+        parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--checkpoint", type=Path, required=name == "export", metavar="RUN/STAGE",
+                        help="like runs/nano/memtrain; read takes the shipped base, or --model's weights, without it")
+    options, fields = parser.parse_known_args(argv)
+    argument_parser().parse_args([_dashes(a) for a in fields])
+    return options, fields
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Command line -> checked Config. InputError on an unknown name, a wrong type or an impossible combination."""
+    given = vars(argument_parser().parse_args([_dashes(a) for a in argv]))
     preset = given.setdefault("preset", "paper" if "model" in given else "nano")
     if preset not in PRESETS:
         raise InputError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
@@ -346,7 +379,10 @@ def refusal(error: InputError, argv: Sequence[str]) -> int:
 if __name__ == "__main__":  # --help and typos are answered here, before torch is loaded
     outlive_terminal()
     try:
-        parse(sys.argv[1:])
+        if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+            command_options(sys.argv[1], sys.argv[2:])
+        else:
+            parse(sys.argv[1:])
     except InputError as e:
         sys.exit(refusal(e, sys.argv[1:]))
 
@@ -361,6 +397,7 @@ from data import ranks
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.corpus import Question, load_passages, load_questions
 from data.entities import make_finder
+from data.files import output, read_json
 from data.folder import Interrupt, Log, RunFolder, Stopped, deaf
 from data.miniwiki import MiniWorld
 from data.prompts import FULL, MASK_PROBLEM, SHORT, Prompts
@@ -929,6 +966,16 @@ class Agent:
         rollout.finished += turn.sampled[-1] in self.tokenizer.stops
         if keep:
             rollout.turns.append(turn)
+
+    def update(self, question: str, section: list[int], memory: list[int], key: tuple) -> list[int]:
+        """The memory after one more section: a turn of `read` for one document that comes as it goes."""
+        (turn,) = self.sample([self.prompts.update(question, section, memory)], [key])
+        return self.written(turn)[:self.c.memory]
+
+    def answer(self, question: str, memory: list[int], key: tuple) -> tuple[str, str | None]:
+        """(whole response, what its box holds)."""
+        (turn,) = self.sample([self.prompts.answer(question, memory)], [key])
+        return self.tokenizer.decode(self.written(turn)), self.boxed(turn)
 
     def answer_in_one_window(self, problems: Sequence[Problem], keys: Sequence[tuple]) -> list[str | None]:
         """Baseline: the whole document in one window, its middle cut out where it does not fit."""
@@ -1524,9 +1571,62 @@ def estimate(run: Run) -> tuple[float, int]:
     return seconds / 60, per_step
 
 
+def open_checkpoint(options: argparse.Namespace, fields: Sequence[str]) -> Policy:
+    """The policy of --checkpoint RUN/STAGE, with the configuration of its run, or the base that `fields` describe."""
+    if options.checkpoint is None:
+        c = parse(fields)
+        policy, folder = Policy(c, choose_device(c.device)), RunFolder(Path("runs") / c.run)
+        policy.load_base(folder)
+        return policy
+    stage = options.checkpoint.parent if options.checkpoint.suffix else options.checkpoint
+    path, remedy = stage / "checkpoint.safetensors", "give RUN/STAGE, like runs/nano/memtrain"
+    if not path.is_file():
+        raise InputError(f"--checkpoint {options.checkpoint}: there is no {path}; {remedy}")
+    theirs = read_json(stage.parent / "config.json", remedy)
+    known = {f.name: f for f in dataclasses.fields(Config)}
+    if odd := theirs.keys() - known.keys():
+        raise InputError(f"{stage.parent / 'config.json'}: {min(odd)} is no field of this version; {remedy}")
+    given = vars(argument_parser().parse_args([_dashes(a) for a in fields]))
+    if fixed := given.keys() - FREE_FIELDS - {"seed", "eval_temperature", "eval_top_p"}:
+        raise InputError(f"--{min(fixed).replace('_', '-')}: the checkpoint has a value of its own; leave it out")
+    c = dataclasses.replace(Config(**theirs), **given)
+    check(c)
+    policy = Policy(c, choose_device(c.device))
+    policy.load_base(RunFolder(stage.parent))
+    load_checkpoint(path, policy.model, policy.tokenizer)
+    return policy
+
+
+def read_command(argv: Sequence[str]) -> None:
+    """python memtrain.py read FILE: the memory after each section of a text, then the answer."""
+    from eval.read import read
+
+    options, fields = command_options("read", argv)
+    policy = open_checkpoint(options, fields)
+    c = dataclasses.replace(policy.c, temperature=policy.c.eval_temperature, top_p=policy.c.eval_top_p)
+    torch.set_num_threads(c.threads or os.cpu_count() or 1)
+    read(Agent(policy.model, policy.tokenizer, c), options.file, options.question, options.out, Interrupt())
+
+
+def export_command(argv: Sequence[str]) -> None:
+    """python memtrain.py export: a checkpoint in the form that other tools read."""
+    options, fields = command_options("export", argv)
+    if output(options.to).exists() and not (options.to.is_dir() and not any(options.to.iterdir())):
+        raise InputError(f"--to {options.to}: exists and is not an empty folder; give a new one")
+    policy = open_checkpoint(options, fields)
+    if options.format == "peft":
+        export_adapter(options.to, policy.model)
+    else:
+        export_weights(options.to, policy.model, policy.source)
+    print(f"{options.to}: {', '.join(sorted(p.name for p in options.to.iterdir()))}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
+        if argv and argv[0] in COMMANDS:
+            {"read": read_command, "export": export_command}[argv[0]](argv[1:])
+            return 0
         c = parse(argv)
         torch.set_num_threads(c.threads or os.cpu_count() or 1)
         if c.deterministic:

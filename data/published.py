@@ -11,7 +11,6 @@ Byte-level BPE only, and the ids are those of `tokenizers`, exactly (data.bpe); 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,28 @@ from typing import Any
 from data import InputError
 from data.bpe import GPT2, QWEN2, cutting, in_ranks, spelled_bytes, to_nfc, vocabulary
 from data.chat import around_user
+from data.files import read_json
 from data.tokenizer import Tokenizer, read_ranks
 
+AGAIN = "download the checkpoint's folder again"
 # How the classes cut that have no tokenizer.json: (pattern, NFC)
 CLASSES = {"GPT2Tokenizer": (GPT2, False), "Qwen2Tokenizer": (QWEN2, True), "QWenTokenizer": (QWEN2, True)}
 
 
 def load_published(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint's folder, its prompts and stops included. InputError, one line, otherwise."""
-    config = _read(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else None
+    config = read_json(folder / "tokenizer_config.json", AGAIN) if (folder / "tokenizer_config.json").exists() else None
     stored = sorted(folder.glob("*.tiktoken"))
     if (folder / "tokenizer.json").exists():
         where = f"tokenizer {folder / 'tokenizer.json'}"
-        whole = _read(folder / "tokenizer.json")
+        whole = read_json(folder / "tokenizer.json", AGAIN)
         pattern, normalized = cutting(where, whole.get("pre_tokenizer")), to_nfc(where, whole.get("normalizer"))
         model = whole.get("model") or {}
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         where, whole = f"tokenizer {folder / 'vocab.json'}", {}
         pattern, normalized = _of_class(folder, config)
-        model = {"type": "BPE", "vocab": _read(folder / "vocab.json"), "merges": _merges(folder / "merges.txt")}
+        model = {"type": "BPE", "vocab": read_json(folder / "vocab.json", AGAIN),
+                 "merges": _merges(folder / "merges.txt")}
     elif len(stored) == 1:
         where, whole, model = f"tokenizer {stored[0]}", {}, None
         if config is None:  # no checkpoint's: a folder around such a file as this project writes
@@ -71,19 +73,6 @@ def load_published(folder: Path) -> Tokenizer:
 
 
 # ---- The files ---------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> Any:
-    """A JSON object. InputError if it can't be read or is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"{path}: can't be read ({e.strerror}); give a complete checkpoint folder") from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not JSON ({' '.join(str(e).split())[:100]}); download it again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a {type(value).__name__} instead of a JSON object; download it again")
-    return value
 
 
 def _merges(path: Path) -> list[str]:
@@ -143,7 +132,7 @@ def _converse(tokenizer: Tokenizer, folder: Path, config: dict, added: dict[str,
         stops.append(added[eos]["id"])
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        given = _read(path).get("eos_token_id") if path.exists() else None
+        given = read_json(path, AGAIN).get("eos_token_id") if path.exists() else None
         if given is not None:
             given = given if isinstance(given, list) else [given]
             if bad := [i for i in given if type(i) is not int or i not in tokenizer._tokens]:
