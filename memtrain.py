@@ -39,11 +39,14 @@ import os
 import random
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import InputError
+from data.pretrained import load_adapter, load_weights, locate, read_shape
 from data.terminal import outlive_terminal, printable
 
 # ---- Configuration -----------------------------------------------------------------------------------------------
@@ -57,13 +60,19 @@ def option(default, group: str, text: str):
 class Config:
     """The whole configuration, flat. The command line is generated from it; a preset only changes values."""
 
-    preset: str = option("nano", "run", "set of defaults: nano (two CPU cores, twenty minutes)")
+    preset: str = option("nano", "run", "set of defaults: nano (two CPU cores, twenty minutes); qwen3-0.6b, "
+                         "qwen2.5-1.5b, qwen3-4b, qwen2.5-7b (real weights on one GPU); paper, the same for "
+                         "any other --model; each of them with -consumer (batches for 24 GB)")
+    model: str = option("", "run", "real weights instead of our own: a folder as published (config.json, safetensors, "
+                        "tokenizer), or its name on the hub; its shape replaces the fields of the group model")
+    revision: str = option("main", "run", "branch, tag or commit of --model on the hub")
     run: str = option("", "run", "name of the folder under runs/; the preset's name if empty")
     stages: str = option("memtrain,memagent,eval,report", "run",
                          "what to do, in order: base (train the stand-in for an instruct model), memtrain, memagent "
                          "(from the base and, where memtrain was run, from it too), eval, report")
     seed: int = option(0, "run", "seed of documents, rollouts and evaluation")
-    init: str = option("", "run", "checkpoint instead of the shipped base; the base stage trains on from it")
+    init: str = option("", "run", "checkpoint instead of the shipped base, which the base stage trains on from; with "
+                       "--model the folder of a PEFT adapter")
     device: str = option("auto", "run", "auto, cpu or cuda")
     threads: int = option(0, "run", "CPU threads; 0: all cores")
     deterministic: bool = option(False, "run", "on a GPU: only operations that give the same result every time, or an "
@@ -73,8 +82,10 @@ class Config:
 
     corpus: str = option("miniworld", "data", "miniworld, wikipedia, or a .jsonl/.json/.txt/.parquet file or folder")
     people: int = option(600, "data", "size of the mini-world: about 14 passages a person")
-    questions: str = option("", "data", "evaluation questions (HotpotQA, 2WikiMultiHopQA, MuSiQue or FlashRAG form)")
-    train_questions: str = option("", "data", "training questions, same forms; needed where --questions is given")
+    questions: str = option("", "data", "evaluation questions: a file (HotpotQA, 2WikiMultiHopQA, MuSiQue or FlashRAG "
+                                     "form), or hotpotqa (its validation split, from the hub)")
+    train_questions: str = option("", "data", "training questions: a file, or hotpotqa:train; needed where --questions "
+                                           "is given")
     entities: str = option("auto", "data", "entity finder: auto, rules or spacy")
     passages: int = option(60, "data", "passages of a masked document (paper: 150)")
     related: int = option(10, "data", "of them retrieved with BM25 for the pivot (paper: 29)")
@@ -90,15 +101,28 @@ class Config:
     hidden: int = option(320, "model", "inner size of the SwiGLU")
     rope_theta: float = option(10_000.0, "model", "base of the rotary frequencies")
     embed_norm: bool = option(True, "model", "RMS norm right after the embedding")
+    rope_scaling: str = option("", "model", "Llama 3's: factor,low,high,original length, as 8,1,4,8192")
+    norm_eps: float = option(1e-6, "model", "epsilon of every RMS norm")
+    qk_norm: bool = option(True, "model", "RMS norm of queries and keys, as in Qwen3")
+    bias: bool = option(False, "model", "bias of the query, key and value projections, as in Qwen2")
     tied: bool = option(False, "model", "head = embedding")
-    lora_rank: int = option(0, "model", "rank of LoRA adapters; 0 trains all weights")
-    lora_alpha: float = option(32.0, "model", "LoRA scale is alpha / rank")
+    vocab: int = option(0, "model", "V, rows of the embedding; 0: as many as the tokenizer has ids")
+
+    lora_rank: int = option(0, "LoRA", "rank of the adapters; 0 trains all weights")
+    lora_alpha: float = option(32.0, "LoRA", "their scale is alpha / rank")
+    lora_targets: str = option("q,k,v,o,gate,up,down", "LoRA", "projections that have one")
+    lora_merge: bool = option(True, "LoRA", "add them to the weights while sampling: faster, for a second copy of "
+                              "these weights meanwhile")
+    dtype: str = option("float32", "LoRA", "float32 or bfloat16, of frozen weights, activations and caches; what is "
+                        "trained is float32")
+    recompute: bool = option(False, "LoRA", "recompute a block's activations in the backward pass")
 
     window: int = option(280, "window", "tokens of one turn, prompt and response (paper: 8192)")
     section: int = option(160, "window", "tokens of a section (paper: 5120)")
     memory: int = option(40, "window", "tokens of the memory (paper: 1024)")
     response: int = option(41, "window", "sampled tokens of a turn, stop included (paper: 1024)")
     prompt_order: str = option("section-first", "window", "section-first or paper: where the memory stands")
+    prompts: str = option("short", "window", "short, as the base was taught, or full, for instruct models")
 
     memtrain_steps: int = option(60, "GRPO", "steps of MemTrain (paper: 300)")
     memagent_steps: int = option(15, "GRPO", "steps of MemAgent (paper: 500)")
@@ -118,7 +142,8 @@ class Config:
     temperature: float = option(1.0, "GRPO", "of sampling in training")
     top_p: float = option(1.0, "GRPO", "nucleus of sampling in training")
     micro_tokens: int = option(6_000, "GRPO", "packed tokens of one forward pass; never changes the gradient")
-    sample_rows: int = option(1024, "GRPO", "rollouts decoded side by side")
+    sample_rows: int = option(1024, "GRPO", "rollouts decoded side by side, at most")
+    cache_gb: float = option(4.0, "GRPO", "GB for their keys and values; fewer rollouts at a time where it is short")
     save_every: int = option(20, "GRPO", "steps between checkpoints")
 
     base_steps: int = option(6000, "base", "steps on text and demonstrations after the copy warm-up")
@@ -140,10 +165,35 @@ class Config:
     eval_masked: int = option(100, "evaluation", "held-out masked documents for recall and reconstruction")
 
 
-PRESETS: dict[str, dict] = {"nano": {}}
+# The paper's setting for real weights; one GPU learns adapters, whose learning rate is above the paper's 1e-6 for all
+# weights. LoRA rank and rate are ours, not measured.
+PAPER = {"corpus": "wikipedia", "questions": "hotpotqa", "train_questions": "hotpotqa:train", "passages": 150,
+         "related": 29, "masked_sections": 8, "train_sections": 6, "embed_norm": False, "dtype": "bfloat16",
+         "prompts": "full", "window": 8192, "section": 5120, "memory": 1023, "response": 1024,
+         "memtrain_steps": 300, "memagent_steps": 500, "documents": 32, "update_documents": 32, "kl": 1e-3,
+         "lr": 2e-5, "lora_rank": 32, "lora_alpha": 64.0, "recompute": True, "micro_tokens": 65_536,
+         "sample_rows": 256, "cache_gb": 24.0, "eval_questions": 128, "eval_lengths": "1,2,4,8,16,32,64,128"}
+CONSUMER = {"documents": 8, "update_documents": 8, "micro_tokens": 16_384, "sample_rows": 64, "cache_gb": 6.0}
+QWEN = {  # as in their published config.json
+    "qwen3-0.6b": {"model": "Qwen/Qwen3-0.6B", "width": 1024, "layers": 28, "heads": 16, "key_heads": 8,
+                   "head_size": 128, "hidden": 3072, "rope_theta": 1e6, "tied": True, "vocab": 151_936},
+    "qwen3-4b": {"model": "Qwen/Qwen3-4B-Instruct-2507", "width": 2560, "layers": 36, "heads": 32, "key_heads": 8,
+                 "head_size": 128, "hidden": 9728, "rope_theta": 5e6, "tied": True, "vocab": 151_936},
+    "qwen2.5-1.5b": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "width": 1536, "layers": 28, "heads": 12, "key_heads": 2,
+                     "head_size": 128, "hidden": 8960, "rope_theta": 1e6, "qk_norm": False, "bias": True,
+                     "tied": True, "vocab": 151_936},
+    "qwen2.5-7b": {"model": "Qwen/Qwen2.5-7B-Instruct", "width": 3584, "layers": 28, "heads": 28, "key_heads": 4,
+                   "head_size": 128, "hidden": 18_944, "rope_theta": 1e6, "qk_norm": False, "bias": True,
+                   "vocab": 152_064},
+}
+REAL = {"paper": PAPER} | {name: PAPER | shape for name, shape in QWEN.items()}
+PRESETS: dict[str, dict] = {"nano": {}} | REAL | {f"{name}-consumer": p | CONSUMER for name, p in REAL.items()}
 STAGES = ("base", "memtrain", "memagent", "eval", "report")
-# Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths.
-FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset", "eval_lengths"}
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+# Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths, and one
+# that ran out of memory goes on in smaller batches.
+FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset", "eval_lengths", "lora_merge",
+               "recompute", "micro_tokens", "sample_rows", "cache_gb"}
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -163,12 +213,17 @@ def parse(argv: Sequence[str]) -> Config:
         group.add_argument("--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
                            metavar=f.type.upper(), help=f"{f.metadata['help']} (default: {f.default!r})", **extra)
     given = vars(parser.parse_args([_dashes(a) for a in argv]))
-    preset = given.get("preset", "nano")
+    preset = given.setdefault("preset", "paper" if "model" in given else "nano")
     if preset not in PRESETS:
         raise InputError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
-    config = dataclasses.replace(Config(), **(PRESETS[preset] | given))
-    if not config.run:
-        config = dataclasses.replace(config, run=preset)
+    config = dataclasses.replace(Config(), **({"run": preset} | PRESETS[preset] | given))
+    if config.model:
+        shape = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model"}
+        if own := shape & given.keys():
+            raise InputError(f"--{min(own).replace('_', '-')}: --model {config.model} has a shape of its own; give one "
+                             f"of the two")
+        if Path(config.model).exists():
+            config = dataclasses.replace(config, **read_shape(Path(config.model)))
     check(config)
     return config
 
@@ -197,6 +252,17 @@ def lengths_of(config: Config) -> list[int]:
     return lengths
 
 
+def rope_scaling(c: Config) -> tuple[float, ...]:
+    """--rope-scaling as numbers: factor, low, high, original length; empty without it."""
+    try:
+        numbers = tuple(float(x) for x in c.rope_scaling.split(",")) if c.rope_scaling else ()
+    except ValueError:
+        numbers = (0.0,)
+    if len(numbers) not in (0, 4) or not all(x > 0 for x in numbers):
+        raise InputError(f"--rope-scaling {c.rope_scaling}: expected factor,low,high,original length, like 8,1,4,8192")
+    return numbers
+
+
 def check(c: Config) -> None:
     """Refuses what can't work, in one line."""
     def refuse(bad: bool, message: str) -> None:
@@ -213,10 +279,10 @@ def check(c: Config) -> None:
                  "micro_tokens", "sample_rows"):
         refuse(getattr(c, name) < 1, f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
     for name in ("lr", "temperature", "eval_temperature", "grad_clip", "rope_theta", "base_lr", "base_sharpen",
-                 "lora_alpha"):
+                 "lora_alpha", "cache_gb", "norm_eps"):
         refuse(not getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be above 0")
     for name in ("memtrain_steps", "memagent_steps", "recall_group", "recall_weight", "kl", "lora_rank", "related",
-                 "eval_masked", "warmup", "threads", "base_copy_steps", "base_steps"):
+                 "eval_masked", "warmup", "threads", "base_copy_steps", "base_steps", "vocab"):
         refuse(getattr(c, name) < 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
     refuse(c.documents % c.update_documents > 0,
            f"--update-documents {c.update_documents}: must divide --documents {c.documents}")
@@ -231,6 +297,18 @@ def check(c: Config) -> None:
     refuse(c.people < 40, f"--people {c.people}: a mini-world needs at least 40")
     refuse(c.prompt_order not in ("section-first", "paper"),
            f"--prompt-order {c.prompt_order}: choose section-first or paper")
+    refuse(c.prompts not in ("short", "full"), f"--prompts {c.prompts}: choose short or full")
+    refuse(c.dtype not in ("float32", "bfloat16"), f"--dtype {c.dtype}: choose float32 or bfloat16")
+    refuse(c.dtype != "float32" and not c.lora_rank, f"--dtype {c.dtype}: weights that are trained stay float32; give "
+                                                     f"--lora-rank, or --dtype float32")
+    refuse(not set(c.lora_targets.split(",")) <= set(PROJECTIONS),
+           f"--lora-targets {c.lora_targets}: choose from {','.join(PROJECTIONS)}")
+    refuse(bool(c.model) and "base" in c.stages.split(","), f"--stages {c.stages}: --model is the base; leave base out")
+    refuse(bool(c.lora_rank) and "base" in c.stages.split(","),
+           f"--lora-rank {c.lora_rank}: the base stage trains all weights; run it without adapters first")
+    refuse(bool(c.model and c.init) and not c.lora_rank,
+           f"--init {c.init}: beside --model it is an adapter; give its --lora-rank, too")
+    rope_scaling(c)
     refuse(c.wandb not in ("disabled", "offline", "online"), f"--wandb {c.wandb}: choose disabled, offline or online")
     refuse(c.device not in ("auto", "cpu", "cuda"), f"--device {c.device}: choose auto, cpu or cuda")
     refuse(c.response <= c.memory, f"--response {c.response}: needs --memory {c.memory} and a stop token")
@@ -273,6 +351,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data.checkpoint import load_checkpoint, save_checkpoint
@@ -280,15 +359,15 @@ from data.corpus import Question, load_passages, load_questions
 from data.entities import make_finder
 from data.folder import Interrupt, Log, RunFolder, Stopped, deaf
 from data.miniwiki import MiniWorld
-from data.prompts import MASK_PROBLEM, Prompts
+from data.prompts import FULL, MASK_PROBLEM, SHORT, Prompts
 from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, split_sections
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from eval.metrics import exact_match, extract_boxed
 from eval.stage import command, commit, evaluate
 from eval.watch import signs, watch
 from kernels import kernels_in_use, use_triton
 from kernels.attention import memory_attention
-from kernels.decode import Members, memory_decode
+from kernels.cache import Cache, move
 from kernels.grpo import grpo_loss
 from kernels.layout import Layout
 from kernels.logprob import linear_logprob
@@ -297,45 +376,55 @@ from kernels.logprob import linear_logprob
 
 
 class Linear(nn.Module):
-    """y = x W^T + scale * x A^T B^T; the second term only with LoRA, where W is frozen and B starts at zero."""
+    """y = x W^T + b + scale * x A^T B^T; the last term only with LoRA, where W is frozen and B starts at zero.
 
-    def __init__(self, inputs: int, outputs: int, c: Config):
+    W has the dtype of the activations; A and B are float32 masters.
+    """
+
+    def __init__(self, name: str, inputs: int, outputs: int, c: Config, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.adapted = c.lora_rank > 0
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self.adapted = c.lora_rank > 0 and name in c.lora_targets.split(",")
         if self.adapted:
-            self.lora_a = nn.Parameter(torch.empty(c.lora_rank, inputs))
-            self.lora_b = nn.Parameter(torch.zeros(outputs, c.lora_rank))
+            self.lora_a = nn.Parameter(torch.empty(c.lora_rank, inputs, dtype=torch.float32))
+            self.lora_b = nn.Parameter(torch.zeros(outputs, c.lora_rank, dtype=torch.float32))
             self.scale = c.lora_alpha / c.lora_rank
 
     def forward(self, x):
-        y = F.linear(x, self.weight)
-        return y + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b) if self.adapted else y
+        y = F.linear(x, self.weight, self.bias)
+        if self.adapted:
+            y = y + self.scale * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        return y
+
+    def merged(self) -> torch.Tensor:
+        """W + scale B A, in the dtype of W."""
+        return (self.weight + self.scale * self.lora_b @ self.lora_a).to(self.weight.dtype)
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float = 1e-6):
+    def __init__(self, size: int, c: Config):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), c.norm_eps
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Block(nn.Module):
-    """Pre-norm attention with QK-norm and rotary positions, then SwiGLU: the Qwen3 block."""
+    """Pre-norm attention with rotary positions, then SwiGLU: the block of Qwen3 (QK-norm), Qwen2 (bias) and Llama."""
 
     def __init__(self, c: Config):
         super().__init__()
         self.c = c
-        self.norm1, self.norm2 = RMSNorm(c.width), RMSNorm(c.width)
-        self.q = Linear(c.width, c.heads * c.head_size, c)
-        self.k = Linear(c.width, c.key_heads * c.head_size, c)
-        self.v = Linear(c.width, c.key_heads * c.head_size, c)
-        self.o = Linear(c.heads * c.head_size, c.width, c)
-        self.q_norm, self.k_norm = RMSNorm(c.head_size), RMSNorm(c.head_size)
-        self.gate, self.up = Linear(c.width, c.hidden, c), Linear(c.width, c.hidden, c)
-        self.down = Linear(c.hidden, c.width, c)
+        self.norm1, self.norm2 = RMSNorm(c.width, c), RMSNorm(c.width, c)
+        self.q = Linear("q", c.width, c.heads * c.head_size, c, c.bias)
+        self.k = Linear("k", c.width, c.key_heads * c.head_size, c, c.bias)
+        self.v = Linear("v", c.width, c.key_heads * c.head_size, c, c.bias)
+        self.o = Linear("o", c.heads * c.head_size, c.width, c)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_size, c) if c.qk_norm else nn.Identity() for _ in range(2))
+        self.gate, self.up = Linear("gate", c.width, c.hidden, c), Linear("up", c.width, c.hidden, c)
+        self.down = Linear("down", c.hidden, c.width, c)
 
     def forward(self, x, rotary, attend, wanted=None):
         """x (T,C) -> (T,C), or (M,C) where only the rows `wanted` (M) are needed: all are keys, few go on."""
@@ -355,25 +444,40 @@ def rotate(x, rotary):
     """Rotary position embedding on halves, as in the published Qwen and Llama weights. x (T,H,D)."""
     cos, sin = rotary  # (T,1,D/2)
     a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def rope_frequencies(c: Config) -> torch.Tensor:
+    """(D/2) float32, radians a position. With scaling as in Llama 3: waves longer than original / low are stretched by
+    the factor, those shorter than original / high stay, between them it is blended."""
+    f = c.rope_theta ** (-torch.arange(0, c.head_size, 2, dtype=torch.float64, device="cpu") / c.head_size)
+    if numbers := rope_scaling(c):
+        factor, low, high, original = numbers
+        share = ((original * f / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        f = share * f + (1 - share) * f / factor
+    return f.float()
 
 
 class Decoder(nn.Module):
-    """Token ids to hidden states. The head is applied outside, so that linear_logprob owns it."""
+    """Token ids to hidden states. The head is applied outside, so that linear_logprob owns it.
+
+    base_id: which frozen weights the adapters belong to; checkpoints of adapters carry it.
+    """
 
     def __init__(self, c: Config, vocab: int):
         super().__init__()
-        self.c = c
-        self.fields = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.metadata["group"] == "model"}
-        self.embed = nn.Parameter(torch.empty(vocab, c.width))
-        self.embed_norm = RMSNorm(c.width) if c.embed_norm else None
+        self.c, self.base_id = c, ""
+        self.fields = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)
+                       if f.metadata["group"] == "model"} | {"lora_rank": c.lora_rank, "lora_targets": c.lora_targets}
+        self.embed = nn.Parameter(torch.empty(c.vocab or vocab, c.width))
+        self.embed_norm = RMSNorm(c.width, c) if c.embed_norm else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.norm = RMSNorm(c.width)
+        self.norm = RMSNorm(c.width, c)
         if not c.tied:
-            self.output = nn.Parameter(torch.empty(vocab, c.width))
-        inverse = c.rope_theta ** (-torch.arange(0, c.head_size, 2, dtype=torch.float64) / c.head_size)
-        self.register_buffer("inverse_frequency", inverse.float(), persistent=False)
-        self.initialise(c.seed)
+            self.output = nn.Parameter(torch.empty(c.vocab or vocab, c.width))
+        self.register_buffer("inverse_frequency", rope_frequencies(c), persistent=False)
+        if self.embed.device.type != "meta":  # there, a checkpoint brings the weights
+            self.initialise(c.seed)
         if c.lora_rank:  # everything else stays put, so that the reference is this network with its adapters off
             for name, p in self.named_parameters():
                 p.requires_grad_(".lora_" in name)
@@ -392,8 +496,46 @@ class Decoder(nn.Module):
                     module.weight.zero_()
                 else:
                     module.weight.normal_(0, module.weight.shape[1] ** -0.5, generator=generator)
-                if module.adapted:
-                    module.lora_a.normal_(0, module.lora_a.shape[1] ** -0.5, generator=generator)
+        self.reset_adapters(generator)
+
+    @torch.no_grad()
+    def reset_adapters(self, generator: torch.Generator | None = None):
+        """A random, B zero: the network is its base again."""
+        generator = generator or torch.Generator().manual_seed(self.c.seed)
+        for module in self.adapted():
+            a = torch.empty(module.lora_a.shape).normal_(0, module.lora_a.shape[1] ** -0.5, generator=generator)
+            module.lora_a.copy_(a)
+            module.lora_b.zero_()
+
+    def adapted(self) -> list[Linear]:
+        return [m for m in self.modules() if isinstance(m, Linear) and hasattr(m, "lora_a")]
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The network that training started from: the reference of the KL term."""
+        layers = self.adapted()
+        for m in layers:
+            m.adapted = False
+        try:
+            yield
+        finally:
+            for m in layers:
+                m.adapted = True
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Adapters added to the weights, for sampling; afterwards the very same weights as before."""
+        layers = self.adapted() if self.c.lora_merge else []
+        kept = [m.weight.data.clone() for m in layers]
+        for m in layers:  # in place: captured graphs know the weights by address
+            m.weight.data.copy_(m.merged())
+            m.adapted = False
+        try:
+            yield
+        finally:
+            for m, weight in zip(layers, kept, strict=True):
+                m.weight.data.copy_(weight)
+                m.adapted = True
 
     @property
     def head(self) -> torch.Tensor:  # (V,C)
@@ -410,7 +552,11 @@ class Decoder(nn.Module):
             x = self.embed_norm(x)
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
-            x = block(x, rotary, lambda q, k, v, layer=layer: attend(layer, q, k, v), wanted if last else None)
+            arguments = x, rotary, lambda q, k, v, layer=layer: attend(layer, q, k, v), wanted if last else None
+            if self.c.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
         return self.norm(x)
 
 
@@ -496,86 +642,36 @@ class Turn:
     logprobs: list[float]
 
 
-class Cache:
-    """Keys and values while a batch of rollouts is decoded: prefixes once a group, suffixes once a rollout."""
-
-    def __init__(self, model: Decoder, layouts: Sequence[Layout], room: int):
-        """Room for the prompts of all `layouts`, one after the other, and for `room` tokens more a rollout."""
-        c, device, dtype = model.c, model.embed.device, model.embed.dtype
-        first = [0, *itertools.accumulate(x.groups for x in layouts)]  # group that each layout starts with
-        self.lengths = torch.cat([x.suffix_lengths for x in layouts])  # (N) tokens in each suffix cache
-        self.prefix_lengths = torch.cat([x.prefix_lengths for x in layouts])  # (B)
-        self.group = torch.cat([x.group + b for x, b in zip(layouts, first, strict=False)])  # (N)
-        self.start = self.prefix_lengths[self.group]  # (N) positions before the suffix
-
-        def empty(rows, width):  # per layer: keys, values
-            return [tuple(torch.zeros(rows, c.key_heads, width, c.head_size, device=device, dtype=dtype)
-                          for _ in range(2)) for _ in range(c.layers)]
-
-        self.prefix = empty(len(self.prefix_lengths), int(self.prefix_lengths.max()))  # (B,K,P,D)
-        self.suffix = empty(len(self.lengths), int(self.lengths.max()) + room)  # (N,K,S,D)
-        self.members = Members(self.group, len(self.prefix_lengths))
-
-    def prefill(self, layout: Layout, group: int, rollout: int):
-        """attend() of one layout's prompts: ordinary memory attention, its keys and values put away from `group` and
-        `rollout` on, the first it holds."""
-        def places(start, lengths):
-            index = torch.arange(int(lengths.max()), device=layout.device)
-            return index * (index < lengths[:, None]) + start[:, None]
-
-        rows = [(self.prefix, group, places(layout.prefix_start, layout.prefix_lengths)),  # (b,p)
-                (self.suffix, rollout, places(layout.suffix_start, layout.suffix_lengths))]  # (n,s)
-
-        def attend(layer, q, k, v):
-            for caches, first, index in rows:
-                for cache, x in zip(caches[layer], (k, v), strict=True):
-                    cache[first:first + len(index), :, :index.shape[1]] = x[index].transpose(1, 2)
-            return memory_attention(q, k, v, layout)
-
-        return attend
-
-    def decode(self, layer, q, k, v):
-        """attend() of one new token a rollout. Its key goes to place `lengths`; advance() then counts it."""
-        keys, values = self.suffix[layer]
-        rows = torch.arange(len(k), device=k.device)
-        keys[rows, :, self.lengths], values[rows, :, self.lengths] = k, v
-        return memory_decode(q, *self.prefix[layer], self.prefix_lengths, keys, values, self.lengths + 1, self.members)
-
-    @property
-    def positions(self) -> torch.Tensor:
-        return self.start + self.lengths
-
-    def advance(self) -> None:
-        self.lengths += 1
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Drops all rollouts but `rows` (ascending indices), and prefixes that nobody reads any more."""
-        self.lengths, self.start = self.lengths[rows], self.start[rows]
-        self.suffix = [(k[rows], v[rows]) for k, v in self.suffix]
-        groups, self.group = self.group[rows].unique(return_inverse=True)
-        if len(groups) < len(self.prefix_lengths):
-            self.prefix = [(k[groups], v[groups]) for k, v in self.prefix]
-            self.prefix_lengths = self.prefix_lengths[groups]
-        self.members = Members(self.group, len(self.prefix_lengths))
-
-
 def uniforms(key: tuple, count: int) -> np.ndarray:
     """`count` uniform numbers that follow from `key` alone, so that one rollout can be replayed without the rest."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(count)
 
 
-def running_sum(p: torch.Tensor) -> torch.Tensor:
-    """Cumulated rows. On the CPU where --deterministic asks for it: torch vouches for no order of addition on CUDA."""
-    if p.is_cuda and torch.are_deterministic_algorithms_enabled():
-        return p.cpu().cumsum(-1).to(p.device)
-    return p.cumsum(-1)
+def running_sum(p: torch.Tensor, block: int = 256) -> torch.Tensor:
+    """Cumulated rows of p (N,V). torch vouches for no order of addition in cumsum on CUDA: there --deterministic sums
+    blocks by a product with a triangle of ones, and then their totals."""
+    if not (p.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return p.cumsum(-1)
+    return blocked_sum(p, block)
+
+
+def blocked_sum(p: torch.Tensor, block: int) -> torch.Tensor:
+    N, V = p.shape
+    parts = F.pad(p, (0, -V % block)).view(N, -1, block)
+    parts = parts @ torch.ones(block, block, dtype=p.dtype, device=p.device).triu()  # (N,blocks,block)
+    if parts.shape[1] > 1:
+        parts = parts + F.pad(blocked_sum(parts[:, :, -1], block)[:, :-1], (1, 0))[:, :, None]
+    return parts.reshape(N, -1)[:, :V]
 
 
 def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
     """p (N,V) with everything behind the smallest set of tokens of mass >= top_p set to zero."""
     if top_p >= 1:
         return p
+    if p.is_cuda:  # without a look at the values, which a captured graph could not take
+        ordered, index = p.sort(-1, descending=True)
+        return torch.zeros_like(p).scatter_(-1, index, ordered * (running_sum(ordered) - ordered < top_p))
     most, best = p.max(-1, keepdim=True)  # (N,1): mostly it is enough alone, and sorting is what takes time
     kept, wide = torch.zeros_like(p).scatter_(-1, best, most), most[:, 0] < top_p
     ordered, index = p[wide].sort(-1, descending=True)
@@ -592,62 +688,183 @@ def draw(logp: torch.Tensor, u: torch.Tensor, top_p: float) -> torch.Tensor:
     return drawn.clamp(max=logp.shape[1] - 1)
 
 
-@torch.no_grad()
-def sample(model: Decoder, c: Config, prompts: Sequence[tuple], keys: Sequence[tuple], limit: int, stop: int,
-           on_step=None) -> list[Turn]:
-    """Samples one response of at most `limit` tokens to each (prefix, given) prompt; prompts with equal prefixes
-    share it. keys: what each response's random numbers follow from. Returns Turns in the order of the prompts."""
-    turns: list[Turn | None] = [None] * len(prompts)
-    batch: list[list[int]] = []
-    for members in [*group_by_prefix([p for p, _ in prompts]), None]:
-        if batch and (members is None or sum(map(len, batch)) + len(members) > c.sample_rows):
-            order = [i for group in batch for i in group]
-            rows = [(prompts[g[0]][0], [(prompts[i][1], [stop]) for i in g]) for g in batch]
-            random_numbers = np.stack([uniforms(keys[i], limit) for i in order])
-            for i, tokens, logprobs in zip(order, *_decode(model, c, rows, random_numbers, limit, stop), strict=True):
-                turns[i] = Turn(*prompts[i], tokens, logprobs)
-            batch = []
-        if members:
-            batch.append(members)
-    return turns
+class Sampler:
+    """Decodes responses side by side. Keys and values lie in a Cache that is allocated once and sized beforehand;
+    responses that have ended make room for the next prompts in the queue.
 
+    chunk: steps between two looks at what has ended; 16 on CUDA, where with the kernels each step is a captured graph:
+    drawing and stop checks happen on the device. One elsewhere: the batch shrinks once a quarter of it has ended.
+    """
 
-def _decode(model, c: Config, rows, random_numbers, limit: int, stop: int) -> tuple[list, list]:
-    """Prefill and decode loop of one batch: (tokens, log-probs) of each rollout, stop token included."""
-    device = model.embed.device
-    # in parts: one pass over all prompts took twice as long on a CPU, its activations fit no cache
-    parts = [pack(part, device) for part in bounded(rows, c.micro_tokens)]
-    cache, hidden, group, N = Cache(model, [p.layout for p in parts], limit), [], 0, 0
-    for p in parts:
-        hidden.append(model(p.ids, p.layout.positions, cache.prefill(p.layout, group, N), p.source))
-        group, N = group + p.layout.groups, N + len(p.counts)
-    hidden = torch.cat(hidden)  # (N,C) at the last given token
-    u = torch.as_tensor(random_numbers, device=device)  # (N,limit)
-    tokens = torch.full((N, limit), stop, device=device)
-    logprobs = torch.zeros(N, limit, device=device)
-    lengths = torch.full((N,), limit, device=device)
-    active = torch.arange(N, device=device)  # rollout of each cache row
-    open_ = torch.ones(N, dtype=torch.bool, device=device)  # cache rows not yet finished
-    for t in range(limit):
-        logp = ((hidden @ model.head.T).float() / c.temperature).log_softmax(-1)  # (N,V)
-        drawn = draw(logp, u[active, t], c.top_p)
-        tokens[active[open_], t] = drawn[open_]
-        logprobs[active[open_], t] = logp.gather(1, drawn[:, None])[open_, 0]
-        ended = open_ & (drawn == stop)
-        lengths[active[ended]] = t + 1
-        open_ &= ~ended
-        left = int(open_.sum())
-        if not left or t == limit - 1:
-            break
-        if left <= 0.75 * len(open_):  # finished rows are dropped in batches: dropping copies the caches
-            rows_left = open_.nonzero()[:, 0]
-            cache.keep(rows_left)
-            active, drawn, open_ = active[rows_left], drawn[rows_left], open_[rows_left]
-        hidden = model(drawn, cache.positions, cache.decode)
-        cache.advance()
-    ends = lengths.tolist()
-    return ([row[:n] for row, n in zip(tokens.tolist(), ends, strict=True)],
-            [row[:n] for row, n in zip(logprobs.tolist(), ends, strict=True)])
+    def __init__(self, model: Decoder, chunk: int = 0):
+        self.model, self.wanted = model, chunk
+        self.cache: Cache | None = None
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
+        self.share = 1.0  # of --cache-gb; halved once if memory runs out all the same
+
+    @torch.no_grad()
+    def __call__(self, c: Config, prompts: Sequence[tuple], keys: Sequence[tuple], limit: int,
+                 stops: Sequence[int]) -> list[Turn]:
+        """One response of at most `limit` tokens, the stop token included, to each (prefix, given) prompt; equal
+        prefixes are shared. keys: what each response's random numbers follow from. Turns in the order of prompts."""
+        with self.model.merged():
+            while True:
+                try:
+                    return self._run(c, prompts, keys, limit, stops)
+                except torch.OutOfMemoryError:
+                    if self.share < 1:
+                        raise InputError(f"out of memory while sampling with half of --cache-gb {c.cache_gb}; lower "
+                                         f"it, or --sample-rows {c.sample_rows}") from None
+                    self.share, self.cache = 0.5, None
+                    self.graphs.clear()
+                tqdm.write(f"out of memory while sampling: going on with half of --cache-gb {c.cache_gb}")
+
+    def _run(self, c, prompts, keys, limit, stops) -> list[Turn]:
+        self.c, self.limit, self.stops = c, limit, tuple(stops)
+        self.device, self.dtype = self.model.embed.device, self.model.embed.dtype
+        self.chunk = self.wanted or (16 if self.device.type == "cuda" else 1)
+        self.static = self.chunk > 1 and use_triton(self.device, self.dtype)  # launches of fixed size on fixed tensors
+        self.weights = hash(tuple(p.data_ptr() for p in self.model.parameters()))  # a graph knows them by address
+        turns: list[Turn | None] = [None] * len(prompts)
+        queue = self._reserve(prompts)
+        self.owner: list[int] = []  # the prompt that each row in use answers
+        while True:
+            self._admit(queue, prompts, keys)
+            if not self.owner:
+                return turns
+            for _ in range(self.chunk):
+                if self.static:
+                    self._replay()
+                    continue
+                self._draw(len(self.owner))
+                if self.chunk == 1:  # what has ended need not go through the model
+                    self._retire(prompts, turns)
+                self._forward(len(self.owner))
+            if self.chunk > 1:
+                self._retire(prompts, turns)
+
+    def _reserve(self, prompts) -> deque[list[int]]:
+        """Sizes cache and buffers; returns the queue: groups of prompts with equal prefixes, in parts that fit."""
+        m, groups = self.model.c, group_by_prefix([p for p, _ in prompts])
+        had = self.cache.capacity if self.cache else (0, 0, 0, 0)
+        suffix = max(had[2], self.limit + max((len(given) for _, given in prompts), default=0))
+        prefix = max(had[3], 1, *(len(p) for p, _ in prompts))
+        bytes_ = 2 * m.layers * m.key_heads * m.head_size * self.dtype.itemsize  # of a token's keys and values
+        budget = int(self.share * self.c.cache_gb * 1e9 / bytes_)
+        rows = count = 0
+        for members in groups:
+            fits = min(self.c.sample_rows, (budget - (count + 1) * prefix) // suffix) - rows
+            if fits < len(members) and count:
+                break
+            rows, count = rows + min(fits, len(members)), count + 1
+        if groups and rows < 1:
+            raise InputError(f"--cache-gb {self.c.cache_gb}: too little for one turn of {prefix + suffix} tokens; "
+                             f"raise it, or lower --section or --response")
+        need = (rows, count, suffix, prefix)
+        if any(n > h for n, h in zip(need, had, strict=True)) or self.limit > self.tokens.shape[1] - 1:
+            self.cache = None  # given back before the next one is made
+            self.graphs.clear()
+            self.cache = Cache(m.layers, m.key_heads, m.head_size, *need, self.device, self.dtype)
+            self._buffers(rows, m.width)
+        self.cache.clear()
+        self.most = max((min(len(g), rows) for g in groups), default=1)
+        return deque(g[i:i + rows] for g in groups for i in range(0, len(g), rows))
+
+    def _buffers(self, rows: int, width: int) -> None:
+        """What is known of each row. A row that has ended writes into one column more than there are tokens."""
+        def empty(*shape, dtype=torch.long):
+            return torch.zeros(rows, *shape, dtype=dtype, device=self.device)
+
+        self.hidden, self.token = empty(width, dtype=self.dtype), empty()  # (R,C), (R) last token drawn
+        self.count, self.done = empty(), empty(dtype=torch.bool)  # (R) tokens drawn, (R)
+        self.tokens = empty(self.limit + 1)  # (R,limit+1)
+        self.logprobs = empty(self.limit + 1, dtype=torch.float32)
+        self.random = empty(self.limit + 1, dtype=torch.float64)
+
+    def _admit(self, queue: deque[list[int]], prompts, keys) -> None:
+        """Takes groups from the queue while there are slots, and prefills them."""
+        cache, (rows, groups, *_), taken = self.cache, self.cache.capacity, []
+        while queue and cache.used + sum(map(len, taken)) + len(queue[0]) <= rows and (
+                cache.groups_used + len(taken) < groups):
+            taken.append(queue.popleft())
+        if not taken:
+            return
+        first, order = cache.used, [i for g in taken for i in g]
+        packed_rows = [(prompts[g[0]][0], [(prompts[i][1], [0]) for i in g]) for g in taken]
+        # in parts: one pass over all prompts took twice as long on a CPU, its activations fit no cache
+        for part in bounded(packed_rows, self.c.micro_tokens):
+            p, at = pack(part, self.device), cache.used
+            hidden = self.model(p.ids, p.layout.positions, cache.add(p.layout), p.source)  # at the last given token
+            self.hidden[at:cache.used] = hidden
+        new = slice(first, cache.used)
+        self.done[new], self.count[new] = False, 0
+        self.random[new, :self.limit] = torch.as_tensor(np.stack([uniforms(keys[i], self.limit) for i in order]),
+                                                        device=self.device)
+        self.owner += order
+        self._regroup()
+
+    def _regroup(self) -> None:
+        if self.static:
+            self.cache.regroup(*self.cache.capacity[:2], self.most)
+        else:
+            self.cache.regroup()
+
+    def _draw(self, n: int) -> None:
+        """The next token of the first n rows."""
+        logp = ((self.hidden[:n] @ self.model.head.T).float() / self.c.temperature).log_softmax(-1)  # (n,V)
+        ended, count = self.done[:n], self.count[:n]
+        at = torch.where(ended, self.tokens.shape[1] - 1, count)[:, None]
+        drawn = draw(logp, self.random[:n].gather(1, at)[:, 0], self.c.top_p)
+        self.token[:n] = drawn
+        self.tokens[:n].scatter_(1, at, drawn[:, None])
+        self.logprobs[:n].scatter_(1, at, logp.gather(1, drawn[:, None]))
+        count += ~ended
+        stopped = count >= self.limit
+        for stop in self.stops:
+            stopped |= drawn == stop
+        ended |= stopped
+
+    def _forward(self, n: int) -> None:
+        """The tokens drawn last go through the model."""
+        if n:
+            cache = self.cache
+            self.hidden[:n] = self.model(self.token[:n], cache.start[:n] + cache.lengths[:n], cache.decode)
+            cache.lengths[:n] += ~self.done[:n]
+
+    def _replay(self) -> None:
+        """_draw and _forward over the next power of two of rows: once as they are, then captured, then replayed."""
+        n = min(max(8, 1 << (self.cache.used - 1).bit_length()), self.cache.capacity[0])
+        key = (n, self.most, self.limit, self.stops, self.c.temperature, self.c.top_p, self.weights)
+        if key not in self.graphs or self.device.type != "cuda":
+            self.graphs[key] = None  # kernels are compiled and libraries set up
+            self._draw(n)
+            self._forward(n)
+            return
+        if self.graphs[key] is None:
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key]):
+                self._draw(n)
+                self._forward(n)
+        self.graphs[key].replay()
+
+    def _retire(self, prompts, turns) -> None:
+        """Takes out what has ended, in batches: closing the gaps copies keys and values."""
+        n = self.cache.used
+        done = self.done[:n].tolist()
+        if 4 * sum(done) < n:
+            return
+        ended = [i for i, over in enumerate(done) if over]
+        rows = torch.tensor(ended, device=self.device)
+        of = (x[rows].tolist() for x in (self.tokens, self.logprobs, self.count))
+        for i, tokens, logprobs, count in zip(ended, *of, strict=True):
+            turns[self.owner[i]] = Turn(*prompts[self.owner[i]], tokens[:count], logprobs[:count])
+        moves = self.cache.keep([i for i, over in enumerate(done) if not over])
+        move([self.hidden, self.token, self.count, self.done, self.tokens, self.logprobs, self.random], moves)
+        for source, target in moves:
+            self.owner[target] = self.owner[source]
+        del self.owner[self.cache.used:]
+        if self.owner:
+            self._regroup()
 
 
 # ---- The memory loop ---------------------------------------------------------------------------------------------
@@ -672,16 +889,17 @@ class Rollout:
 class Agent:
     """A policy with its prompts: the one memory loop that training and evaluation share."""
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, c: Config):
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, c: Config, sampler: Sampler | None = None):
         self.model, self.tokenizer, self.c = model, tokenizer, c
-        self.prompts = Prompts(tokenizer, c.prompt_order)
+        self.sampler = sampler or Sampler(model)
+        self.prompts = Prompts(tokenizer, c.prompt_order, FULL if c.prompts == "full" else SHORT, c.memory)
 
     def sample(self, prompts, keys) -> list[Turn]:
-        return sample(self.model, self.c, prompts, keys, self.c.response, self.tokenizer.end)
+        return self.sampler(self.c, prompts, keys, self.c.response, self.tokenizer.stops)
 
     def written(self, turn: Turn) -> list[int]:
         """What a turn wrote, without its stop token."""
-        return turn.sampled[:-1] if turn.sampled[-1] == self.tokenizer.end else turn.sampled
+        return list(itertools.takewhile(lambda token: token not in self.tokenizer.stops, turn.sampled))
 
     def boxed(self, turn: Turn) -> str | None:
         return extract_boxed(self.tokenizer.decode(self.written(turn)))
@@ -713,7 +931,7 @@ class Agent:
         return rollouts
 
     def _note(self, rollout: Rollout, turn: Turn, keep: bool) -> None:
-        rollout.finished += turn.sampled[-1] == self.tokenizer.end
+        rollout.finished += turn.sampled[-1] in self.tokenizer.stops
         if keep:
             rollout.turns.append(turn)
 
@@ -801,7 +1019,7 @@ def collect(agent: Agent, data: Data, stage: str, step: int) -> Batch:
         rewards += hits
         stats["recall"] = float(np.mean(hits)) if hits else 0.0
     stats |= {"reward": float(np.mean(rewards[:len(rollouts)])),
-              "finished": float(np.mean([t.sampled[-1] == agent.tokenizer.end for t in turns])),
+              "finished": float(np.mean([t.sampled[-1] in agent.tokenizer.stops for t in turns])),
               "memory_tokens": float(np.mean([len(m) for r in rollouts for m in r.memories])),
               "tokens_sampled": sum(len(t.sampled) for t in turns)}
     stats |= signs(agent, rollouts, rewards[:len(rollouts)], turns)
@@ -876,14 +1094,8 @@ def reference_logprobs(model: Decoder, reference: Decoder | None, packed: Packed
     """Log-probs under the policy that training started from: a frozen copy, or the network with its adapters off."""
     if reference is not None:
         return score(reference, packed, c.temperature)[0]
-    layers = [m for m in model.modules() if isinstance(m, Linear)]
-    for m in layers:
-        m.adapted = False
-    try:
+    with model.without_adapters():
         return score(model, packed, c.temperature)[0]
-    finally:
-        for m in layers:
-            m.adapted = True
 
 
 # ---- Data of a run -----------------------------------------------------------------------------------------------
@@ -903,7 +1115,7 @@ class Data:
             self.train_questions: list[Question] = []
         else:
             self.train, self.held_out = load_passages(c.corpus).split()
-            self.questions = load_questions(c.questions)[:c.eval_questions] if c.questions else []
+            self.questions = load_questions(c.questions, c.eval_questions) if c.questions else []
             self.train_questions = load_questions(c.train_questions) if c.train_questions else []
             self._refuse_leaks()
         # a corpus that can't do what the stages need is refused before anything is trained or written
@@ -950,12 +1162,13 @@ class Run:
     def __init__(self, c: Config):
         self.c, self.folder = c, RunFolder(Path("runs") / c.run)
         self.device = choose_device(c.device)
-        self.tokenizer = load_tokenizer()
-        self.data = Data(c, self.tokenizer)
-        self.model = Decoder(c, self.tokenizer.size).to(self.device)
+        self.tokenizer, self.model = self.build()
+        self.data = Data(self.c, self.tokenizer)
+        c = self.c
         self.agent = Agent(self.model, self.tokenizer, c)
         as_evaluated = dataclasses.replace(c, temperature=c.eval_temperature, top_p=c.eval_top_p)
-        self.evaluated = Agent(self.model, self.tokenizer, as_evaluated)  # the same loop, sampled with less noise
+        # the same loop, sampled with less noise
+        self.evaluated = Agent(self.model, self.tokenizer, as_evaluated, self.agent.sampler)
         longest = max([MASK_PROBLEM, *(q.question for q in self.data.questions)], key=len)
         if (need := self.agent.prompts.overhead(longest) + c.section + c.memory + c.response) > c.window:
             if c.corpus == "miniworld":
@@ -969,15 +1182,34 @@ class Run:
         self.folder.claim(dataclasses.asdict(c))
         self.log, self.interrupt = Log(self.folder.path, dataclasses.asdict(c)), Interrupt()
 
-    def base(self) -> Path:
-        """Where reinforcement learning starts from."""
-        if self.folder.finished("base"):
-            return self.folder.checkpoint("base")
-        return Path(self.c.init) if self.c.init else SHIPPED_BASE
+    def build(self) -> tuple[Tokenizer, Decoder]:
+        """Tokenizer and decoder; with --model on the meta device, until load() brings the weights."""
+        c = self.c
+        if not c.model:
+            tokenizer = load_tokenizer()
+            return tokenizer, Decoder(c, tokenizer.size).to(self.device)
+        self.source = locate(c.model, c.revision)
+        self.c = c = dataclasses.replace(c, **read_shape(self.source))
+        check(c)
+        tokenizer = load_tokenizer(self.source)
+        check_vocabulary(tokenizer, c.vocab)
+        with torch.device("meta"):
+            return tokenizer, Decoder(c, tokenizer.size)
 
     def load(self, system: str) -> None:
         """Fills the model with the weights of a system."""
-        load_checkpoint(self.base() if system == "base" else self.folder.checkpoint(system), self.model, self.tokenizer)
+        if system != "base":
+            load_checkpoint(self.folder.checkpoint(system), self.model, self.tokenizer)
+        elif self.c.model:
+            if self.c.lora_rank and self.model.base_id:
+                self.model.reset_adapters()
+            else:
+                load_weights(self.source, self.model, self.device)
+            if self.c.init:
+                load_adapter(Path(self.c.init), self.model)
+        else:
+            trained = self.folder.finished("base") and self.folder.checkpoint("base")
+            load_checkpoint(trained or Path(self.c.init or SHIPPED_BASE), self.model, self.tokenizer)
 
 
 SHIPPED_BASE = Path(__file__).parent / "data" / "nano" / "base.safetensors"
@@ -1055,7 +1287,7 @@ def copying_rows(c: Config, step: int, tokenizer: Tokenizer) -> list[tuple]:
     """64 sequences of 32 random tokens to be repeated: they build the copy circuit that everything rests on."""
     rng = np.random.default_rng([c.seed, step])
     tokens = rng.integers(0, tokenizer.size - 3, (64, 32)).tolist()
-    return [(ids, [([tokenizer.assistant], ids, 1.0)]) for ids in tokens]
+    return [(ids, [(tokenizer.assistant, ids, 1.0)]) for ids in tokens]
 
 
 def imitate(model: Decoder, rows, c: Config, step: int, device) -> tuple[float, int]:

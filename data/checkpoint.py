@@ -35,13 +35,16 @@ def digest(state: str, tensors: dict[str, torch.Tensor]) -> str:
 def save_checkpoint(path: Path, model: nn.Module, tokenizer: Tokenizer, state: dict, optimizers=(),
                     best: bool = False) -> None:
     """Weights, optimiser and state in one safetensors file, so that they can never disagree; the state also beside
-    it as JSON, to read. best: no checkpoint before was better. InputError where it can't be written; an earlier
-    checkpoint is then intact."""
-    tensors = {f"model.{k}": v.detach().contiguous() for k, v in model.state_dict().items()}
+    it as JSON, to read. Frozen weights are left out: the file then says whose adapters it holds. best: no checkpoint
+    before was better. InputError where it can't be written; an earlier checkpoint is then intact."""
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    tensors = {f"model.{k}": v.detach().contiguous() for k, v in model.state_dict().items() if k not in frozen}
     for o, optimizer in enumerate(optimizers):
         for i, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{o}.{i}.{k}": torch.as_tensor(v).contiguous() for k, v in slots.items()}
     state = {"format": 2, "tokenizer": tokenizer.fingerprint, "model": model.fields} | state
+    if frozen:
+        state["base"] = model.base_id
     text = json.dumps(state)
     with replacing(path) as temporary:
         try:
@@ -82,9 +85,15 @@ def load_checkpoint(path: Path, model: nn.Module, tokenizer: Tokenizer, optimize
             differing = [k for k, v in model.fields.items() if state["model"].get(k) != v]
             raise InputError(f"checkpoint {path}: {name} has shape {list(tensor.shape)}, which does not fit "
                              f"(fields that differ: {', '.join(differing)}); give those values or train a base")
-    # adapters may be absent: a base without LoRA starts them at zero
-    if missing := [k for k in own if k not in weights and ".lora_" not in k]:
+    adapters_only = "base" in state
+    if adapters_only and state["base"] != model.base_id:
+        raise InputError(f"checkpoint {path}: adapters of base {state['base']}, this is {model.base_id or 'none'}; "
+                         f"give the --model or --init that they were trained on")
+    if missing := [k for k in own if k not in weights and (".lora_" in k) == adapters_only]:
         raise InputError(f"checkpoint {path}: tensor {missing[0]} is missing; give a complete checkpoint")
+    if not adapters_only:
+        model.base_id = metadata["digest"][:16]
+        model.reset_adapters()
     model.load_state_dict(weights, strict=False)
     for o, optimizer in enumerate(optimizers):
         slots: dict[int, dict] = {}

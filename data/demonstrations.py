@@ -283,7 +283,7 @@ def tokenizer_text(words: int = 28_000) -> str:
     """Text that the mini-world tokenizer is trained on: passages, questions and prompts of training worlds."""
     from data import prompts as templates
 
-    fixed = [templates.UPDATE, templates.ANSWER, templates.DIRECT, templates.RECALL, templates.MASK_PROBLEM,
+    fixed = [templates.UPDATE, templates.ANSWER, templates.DIRECT, templates.RECALL.format(), templates.MASK_PROBLEM,
              templates.NO_MEMORY, "Memory: Section:\n Text:\n", "\\boxed{ }", " [MASK] [TARGET] \n"]
     parts, count, seed = ["\n".join(fixed).replace("{{", "{").replace("}}", "}")] * 20, 0, 1000
     while count < words:

@@ -1,4 +1,4 @@
-"""Byte-level BPE through tiktoken: the mini-world's own ranks, or any `.tiktoken` file.
+"""Byte-level BPE through tiktoken: the mini-world's own ranks, a `.tiktoken` file, or a published checkpoint.
 
     python -m data.tokenizer            # rebuild data/nano/miniworld.tiktoken (about two minutes)
 
@@ -6,19 +6,22 @@ The shipped ranks are older than the last changes to the mini-world's pages: a r
 phrasings are the same, their order is not), and then needs a base trained anew (`--stages base`).
 
 Text can never become a special token: documents, questions and memories pass through `encode`, which knows
-ordinary ranks only; the three special ids are placed by the prompt code alone.
+ordinary ranks only; the ids of `user`, `assistant` and `end` are placed by the prompt code alone.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import re
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import tiktoken
 
 from data import InputError
+from data.nfc import nfc
 
 SPECIALS = ("<|user|>", "<|assistant|>", "<|end|>")
 NANO_RANKS = Path(__file__).parent / "nano" / "miniworld.tiktoken"
@@ -27,40 +30,97 @@ NANO_RANKS = Path(__file__).parent / "nano" / "miniworld.tiktoken"
 # placeholders and the answer box stay whole, so that each can become one rank.
 PATTERN = (r" ?\[(?:MASK|TARGET)\]|\\boxed\{| ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
+# tiktoken's regex engine keeps a place to come back to for every character of a `\s+` before a lookahead, and panics
+# at the millionth. In strides of 256, while more than that is left, the same is matched.
+SPACES, STRIDES = r"\s+(?!", r"(?:\s{256}(?=\s{257}))*\s+(?!"
+SURROGATES = re.compile("[\ud800-\udfff]")
+
 
 class Tokenizer:
-    """ids <-> text. size: number of ids, specials included. user, assistant, end: the special ids."""
+    """ids <-> text.
 
-    def __init__(self, ranks: dict[bytes, int], name: str, pattern: str = PATTERN):
-        specials = {s: len(ranks) + i for i, s in enumerate(SPECIALS)}
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-        self.user, self.assistant, self.end = specials.values()
-        self.size = len(ranks) + len(specials)
-        self._ranks = ranks
+    size: the highest id + 1, specials included. user, assistant: the ids before the user's text and those between
+    it and the response. stops: the ids that end a response; end, the first of them, is the one that is trained.
+
+    ranks: the bytes that merging can give -> their order. ids: the id of each rank, where it isn't the rank.
+    tokens: id -> bytes of the whole vocabulary and added: text -> id of the special tokens, both of a checkpoint;
+    without them the three SPECIALS follow the ranks. normalized: text is brought to NFC first. lacking: bytes that
+    the vocabulary doesn't have; they are dropped from a text, as `tokenizers` does.
+    """
+
+    def __init__(self, ranks: dict[bytes, int], name: str, pattern: str = PATTERN, *, ids: list[int] | None = None,
+                 tokens: dict[int, bytes] | None = None, added: dict[str, int] | None = None,
+                 normalized: bool = False, lacking: bytes = b""):
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern.replace(SPACES, STRIDES), mergeable_ranks=ranks,
+                                          special_tokens={})
+        self.user, self.assistant, self.stops = [len(ranks)], [len(ranks) + 1], (len(ranks) + 2,)
+        self.added = added if tokens else {s: len(ranks) + i for i, s in enumerate(SPECIALS)}
+        self._tokens = tokens or {i: t for t, i in ranks.items()} | {i: s.encode() for s, i in self.added.items()}
+        self.size = max(self._tokens) + 1
+        self._ranks, self._pattern, self._ids, self._published = ranks, pattern, ids, tokens is not None
+        self._normalized, self._lacking = normalized, lacking
+
+    @property
+    def end(self) -> int:
+        return self.stops[0]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` as ordinary text: "<|end|>" in a document gives its characters, never the stop id."""
-        return self.encoding.encode_ordinary(text)
+        """Ids of `text` as ordinary text: "<|end|>" in a document gives its characters, never the stop id.
 
-    def decode(self, ids) -> str:
-        return self.encoding.decode(list(ids))
+        A lone surrogate counts as U+FFFD, as in data.corpus."""
+        if not text.isascii():
+            text = SURROGATES.sub("\ufffd", text)
+            text = nfc(text) if self._normalized else text
+        if self._lacking and len(data := text.encode()) > len(data.translate(None, self._lacking)):
+            ranks = self._encode_lacking(text)
+        else:
+            ranks = self.encoding.encode_ordinary(text)
+        return ranks if self._ids is None else [self._ids[r] for r in ranks]
+
+    def _encode_lacking(self, text: str) -> list[int]:
+        """Within a piece, what stands around a lacking byte merges across it. tiktoken can't be told so: its pieces
+        come from `regex` (its own dependency) here, whose Unicode is a version newer."""
+        import regex
+
+        pieces = (m[0].encode().translate(None, self._lacking) for m in regex.finditer(self._pattern, text))
+        return [r for p in pieces if p for r in self.encoding._encode_single_piece(p)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are no UTF-8 give U+FFFD, ids without a token nothing."""
+        return b"".join([self._tokens.get(i, b"") for i in ids]).decode("utf-8", "replace")
 
     @cached_property
     def fingerprint(self) -> str:
-        """12 hex digits over ranks and pattern; checkpoints carry it."""
-        digest = hashlib.sha256(self.encoding._pat_str.encode())
+        """12 hex digits over ranks and pattern, of a checkpoint also over ids and prompts; checkpoints carry it."""
+        digest = hashlib.sha256(self._pattern.encode())
         for token, rank in sorted(self._ranks.items(), key=lambda item: item[1]):
             digest.update(token + rank.to_bytes(4, "little"))
+        if self._published:
+            digest.update(repr((self._ids, sorted(self._tokens.items()), sorted(self.added.items()), self._normalized,
+                                self.user, self.assistant, self.stops)).encode())
         return digest.hexdigest()[:12]
 
 
 def load_tokenizer(path: str | Path = NANO_RANKS) -> Tokenizer:
-    """Reads tiktoken's file form: a line a rank, base64 of the bytes, a space, the rank. InputError if it isn't."""
-    path, ranks = Path(path), {}
+    """The tokenizer of a `.tiktoken` file, or of the folder of a published checkpoint (data.published).
+
+    A file has tiktoken's form, a line a rank: base64 of the bytes, a space, the rank. InputError if it isn't so.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from data.published import load_published
+
+        return load_published(path)
+    return Tokenizer(read_ranks(path), path.stem)
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
     try:
         lines = path.read_bytes().splitlines()
     except OSError as e:
-        raise InputError(f"tokenizer {path}: {e.strerror}; give an existing .tiktoken file") from None
+        raise InputError(f"tokenizer {path}: {e.strerror}; give an existing .tiktoken file or a checkpoint's "
+                         f"folder") from None
     for k, line in enumerate(lines, 1):
         try:
             token, rank = line.split()
@@ -69,7 +129,14 @@ def load_tokenizer(path: str | Path = NANO_RANKS) -> Tokenizer:
             raise InputError(f"tokenizer {path}, line {k}: expected 'base64 rank', as tiktoken writes it") from None
     if sorted(ranks.values()) != list(range(len(lines))) or any(bytes([b]) not in ranks for b in range(256)):
         raise InputError(f"tokenizer {path}: ranks must be 0..n-1 and include all 256 bytes; rebuild or replace it")
-    return Tokenizer(ranks, path.stem)
+    return ranks
+
+
+def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
+    """InputError if an id of the tokenizer has no row among the `rows` of an embedding."""
+    if tokenizer.size > rows:
+        raise InputError(f"tokenizer {tokenizer.encoding.name}: its ids go up to {tokenizer.size - 1}, the model's "
+                         f"embedding has {rows} rows; give the tokenizer and the weights of one checkpoint")
 
 
 def build(path: Path = NANO_RANKS, size: int = 1533) -> None:

@@ -7,6 +7,8 @@
         each kernel beside peers that compute the same: seconds, extra memory, share of the measured ceilings
     python -m eval.bench compile [--out FILE]
         every kernel compiled for six GPU generations, without a GPU: shared memory, registers, spills
+    python -m eval.bench documents [--tokenizer FILE] [--repeats 50] [--out FILE] [any field of memtrain.Config]
+        masked documents of --corpus, built one after the other: milliseconds, tokens, passages, memory
     python -m eval.bench time [--runs 3] [--out FILE] [any field of memtrain.Config]
         the whole of `python memtrain.py`, once a seed, in runs/time-SEED: wall seconds and peak memory of each run
 
@@ -357,6 +359,45 @@ def compile_kernels(argv: Sequence[str]) -> int:
     return int(any(r.shared_kb > r.limit_kb for r in rows))
 
 
+# ---- documents: masked documents of a corpus ------------------------------------------------------------------------
+
+
+def documents(argv: Sequence[str]) -> int:
+    parser = Parser("documents", "masked documents of a corpus, built one after the other")
+    parser.add_argument("--tokenizer", type=Path, help=".tiktoken file to count with (default: the nano preset's)")
+    parser.add_argument("--repeats", type=int, default=50, help="how many documents (default: 50)")
+    options, fields = parser.read(argv, at_least_one=("repeats",))
+    refuse_own(fields, "stages", "run")
+    c = memtrain.parse(["--stages", "memtrain", *fields])
+    tokenizer = memtrain.load_tokenizer(*filter(None, [options.tokenizer]))
+    began = time.perf_counter()
+    data = memtrain.Data(c, tokenizer)  # reads and indexes the corpus, and builds document 0
+    ready = time.perf_counter() - began
+    cpu, rows = torch.device("cpu"), []
+    _forget_peak(cpu)
+    before = _peak_mb(cpu)
+    for i in tqdm(range(options.repeats), "documents", unit="document"):
+        began = time.perf_counter()
+        problem = data.masked_problem(i)
+        rows.append({"ms": 1e3 * (time.perf_counter() - began), "passages": len(problem.passages),
+                     "tokens": sum(len(tokenizer.encode(p + "\n")) for p in problem.passages)})
+    result = {"corpus": data.train.name, "corpus_passages": len(data.train), "ready_seconds": ready,
+              "entities": data.finder.name, "extra_mb": _peak_mb(cpu) - before, "documents": rows}
+    finish("documents", argv, options.out, cpu, result | {"config": asdict(c)}, documents_table(result))
+    return 0
+
+
+def documents_table(result: dict) -> str:
+    lines = [f"{len(result['documents'])} masked documents of {result['corpus']}: {result['corpus_passages']:,} "
+             f"passages, read and indexed in {result['ready_seconds']:.1f} s; entities: {result['entities']}\n",
+             f"{'':12s}{'min':>10s}{'median':>10s}{'p90':>10s}{'max':>10s}"]
+    for name in ("ms", "tokens", "passages"):
+        values = sorted(row[name] for row in result["documents"])
+        figures = (values[0], statistics.median(values), values[-(-9 * len(values) // 10) - 1], values[-1])
+        lines.append(f"{name:12s}" + "".join(f"{v:10,.1f}" if name == "ms" else f"{v:10,.0f}" for v in figures))
+    return "\n".join([*lines, f"\nbuilding them took at most {result['extra_mb']:.1f} MB more than before"])
+
+
 # ---- time: the whole command ---------------------------------------------------------------------------------------
 
 
@@ -452,7 +493,7 @@ def finish(name: str, argv: Sequence[str], out: Path | None, device, result: dic
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": step, "kernels": kernels, "compile": compile_kernels,
-                                                        "time": time_runs}
+                                                        "documents": documents, "time": time_runs}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

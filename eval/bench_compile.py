@@ -29,7 +29,8 @@ HEAD_SIZES = (32, 64, 80, 96, 128)
 # Pointer types of kernel arguments that are not the inputs' dtype, and scalars that are not int32.
 FP32 = {"LSE", "DELTA", "ACC", "M", "L", "MAX", "SUM", "MEAN", "CHOSEN", "ENTROPY", "G_LOGPROB", "G_ENTROPY", "NEW",
         "OLD", "REF", "ADVANTAGE", "GRADIENT", "PARTS"}
-INT32 = {"tile_start", "tile_group", "own_start", "own_end", "group_start", "prefix_end", "group_end", "offsets"}
+INT32 = {"tile_start", "tile_group", "own_start", "own_end", "group_start", "prefix_end", "group_end", "offsets",
+         "order"}
 INT64 = {"TARGET", "GROUP", "ROLLOUT", "OFFSETS", "lengths"}
 FLOATS = {"scale", "interactions", "low", "high", "beta"}
 INPUTS = {"Q", "K", "V", "O", "DO", "DQ", "DK", "DV", "X", "W", "DZ"}

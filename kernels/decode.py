@@ -29,17 +29,35 @@ from kernels import tl, triton, use_triton
 
 
 class Members:
-    """Which rollouts belong to which group; rollouts of a group are neighbours. Built once for all layers and tokens.
+    """Which rollouts belong to which group. Built once for all layers and many tokens.
 
-    group (N) int64, ascending; groups: B. offsets (B+1) int32: rollouts offsets[b] to offsets[b+1] read prefix b.
-    most: largest group. row (N): place of each rollout in a (B, most) grid.
+    group (N) int64, in any order; groups: B. order (N) int32: the rollouts, group after group; offsets (B+1) int32:
+    those of group b are order[offsets[b]:offsets[b+1]]. most: rollouts to expect in a group, the largest unless given.
+    row (N): place of each rollout in a (B, most) grid; full: that grid has no gap and the rollouts are in its order.
     """
 
-    def __init__(self, group: torch.Tensor, groups: int):
+    def __init__(self, group: torch.Tensor, groups: int, most: int | None = None):
         counts = torch.bincount(group, minlength=groups)
         first = F.pad(counts.cumsum(0), (1, 0))
-        self.most, self.offsets = int(counts.max()), first.int()
-        self.row = group * self.most + torch.arange(len(group), device=group.device) - first[group]
+        self.most, self.offsets = most or int(counts.max()), first.int()
+        order = group.argsort(stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(group), device=group.device)
+        self.order, self.row = order.int(), group * self.most + place - first[group]
+        self.full = groups * self.most == len(group) and bool((order == place).all())
+
+    def to(self, device: torch.device) -> Members:
+        self.offsets, self.order, self.row = (x.to(device) for x in (self.offsets, self.order, self.row))
+        return self
+
+    def replace(self, other: Members, rows: int) -> None:
+        """Takes over `other` in place, for a launch over `rows` rollouts, of which `other` may know fewer: the rest
+        belongs to no group. Only the kernels can do that, the reference needs a group for every row."""
+        self.most, self.row, self.full = other.most, other.row, other.full
+        self.offsets[:len(other.offsets)] = other.offsets
+        self.offsets[len(other.offsets):] = len(other.order)
+        self.order[:len(other.order)] = other.order
+        self.order[len(other.order):rows] = 0
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------------
@@ -74,25 +92,26 @@ def _tile(acc, m, l, q, k_ptr, v_ptr, keys, end, scale, d, D: tl.constexpr, EXAC
 
 
 @triton.jit
-def _decode_prefix(Q, K, V, lengths, offsets, ACC, M, L, scale, room, split, N, H: tl.constexpr, R: tl.constexpr,
+def _decode_prefix(Q, K, V, lengths, offsets, order, ACC, M, L, scale, room, split, N, H: tl.constexpr, R: tl.constexpr,
                    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr):
     """One split of one group's prefix under one key head, for BM of the group's (rollout, query head) pairs."""
     b, kh, s = tl.program_id(0), tl.program_id(1) % (H // R), tl.program_id(2)
     tile = tl.program_id(1) // (H // R)
     first, last, length = tl.load(offsets + b), tl.load(offsets + b + 1), tl.load(lengths + b)
     pair, d = tile * BM + tl.arange(0, BM), tl.arange(0, BD)
-    n, h = (first + pair // R).to(tl.int64), kh * R + pair % R
-    here = (n < last)[:, None] & (d < D)[None, :]
+    live = first + pair // R < last
+    n, h = tl.load(order + first + pair // R, mask=live, other=0).to(tl.int64), kh * R + pair % R
+    here = live[:, None] & (d < D)[None, :]
     q = tl.load(Q + (n * H + h)[:, None] * D + d[None, :], mask=here, other=0.0)
     acc, m, l = tl.zeros([BM, BD], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     base = (b.to(tl.int64) * (H // R) + kh) * room * D
-    end = tl.minimum(length, (s + 1) * split)
+    end = tl.where(first < last, tl.minimum(length, (s + 1) * split), 0)  # nobody reads it: nothing to do
     for j in range(s * split, end, BN):
         acc, m, l = _tile(acc, m, l, q, K + base, V + base, j + tl.arange(0, BN), end, scale, d, D, EXACT)
     out = (s.to(tl.int64) * N + n) * H + h
     tl.store(ACC + out[:, None] * D + d[None, :], acc, mask=here)
-    tl.store(M + out, m, mask=n < last)
-    tl.store(L + out, l, mask=n < last)
+    tl.store(M + out, m, mask=live)
+    tl.store(L + out, l, mask=live)
 
 
 @triton.jit
@@ -135,8 +154,8 @@ def _decode(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_le
     acc = q.new_empty(splits, N, H, D, dtype=torch.float32)
     m, l = q.new_empty(2, splits, N, H, dtype=torch.float32)
     if splits:
-        _decode_prefix[B, K * tiles, splits](q, prefix_k, prefix_v, prefix_lengths, members.offsets, acc, m, l, scale,
-                                             P, split, N, BM=BM, **sizes)
+        _decode_prefix[B, K * tiles, splits](q, prefix_k, prefix_v, prefix_lengths, members.offsets, members.order,
+                                             acc, m, l, scale, P, split, N, BM=BM, **sizes)
     _decode_suffix[N, K](q, suffix_k, suffix_v, suffix_lengths, acc, m, l, out, scale, suffix_k.shape[2], splits, N,
                          BM=max(16, triton.next_power_of_2(R)), **sizes)
     return out
@@ -165,7 +184,7 @@ def memory_decode(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suf
     expected = {"prefix_v": (prefix_v, (B, K, P, D)), "prefix_lengths": (prefix_lengths, (B,)),
                 "prefix_k": (prefix_k, (B, K, P, D)), "suffix_k": (suffix_k, (N, K, S, D)),
                 "suffix_v": (suffix_v, (N, K, S, D)), "suffix_lengths": (suffix_lengths, (N,)),
-                "members.row": (members.row, (N,)), "members.offsets": (members.offsets, (B + 1,))}
+                "members.order": (members.order[:N], (N,)), "members.offsets": (members.offsets[:B + 1], (B + 1,))}
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape or tensor.device != q.device:
             raise ValueError(f"{name}: {tuple(tensor.shape)} on {tensor.device}, expected {shape} on {q.device}")
@@ -184,14 +203,15 @@ def memory_decode(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suf
 def memory_decode_reference(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths,
                             members: Members) -> torch.Tensor:
     """Same result. Rollouts sit in a (groups, most) grid, so that one matrix product reads each prefix once."""
-    (N, H, D), (B, K, P, _), most = q.shape, prefix_k.shape, members.most
-    R, used = H // K, int(suffix_lengths.max())
+    (N, H, D), (B, K, _, _), most = q.shape, prefix_k.shape, members.most
+    R, used, P = H // K, int(suffix_lengths.max()), int(prefix_lengths.max())
+    prefix_k, prefix_v = prefix_k[:, :, :P], prefix_v[:, :, :P]
     suffix_k, suffix_v = suffix_k[:, :, :used], suffix_v[:, :, :used]
     hidden = torch.arange(P, device=q.device) >= prefix_lengths[:, None]  # (B,P)
     own_hidden = torch.arange(used, device=q.device) >= suffix_lengths[:, None]  # (N,S)
     q = (q * (1 / math.sqrt(D))).view(N, K, R, D)
     own = (q @ suffix_k.transpose(-1, -2)).masked_fill(own_hidden[:, None, None], -torch.inf)  # (N,K,R,S)
-    full = B * most == N
+    full = members.full
     grid = q if full else q.new_zeros(B * most, K, R, D).index_copy_(0, members.row, q)
     grid = grid.view(B, most, K, R, D).transpose(1, 2).reshape(B, K, most * R, D)
     far = (grid @ prefix_k.transpose(-1, -2)).masked_fill(hidden[:, None, None], -torch.inf)

@@ -150,14 +150,27 @@ def test_time_command(tmp_path, monkeypatch, capsys):
     assert bench.main(["time"]) == 2 and "runs/time-1 exists" in capsys.readouterr().err
 
 
+def test_documents_command(tmp_path, capsys):
+    out = tmp_path / "documents.json"
+    argv = ["documents", "--people", "60", "--passages", "20", "--related", "5", "--repeats", "11", "--out", str(out)]
+    assert bench.main(argv) == 0
+    rows = json.loads(out.read_text())["documents"]
+    assert len(rows) == 11 and all(r["ms"] > 0 and r["passages"] == 20 and 200 < r["tokens"] < 1280 for r in rows)
+    tokens = sorted(r["tokens"] for r in rows)
+    line = next(t for t in capsys.readouterr().out.splitlines() if t.startswith("tokens"))
+    assert [int(v.replace(",", "")) for v in line.split()[1:]] == [tokens[k] for k in (0, 5, 9, 10)]
+
+
 @pytest.mark.parametrize(("argv", "says"), [
-    (["speed"], "speed: unknown benchmark; choose one of step, kernels, compile, time"),
+    (["speed"], "speed: unknown benchmark; choose one of step, kernels, compile, documents, time"),
     (["step", "--repeats", "0"], "--repeats 0: must be at least 1"),
     (["step", "--repeats", "x"], "--repeats"), (["step", "--grup", "4"], "--grup"),
     (["step", "--group", "1"], "--group 1"), (["step", "--update-documents", "2"], "leave it out"),
     (["step", "--update_documents=2"], "leave it out"), (["step", "--documents", "0"], "--documents 0"),
     (["step", "--init", "nowhere.safetensors"], "nowhere.safetensors"),
     (["step", "--out", "nowhere/x.json"], "--out nowhere/x.json"), (["time", "--run", "mine"], "leave it out"),
+    (["documents", "--tokenizer", "no.tiktoken"], "no.tiktoken"), (["documents", "--repeats", "0"], "--repeats 0"),
+    (["documents", "--corpus", "none.txt"], "none.txt"), (["documents", "--related", "99"], "--related 99"),
     (["time", "--runs", "-1"], "--runs -1"), (["time", "--preset", "huge"], "--preset huge")])
 def test_bad_arguments(argv, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,9 @@
 """The mini-world, the tokenizer, and all that is made from passages: masked documents, recalls, demonstrations."""
 
+import gc
 import random
 import re
+import tracemalloc
 from itertools import chain, pairwise
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from data import InputError
 from data.corpus import Corpus, Passage
 from data.demonstrations import DILIGENT_MASKED, DILIGENT_QUESTION, Demonstrator, DemoSteps, sentences
-from data.entities import RuleFinder, mask_entity, occurs
+from data.entities import RuleFinder, _occurrence, mask_entity, occurs
 from data.miniwiki import ASKING, CLUES, COMPARED, FILLERS, QUESTION_KINDS, RELATIONS, MiniWorld
 from data.prompts import MASK_PROBLEM, Prompts
 from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, split_sections
@@ -161,7 +163,7 @@ def test_every_text_round_trips_and_none_makes_a_special_token(tokenizer, world)
     texts += [rng.randbytes(200).decode("utf-8", "replace") for _ in range(20)]
     texts += ["".join(chr(rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)))) for _ in range(50))
               for _ in range(20)]
-    special = {tokenizer.user, tokenizer.assistant, tokenizer.end}
+    special = {*tokenizer.user, *tokenizer.assistant, tokenizer.end}
     assert special == set(range(tokenizer.size - 3, tokenizer.size))
     for text in texts:
         ids = tokenizer.encode(text)
@@ -252,6 +254,31 @@ def test_a_corpus_that_does_not_know_its_facts_is_masked_too(world):
         pytest.fail("never asked for Marie Curie")
 
 
+def test_documents_do_not_stay_in_memory(corpus, world, tokenizer):
+    """Thousands are trained on: one at a time is there. What stays of 100 is less than three of them."""
+    def build(indices) -> int:
+        sizes = []
+        for i in indices:
+            masked_document(corpus, FINDER, 7, i, 100, 30)
+            problem = qa_document(world.question(i), world.passages, tokenizer, 4000, i)
+            sizes.append(sum(map(len, problem.passages)))
+        _occurrence.cache_clear()  # the compiled rules of the last 4,096 entities are kept; so are re's last 512
+        re.purge()
+        gc.collect()
+        return min(sizes)
+
+    build(range(5))
+    tracemalloc.start()
+    try:
+        build(range(5, 10))
+        before = tracemalloc.get_traced_memory()[0]
+        smallest = build(range(10, 110))
+        after, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 3 * smallest and peak - before < 50 * smallest, (before, after, peak, smallest)
+
+
 def test_recall_targets_are_never_placeholders(masked):
     rng = random.Random(0)
     for problem in masked[:30]:
@@ -340,7 +367,7 @@ def test_demonstrations_show_valid_turns_within_the_budgets(demos, world, tokeni
     for demo in batch:
         for given, response in demo.suffixes:
             assert response.index(tokenizer.end) == len(response) - 1 < NANO.response
-            assert given[-1] == tokenizer.assistant and demo.prefix[0] == tokenizer.user
+            assert given[-1:] == tokenizer.assistant and demo.prefix[:1] == tokenizer.user
             assert len(demo.prefix) + len(given) + len(response) <= NANO.window
             prompt, said = tokenizer.decode(demo.prefix + given), tokenizer.decode(response[:-1])
             if demo.kind == "update":

@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 from test_kernels import dense, plain_loss
 
 import memtrain
+from data import InputError
 from data.entities import occurs
 from data.files import write_json
 from data.folder import Interrupt
 from data.tasks import Problem
+from kernels.cache import Cache
 from kernels.grpo import grpo_loss
-from memtrain import Batch, Cache, Turn, collect, micro_batches, nucleus, pack, sample, score, update, with_signal
+from memtrain import Batch, Sampler, Turn, collect, micro_batches, nucleus, pack, score, update, with_signal
 
 STOP = 2
 
@@ -38,7 +40,7 @@ def prompts_of(vocab=29, seed=0) -> list[tuple]:
 
 def sampled(model, c, limit=14, prompts=None, keys=None) -> list[Turn]:
     prompts = prompts or prompts_of()
-    return sample(model, c, prompts, keys or [("k", i) for i in range(len(prompts))], limit, STOP)
+    return Sampler(model)(c, prompts, keys or [("k", i) for i in range(len(prompts))], limit, [STOP])
 
 
 def packed_of(turns):
@@ -101,6 +103,67 @@ def test_a_response_follows_from_its_key_alone(rows, tiny, decoder):
     (single,) = sampled(model, tiny(), prompts=prompts[4:5], keys=keys[4:5])
     assert single.sampled == whole[4]
     assert [t.sampled for t in sampled(model, tiny(), keys=[("other", i) for i in range(9)])] != whole
+
+
+@pytest.mark.parametrize(("kernels", "rows"), [("torch", "1024"), ("torch", "3"), ("triton", "5")])
+def test_chunks_of_launches_of_fixed_size_sample_the_same(kernels, rows, tiny, decoder, monkeypatch):
+    """What CUDA does, but for the capture itself: several steps between two looks, rows that idle or have ended, slots
+    that are filled again, buffers that stay from call to call."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = decoder(vocab=9)
+    expected = [sampled(model, tiny(), limit, prompts_of(9)) for limit in (9, 4)]
+    monkeypatch.setenv("MEMTRAIN_KERNELS", kernels)
+    sampler, c, prompts = Sampler(model, chunk=4), tiny("--sample-rows", rows), prompts_of(9)
+    keys = [("k", i) for i in range(len(prompts))]
+    for limit, turns in zip((9, 4), expected, strict=True):
+        got, cache = sampler(c, prompts, keys, limit, [STOP]), sampler.cache
+        assert sampler.static == (kernels == "triton")
+        assert [t.sampled for t in got] == [t.sampled for t in turns]
+        for a, b in zip(got, turns, strict=True):
+            torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4, rtol=0)
+    assert sampler.cache is cache, "a shorter limit needs no other buffers"
+
+
+def test_any_of_several_stop_tokens_ends_a_response(tiny, decoder):
+    model, prompts = decoder(vocab=9), prompts_of(9)
+    one = sampled(model, tiny(), 24, prompts)
+    two = Sampler(model)(tiny(), prompts, [("k", i) for i in range(9)], 24, [STOP, 4])
+    for a, b in zip(one, two, strict=True):
+        first = next((i for i, token in enumerate(a.sampled) if token in (STOP, 4)), len(a.sampled) - 1)
+        assert b.sampled == a.sampled[:first + 1]
+    assert any(t.sampled[-1] == 4 for t in two)
+
+
+def test_sampling_keeps_to_its_budget(tiny, decoder, monkeypatch):
+    """Batches are sized by --cache-gb before anything runs; if memory is short all the same, half of it, once."""
+    model = decoder(vocab=9)
+    expected = [t.sampled for t in sampled(model, tiny(), 14, prompts_of(9))]
+    token = 2 * 2 * 2 * 8 * 4  # bytes: keys and values, layers, key heads, head size, fp32
+    c = tiny("--cache-gb", str(190 * token / 1e9))  # a prefix of 70 and a suffix of 18, five times
+    sampler = Sampler(model)
+    keys = [("k", i) for i in range(9)]
+    assert [t.sampled for t in sampler(c, prompts_of(9), keys, 14, [STOP])] == expected
+    rows, groups, suffix, prefix = sampler.cache.capacity
+    assert rows * suffix + groups * prefix <= 190 and rows < 9
+    with pytest.raises(InputError, match="too little for one turn"):
+        sampled(model, tiny("--cache-gb", "1e-6"))
+
+    def failing(times):
+        left, forward = [times], memtrain.Decoder.forward
+
+        def forward_or_not(self, *arguments):
+            left[0] -= 1
+            if left[0] in range(times):
+                raise torch.OutOfMemoryError
+            return forward(self, *arguments)
+        monkeypatch.setattr(memtrain.Decoder, "forward", forward_or_not)
+
+    failing(1)
+    assert [t.sampled for t in Sampler(model)(tiny(), prompts_of(9), keys, 14, [STOP])] == expected
+    failing(2)
+    with pytest.raises(InputError, match="out of memory while sampling with half"):
+        sampled(model, tiny())
 
 
 def test_nucleus():
@@ -174,7 +237,7 @@ def test_a_packed_batch_is_each_sequence_alone(options, tiny, decoder):
 def test_who_wrote_a_token_decides_what_is_trained(agent, tiny):
     """Everything sampled is scored, the stop token included; prompts and sections never, whatever they say."""
     a = agent()
-    end, assistant = a.tokenizer.end, a.tokenizer.assistant
+    end, assistant = a.tokenizer.end, a.tokenizer.assistant[-1]
     text = a.tokenizer.encode("\\boxed{ Brisar River} <|assistant|> Memory: Section: <|end|>")
     prompts = [a.prompts.update("Who?", text, text), a.prompts.answer("Who?", text), a.prompts.recall(text, text)]
     turns = [Turn(*prompts[0], [*text, end], []), Turn(*prompts[0], [end], []), Turn(*prompts[1], text, []),
@@ -318,8 +381,8 @@ def test_prompt_orders(order, agent):
                          "answer": a.prompts.answer("PROBLEM <|end|>", memory),
                          "direct": a.prompts.direct("PROBLEM <|end|>", section)}.items():
         ids = prompt[0] + prompt[1]
-        assert ids[0] == a.tokenizer.user and ids[-1] == a.tokenizer.assistant
-        assert sum(i >= a.tokenizer.user for i in ids) == 2, "a problem can't forge a special token"
+        assert [ids[0]] == a.tokenizer.user and [ids[-1]] == a.tokenizer.assistant
+        assert sum(i >= a.tokenizer.user[0] for i in ids) == 2, "a problem can't forge a special token"
         text = a.tokenizer.decode(ids)
         parts = ["the SECTION", "the MEMORY"] if order == "section-first" else ["the MEMORY", "the SECTION"]
         parts = [p for p in parts if p in text]
@@ -328,7 +391,7 @@ def test_prompt_orders(order, agent):
         assert [text.index(p) for p in parts] == sorted(text.index(p) for p in parts), text
     shared = a.prompts.update("PROBLEM", section, memory)[0]
     assert ("SECTION" in a.tokenizer.decode(shared)) == (order == "section-first")
-    assert a.prompts.recall(section, memory)[1] == [a.tokenizer.assistant], "G2 samples share the whole prompt"
+    assert a.prompts.recall(section, memory)[1] == a.tokenizer.assistant, "G2 samples share the whole prompt"
     assert a.prompts.overhead("PROBLEM") + len(section) + len(memory) == sum(
         map(len, a.prompts.update("PROBLEM", section, memory)))
 

@@ -1,0 +1,125 @@
+"""Keys and values of rollouts that are being decoded, in slots: prefixes once a group, suffixes once a rollout.
+
+The slots are allocated once and reused: finished rollouts and groups are overwritten by the last live ones, so that
+those in use are always the first, and new ones are added behind them. No tensor changes its place, so that a decoding
+step can be captured as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kernels.attention import memory_attention
+from kernels.decode import Members, memory_decode
+from kernels.layout import Layout
+
+
+class Cache:
+    """rows, groups: slots for R rollouts and B prefixes; suffix_room, prefix_room: tokens in each. `used` rollouts of
+    `groups_used` prefixes are in it; group (on the host): the group of each.
+
+    Legend: B groups, N rollouts in use, K key heads, D head size, P room of a prefix, S room of a suffix.
+    """
+
+    def __init__(self, layers: int, key_heads: int, head_size: int, rows: int, groups: int, suffix_room: int,
+                 prefix_room: int, device: torch.device, dtype: torch.dtype):
+        def empty(slots, room):  # per layer: keys, values
+            return [tuple(torch.zeros(slots, key_heads, room, head_size, device=device, dtype=dtype) for _ in range(2))
+                    for _ in range(layers)]
+
+        self.prefix, self.suffix = empty(groups, prefix_room), empty(rows, suffix_room)  # (B,K,P,D), (R,K,S,D)
+        self.prefix_lengths = torch.zeros(groups, dtype=torch.long, device=device)  # (B)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (R) tokens in each suffix
+        self.start = torch.zeros(rows, dtype=torch.long, device=device)  # (R) positions before the suffix
+        self.group: list[int] = []
+        self.groups_used, self.static = 0, False
+        self.members = Members(torch.zeros(rows, dtype=torch.long, device=device), groups)
+
+    @property
+    def used(self) -> int:
+        return len(self.group)
+
+    @property
+    def capacity(self) -> tuple[int, int, int, int]:
+        """(rows, groups, tokens of a suffix, tokens of a prefix)."""
+        (prefix, _), (suffix, _) = self.prefix[0], self.suffix[0]
+        return len(suffix), len(prefix), suffix.shape[2], prefix.shape[2]
+
+    def clear(self) -> None:
+        self.group, self.groups_used = [], 0
+
+    def add(self, layout: Layout):
+        """Slots for all groups and rollouts of a packed batch of prompts; returns attend(layer, q, k, v) for its
+        forward pass: memory attention, which puts keys and values away. Call regroup() before decoding."""
+        first_row, first_group = self.used, self.groups_used
+        self.group += (layout.group + first_group).tolist()
+        self.groups_used += layout.groups
+        rows, groups = slice(first_row, self.used), slice(first_group, self.groups_used)
+        self.prefix_lengths[groups], self.lengths[rows] = layout.prefix_lengths, layout.suffix_lengths
+        self.start[rows] = layout.prefix_lengths[layout.group]
+
+        def places(start, lengths):
+            index = torch.arange(int(lengths.max()), device=layout.device)
+            return index * (index < lengths[:, None]) + start[:, None]
+
+        parts = [(self.prefix, groups, places(layout.prefix_start, layout.prefix_lengths)),  # (b,p)
+                 (self.suffix, rows, places(layout.suffix_start, layout.suffix_lengths))]  # (n,s)
+
+        def attend(layer, q, k, v):
+            for caches, slots, index in parts:
+                for cache, x in zip(caches[layer], (k, v), strict=True):
+                    cache[slots, :, :index.shape[1]] = x[index].transpose(1, 2)
+            return memory_attention(q, k, v, layout)
+
+        return attend
+
+    def decode(self, layer, q, k, v):
+        """attend() of one new token a rollout: its key goes to place `lengths`, which the caller then counts. There may
+        be more rows than are in use: what they hold is overwritten, what they give means nothing."""
+        keys, values = (x[:len(q)] for x in self.suffix[layer])
+        rows, lengths = torch.arange(len(q), device=q.device), self.lengths[:len(q)]
+        keys[rows, :, lengths], values[rows, :, lengths] = k, v
+        prefix = self.prefix[layer] if self.static else [x[:self.groups_used] for x in self.prefix[layer]]
+        return memory_decode(q, *prefix, self.prefix_lengths[:len(prefix[0])], keys, values, lengths + 1, self.members)
+
+    def keep(self, rows: Sequence[int]) -> list[tuple[int, int]]:
+        """Drops all rollouts but `rows` (ascending), and prefixes that nobody reads any more. Returns the moves
+        [(from, to), ...] of rollouts, for what else the caller keeps of each. Call regroup() before decoding."""
+        moves = _moves(rows)
+        group = [self.group[i] for i in rows[:len(rows) - len(moves)]]
+        for source, target in moves:
+            group.insert(target, self.group[source])
+        prefixes = sorted(set(group))
+        shifts = _moves(prefixes)
+        for tensors, pairs in (([self.lengths, self.start, *(x for kv in self.suffix for x in kv)], moves),
+                               ([self.prefix_lengths, *(x for kv in self.prefix for x in kv)], shifts)):
+            move(tensors, pairs)
+        renamed = dict(shifts)
+        self.group = [renamed.get(g, g) for g in group]
+        self.groups_used = len(prefixes)
+        return moves
+
+    def regroup(self, rows: int | None = None, groups: int | None = None, most: int | None = None) -> None:
+        """Tells the kernels who reads which prefix. rows, groups, most: sizes to launch for, whatever is in use; then
+        nothing that a captured launch reads changes its place."""
+        group, self.static = torch.tensor(self.group), rows is not None
+        if self.static:
+            self.members.replace(Members(group, groups, most), rows)
+        else:
+            self.members = Members(group, self.groups_used).to(self.lengths.device)
+
+
+def _moves(live: Sequence[int]) -> list[tuple[int, int]]:
+    """[(from, to), ...] that bring the slots `live` (ascending) to the front: the last ones fill the gaps."""
+    gaps = sorted(set(range(len(live))) - set(live))
+    return list(zip([i for i in live if i >= len(live)], gaps, strict=True))
+
+
+def move(tensors: Sequence[torch.Tensor], moves: Sequence[tuple[int, int]]) -> None:
+    """tensor[to] = tensor[from], for every tensor and move."""
+    if moves:
+        source, target = torch.tensor(moves, device=tensors[0].device).T
+        for x in tensors:
+            x[target] = x[source]
