@@ -35,6 +35,7 @@ HOTPOTQA_SPLITS = ("validation", "train")  # "hotpotqa" alone is the first
 HOTPOTQA_QUESTIONS = 20_000  # the paper's 500 steps of 32 documents ask 16,000
 ENDINGS = (".jsonl", ".json", ".txt", ".parquet")
 PASSAGE_FORM = "a passage is {title, text} or {contents}, all of them strings"
+OWN_PLACEHOLDER = re.compile(r"\[(MASK|TARGET)\]")
 QUESTION_FORMS = (
     "accepted: HotpotQA/2WikiMultiHopQA (_id, question, answer, supporting_facts, context), "
     "MuSiQue (id, question, answer, paragraphs), FlashRAG (id, question, golden_answers)"
@@ -407,10 +408,12 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _clean(text: str) -> str:
-    """NFC, so that entities can be matched by code point; no NUL; lone surrogates become U+FFFD."""
+    """NFC, so that entities can be matched by code point; no NUL; lone surrogates become U+FFFD. The placeholders of
+    the tasks get round brackets: a document that says [MASK] by itself would ask for something it does not hide."""
+    text = OWN_PLACEHOLDER.sub(r"(\1)", text.replace("\0", ""))
     if text.isascii():
-        return text.replace("\0", "")
-    return unicodedata.normalize("NFC", re.sub("[\ud800-\udfff]", "\ufffd", text)).replace("\0", "")
+        return text
+    return unicodedata.normalize("NFC", re.sub("[\ud800-\udfff]", "\ufffd", text))
 
 
 def _one_line(text: str) -> str:
