@@ -690,11 +690,21 @@ def uniforms(key: tuple, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(count)
 
 
-def running_sum(p: torch.Tensor) -> torch.Tensor:
-    """Cumulated rows. On the CPU where --deterministic asks for it: torch vouches for no order of addition on CUDA."""
-    if p.is_cuda and torch.are_deterministic_algorithms_enabled():
-        return p.cpu().cumsum(-1).to(p.device)
-    return p.cumsum(-1)
+def running_sum(p: torch.Tensor, block: int = 256) -> torch.Tensor:
+    """Cumulated rows of p (N,V). torch vouches for no order of addition in cumsum on CUDA: there --deterministic sums
+    blocks by a product with a triangle of ones, and then their totals."""
+    if not (p.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return p.cumsum(-1)
+    return blocked_sum(p, block)
+
+
+def blocked_sum(p: torch.Tensor, block: int) -> torch.Tensor:
+    N, V = p.shape
+    parts = F.pad(p, (0, -V % block)).view(N, -1, block)
+    parts = parts @ torch.ones(block, block, dtype=p.dtype, device=p.device).triu()  # (N,blocks,block)
+    if parts.shape[1] > 1:
+        parts = parts + F.pad(blocked_sum(parts[:, :, -1], block)[:, :-1], (1, 0))[:, :, None]
+    return parts.reshape(N, -1)[:, :V]
 
 
 def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -703,7 +713,7 @@ def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
         return p
     if p.is_cuda:  # without a look at the values, which a captured graph could not take
         ordered, index = p.sort(-1, descending=True)
-        return torch.zeros_like(p).scatter_(-1, index, ordered * (ordered.cumsum(-1) - ordered < top_p))
+        return torch.zeros_like(p).scatter_(-1, index, ordered * (running_sum(ordered) - ordered < top_p))
     most, best = p.max(-1, keepdim=True)  # (N,1): mostly it is enough alone, and sorting is what takes time
     kept, wide = torch.zeros_like(p).scatter_(-1, best, most), most[:, 0] < top_p
     ordered, index = p[wide].sort(-1, descending=True)

@@ -11,7 +11,6 @@ InputError: one line with the path, the line (or record, or row), and what to do
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data import InputError, hub
+from data.nfc import nfc
 
 WIKIPEDIA = hub.Source(
     "wikimedia/wikipedia", "20231101.en", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", ("title", "text"),
@@ -35,6 +35,7 @@ HOTPOTQA_SPLITS = ("validation", "train")  # "hotpotqa" alone is the first
 HOTPOTQA_QUESTIONS = 20_000  # the paper's 500 steps of 32 documents ask 16,000
 ENDINGS = (".jsonl", ".json", ".txt", ".parquet")
 PASSAGE_FORM = "a passage is {title, text} or {contents}, all of them strings"
+OWN_PLACEHOLDER = re.compile(r"\[(MASK|TARGET)\]")
 QUESTION_FORMS = (
     "accepted: HotpotQA/2WikiMultiHopQA (_id, question, answer, supporting_facts, context), "
     "MuSiQue (id, question, answer, paragraphs), FlashRAG (id, question, golden_answers)"
@@ -407,10 +408,12 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _clean(text: str) -> str:
-    """NFC, so that entities can be matched by code point; no NUL; lone surrogates become U+FFFD."""
+    """NFC, so that entities can be matched by code point; no NUL; lone surrogates become U+FFFD. The placeholders of
+    the tasks get round brackets: a document that says [MASK] by itself would ask for something it does not hide."""
+    text = OWN_PLACEHOLDER.sub(r"(\1)", text.replace("\0", ""))
     if text.isascii():
-        return text.replace("\0", "")
-    return unicodedata.normalize("NFC", re.sub("[\ud800-\udfff]", "\ufffd", text)).replace("\0", "")
+        return text
+    return nfc(re.sub("[\ud800-\udfff]", "\ufffd", text))
 
 
 def _one_line(text: str) -> str:

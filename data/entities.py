@@ -73,8 +73,9 @@ HYPHEN, APOSTROPHE, ACCENT = "-‐‑–", "'’‘", "\u0300-\u036f"  # accents
 
 
 @lru_cache(maxsize=4096)
-def _occurrence(entity: str) -> re.Pattern:
-    """The one rule: matches every occurrence of `entity`. Raises ValueError if it is blank."""
+def _occurrence(entity: str) -> tuple[re.Pattern, re.Pattern, re.Pattern]:
+    """The one rule, as three patterns: an occurrence of `entity`; a run of what becomes one once the occurrence beside
+    it is replaced ("5," in "5,5,", ",5" in ",5,5"); a part of such a run. Raises ValueError if `entity` is blank."""
     entity = entity.strip()
     if not entity:
         raise ValueError("a blank entity has no occurrences")
@@ -93,12 +94,14 @@ def _occurrence(entity: str) -> re.Pattern:
     if last == ".":  # "U.S." is not in "U.S.A", but twice in "U.S.U.S."
         after = rf"(?![^\W{re.escape(first)}])"
     # A placeholder is no occurrence of the word "mask": masking it would never end.
-    return re.compile(rf"{before}(?!(?<=\[)(?-i:MASK|TARGET)\]){''.join(body)}{after}", re.IGNORECASE)
+    before, body = rf"{before}(?!(?<=\[)(?-i:MASK|TARGET)\])", "".join(body)
+    one, run = f"{before}{body}{after}", f"{before}(?:{body}{after})+|(?:{before}{body})+{after}"
+    return tuple(re.compile(pattern, re.IGNORECASE) for pattern in (one, run, body))
 
 
 def occurs(text: str, entity: str) -> bool:
     """Whether `mask_entity` would replace anything. Raises ValueError if `entity` is blank."""
-    return _occurrence(entity).search(text) is not None
+    return _occurrence(entity)[0].search(text) is not None
 
 
 def mask_entity(text: str, entity: str, placeholder: str) -> tuple[str, int]:
@@ -108,9 +111,17 @@ def mask_entity(text: str, entity: str, placeholder: str) -> tuple[str, int]:
     """
     if occurs(placeholder, entity):
         raise ValueError(f"{entity!r} occurs in the placeholder {placeholder!r}")
+    _, run, part = _occurrence(entity)
     count, new = 0, 1
-    while new:  # a second pass finds something only in oddities, such as "5," in "5,5,": the first frees it
-        text, new = _occurrence(entity).subn(lambda _: placeholder, text)
+    while new:  # runs are replaced whole: one of 100,000 parts would take as many passes. A second finds oddities
+        new = 0
+
+        def replaced(match: re.Match) -> str:
+            nonlocal new
+            parts = len(part.findall(match[0]))
+            new += parts
+            return placeholder * parts
+        text = run.sub(replaced, text)
         count += new
     return text, count
 

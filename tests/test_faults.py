@@ -221,6 +221,13 @@ def test_the_same_seed_gives_the_same_metrics(threads, folder, base_checkpoint, 
     assert called == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
+def test_the_sum_that_has_an_order_on_a_gpu_is_the_running_sum():
+    """No GPU is needed to see that the numbers are right; that they are used there is two lines of running_sum."""
+    for shape in ((3, 1), (2, 7), (2, 64), (3, 1000)):
+        p = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(memtrain.blocked_sum(p, 8), p.cumsum(-1), rtol=1e-14, atol=0)
+
+
 # ---- terminals and signals
 
 COMMAND = [sys.executable, str(ROOT / "memtrain.py"), *TINY, "--run", "t"]
