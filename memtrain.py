@@ -1289,6 +1289,8 @@ class Run:
         stages = c.stages.split(",")
         if "base" not in stages and {"memtrain", "memagent", "eval"}.intersection(stages):
             self.load("base")  # a checkpoint that does not fit is refused before anything is written
+            for name in filter(self.folder.finished, ("memtrain", "memagent", "memtrain+memagent")):
+                self.load(name)
         if ranks.FIRST:
             self.folder.claim(dataclasses.asdict(c))
             self.log = Log(self.folder.path, dataclasses.asdict(c))

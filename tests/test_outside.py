@@ -124,7 +124,8 @@ def test_nothing_of_the_report_is_executed(tmp_path):
 
 
 HUGE = {"one word": "the ", "one name": "Paris ", "no space": "a", "boxes": "\\boxed{", "commas": "5,",
-        "marks": "[MASK]", "tags": "<b>", "escapes": "\x1b[31m", "turns": "\u202e", "accents": "e\u0301", "initials": "J.", "spaces": " ",
+        "marks": "[MASK]", "tags": "<b>", "escapes": "\x1b[31m", "turns": "\u202e",
+        "accents": "e\u0301", "initials": "J.", "spaces": " ",
         "quotes": '"', "links": "King of the "}
 
 
