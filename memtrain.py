@@ -22,6 +22,7 @@ Differences from the paper, each with its reason, are listed in README.md. Comma
     python memtrain.py                                   the whole paper in miniature (preset nano, two CPU cores)
     python memtrain.py --stages base --run mybase        train the stand-in for the instruct model anew
     python memtrain.py --corpus FILE --questions FILE --train-questions FILE --run real
+    python memtrain.py plan --preset qwen3-4b            its memory, tokens, hours; nothing is downloaded or run
     python memtrain.py --help                            every field of the configuration
 
 Shape legend, for the whole project: B groups, N rollouts, T packed tokens, P prefix, S suffix, H query heads,
@@ -336,9 +337,32 @@ def refusal(error: InputError, argv: Sequence[str]) -> int:
     return 2
 
 
-if __name__ == "__main__":  # --help and typos are answered here, before torch is loaded
+def plan(argv: Sequence[str]) -> None:
+    """python memtrain.py plan: what a configuration will need."""
+    from eval.plan import main
+
+    main(argv, parse, PRESETS)
+
+
+COMMANDS = {"plan": plan}  # python memtrain.py NAME ...: what else there is than a run; functions of its arguments
+EARLY = {"plan"}  # of them, those that do without torch
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Runs the command that argv[0] names; returns the exit code."""
     try:
-        parse(sys.argv[1:])
+        COMMANDS[argv[0]](argv[1:])
+    except InputError as e:
+        return refusal(e, argv)
+    return 0
+
+
+if __name__ == "__main__":  # --help, typos and plans are answered here, before torch is loaded
+    if sys.argv[1:] and sys.argv[1] in EARLY:
+        sys.exit(dispatch(sys.argv[1:]))
+    try:
+        if not sys.argv[1:] or sys.argv[1] not in COMMANDS:
+            parse(sys.argv[1:])
     except InputError as e:
         sys.exit(refusal(e, sys.argv[1:]))
 
@@ -1436,6 +1460,8 @@ def estimate(run: Run) -> tuple[float, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in COMMANDS:
+        return dispatch(argv)
     try:
         c = parse(argv)
         torch.set_num_threads(c.threads or os.cpu_count() or 1)
