@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -284,11 +286,12 @@ def activations(c, tokens: int, scored: int) -> tuple[float, float]:
     """
     e = element(c)
     first, second = saved(c)
-    ends = tokens * (8 * c.head_size + 24 + 2 * e * c.width * c.embed_norm) + scored * (2 * e * c.width + 20)
+    ends = tokens * (8 * c.head_size + 24 + e * c.width * c.embed_norm) + scored * (2 * e * c.width + 20)
     if c.recompute:
         kept = tokens * c.layers * e * c.width
         width = tokens if c.layers > 1 else scored
-        work = tokens * (first - e * c.width) + width * (second + 2 * e * c.hidden)
+        # beside what a block keeps, the gradients of its two widest tensors
+        work = tokens * (first - e * c.width) + width * (second + e * c.hidden * (3 - adapted(c, "down")))
     else:
         kept = tokens * (c.layers * first + (c.layers - 1) * second) + scored * second
         work = 0.0
@@ -371,47 +374,32 @@ def peak(c, vocab: int) -> tuple[str, float]:
 
 
 def fitting(c, vocab: int, limit: float) -> list[dict[str, object]]:
-    """Changes of fields that bring the peak below `limit` bytes: each that does it alone, with its mildest value; else
-    the first sum of them that does; [] if none does."""
-    turn = token_bytes(c) * (c.window + c.response) / GB  # a prompt and a response
-    halves = lambda x, least: [v for k in range(1, 12) if (v := x // 2**k) >= least]  # noqa: E731
-    levers = [("recompute", [True] * (not c.recompute)),
-              ("cache_gb", [g for k in range(1, 40) if (g := round(c.cache_gb * (1 - k / 40), 2)) >= 1.1 * turn]),
-              ("micro_tokens", halves(c.micro_tokens, c.window // 2)),
-              ("lora_merge", [False] * (c.lora_merge and c.lora_rank > 0)),
-              ("sample_rows", halves(c.sample_rows, c.group))]
+    """Changes of fields that bring the peak below `limit` bytes: each that does it alone, with its mildest value, or
+    one combination of them; [] if none does."""
+    turn = token_bytes(c) * (c.window + c.response) / GB  # the cache has to hold a prompt and a response
+    halved = {"micro_tokens": c.window, "sample_rows": c.group}  # down to
+    values: dict[str, list] = {
+        "recompute": [True] * (not c.recompute), "lora_merge": [False] * (c.lora_merge and c.lora_rank > 0),
+        "cache_gb": [g for k in range(1, 40) if (g := round(c.cache_gb * (1 - k / 40), 2)) >= 1.1 * turn]}
+    values |= {n: [getattr(c, n) >> k for k in range(1, 24) if getattr(c, n) >> k >= least]
+               for n, least in halved.items()}
 
-    def first(c, values, name):
-        for value in values:
-            changed = dataclasses.replace(c, **{name: value})
-            try:
-                if peak(changed, vocab)[1] <= limit:
-                    return value
-            except InputError:
-                break
-        return None
+    def enough(c, name: str) -> list:
+        """The mildest value of this field that is enough, if there is one."""
+        fits = (v for v in values[name] if peak(dataclasses.replace(c, **{name: v}), vocab)[1] <= limit)
+        return list(itertools.islice(fits, 1))
 
-    alone = [{name: value} for name, values in levers if (value := first(c, values, name)) is not None]
-    if alone:
+    if alone := [{name: value[0]} for name in values if (value := enough(c, name))]:
         return alone
-    changes: dict[str, object] = {}
-    for name, values in levers:
-        if not values:
-            continue
-        if name in ("cache_gb", "micro_tokens", "sample_rows"):
-            if (value := first(c, values, name)) is not None:
-                return [changes | {name: value}]
-            value = values[len(values) // 2] if name == "cache_gb" else values[min(1, len(values) - 1)]
-        else:
-            value = values[0]
-        trial = dataclasses.replace(c, **{name: value})
-        try:
-            helps = peak(trial, vocab)[1] < peak(c, vocab)[1]
-        except InputError:
-            continue
-        if helps:
-            c, changes = trial, changes | {name: value}
-            if peak(c, vocab)[1] <= limit:
+    for last in (False, True):  # of a field that isn't enough, the value in the middle; or the smallest
+        now, changes = c, {}
+        for name in (n for n in values if values[n]):
+            found = enough(now, name)
+            value = found[0] if found else values[name][-1 if last else len(values[name]) // 2]
+            changed = dataclasses.replace(now, **{name: value})
+            if peak(changed, vocab)[1] < peak(now, vocab)[1]:
+                now, changes = changed, changes | {name: value}
+            if found:
                 return [changes]
     return []
 
@@ -571,8 +559,8 @@ def text(c, p: dict) -> str:
     for r in p["stages"]:
         lines.append(f"  {r['stage']:<34}{r['steps']:12d}{r['sample_seconds']:12.1f}{r['train_seconds']:12.1f}"
                      f"{r['flops'] / 1e15:12.2f}{r['hours']:12.1f}")
-    energy = f", {p['kwh']:.1f} kWh of the card" if p["kwh"] is not None else ""
-    lines += [f"  in all {p['flops'] / 1e18:.2f} EFLOP, {p['hours']:.1f} hours{energy}", "",
+    energy = f", {p['kwh']:.3g} kWh of the card" if p["kwh"] is not None else ""
+    lines += [f"  in all {p['flops'] / 1e18:.3g} EFLOP, {p['hours']:.3g} hours{energy}", "",
               f"Assumed: {p['mfu']:.0%} of {p['tflops']:g} TFLOP/s in prefill and training, {BANDWIDTH_SHARE:.0%} of "
               f"{p['bandwidth']:g} GB/s in decoding; sections, memories",
               f"and documents of full length, answers of {answer_tokens(c)} tokens, a signal in every group: an upper "
@@ -639,8 +627,6 @@ def main(argv: Sequence[str], parse: Callable, presets: dict[str, dict]) -> None
     if known.out:
         write_json(output(Path(known.out)), p)
     if known.json:
-        import json
-
         print(json.dumps(p, indent=1))
     else:
         print(text(c, p))
