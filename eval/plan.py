@@ -144,18 +144,18 @@ def sections_of(c, kind: str) -> int:
     return c.masked_sections if kind == "memtrain" else c.train_sections + 1
 
 
-def step(c, kind: str) -> list[Call]:
+def step(c, kind: str) -> tuple[Call, ...]:
     """What one GRPO step of `kind` (memtrain or memagent) samples, and then trains on."""
     sections = sections_of(c, kind)
-    calls = list(reading(c, c.documents, c.group, sections, kind == "memtrain"))
+    calls = [*reading(c, c.documents, c.group, sections, kind == "memtrain")]
     if kind == "memtrain" and c.recall_group and sections > 1:
         calls.append(Call(1, c.documents * c.group, c.recall_group, WORDS[c.prompts][2] - 1 + c.section + c.memory, 1,
                           answer_tokens(c)))
-    return calls
+    return tuple(calls)
 
 
 def evaluation(c, system: str) -> list[Call]:
-    """Sampling of one system's evaluation; questions share nothing but, in the order `paper`, nothing either."""
+    """Sampling of one system's evaluation. Its questions share nothing, its masked documents the problem."""
     lengths, calls = [int(n) for n in c.eval_lengths.split(",")], []
     if system == "base-one-window":
         direct, most = WORDS[c.prompts][3], c.window - c.response
@@ -197,7 +197,8 @@ def _pairs(prefix: int, own: int, members: int) -> int:
     return prefix * (prefix + 1) // 2 + members * (own * prefix + own * (own + 1) // 2)
 
 
-def training(calls: Sequence[Call], limit: int) -> Passes:
+@cache
+def training(calls: tuple[Call, ...], limit: int) -> Passes:
     """The micro-batches of one optimiser step: the rule of memtrain.micro_batches on lengths. Where a group is cut, its
     prefix is computed again."""
     total, used, batch = Passes(), 0, [0, 0, 0]  # batch: tokens, scored, pairs
@@ -286,7 +287,8 @@ def activations(c, tokens: int, scored: int) -> tuple[float, float]:
     """
     e = element(c)
     first, second = saved(c)
-    ends = tokens * (8 * c.head_size + 24 + e * c.width * c.embed_norm) + scored * (2 * e * c.width + 20)
+    embedded = e * c.width if c.embed_norm and not c.lora_rank else 0
+    ends = tokens * (4 * c.head_size + 24 + embedded) + scored * (2 * e * c.width + 20)
     if c.recompute:
         kept = tokens * c.layers * e * c.width
         width = tokens if c.layers > 1 else scored
@@ -381,7 +383,7 @@ def fitting(c, vocab: int, limit: float) -> list[dict[str, object]]:
     values: dict[str, list] = {
         "recompute": [True] * (not c.recompute), "lora_merge": [False] * (c.lora_merge and c.lora_rank > 0),
         "cache_gb": [g for k in range(1, 40) if (g := round(c.cache_gb * (1 - k / 40), 2)) >= 1.1 * turn]}
-    values |= {n: [getattr(c, n) >> k for k in range(1, 24) if getattr(c, n) >> k >= least]
+    values |= {n: [v for k in range(1, 24) if (v := max(getattr(c, n) >> k, least)) < getattr(c, n)]
                for n, least in halved.items()}
 
     def enough(c, name: str) -> list:
@@ -423,10 +425,13 @@ def forward_flops(c, vocab: int, p: Passes, adapters: bool, head: int) -> dict[s
 def training_flops(c, vocab: int, p: Passes) -> float:
     """Forward and backward. A frozen weight has one product in the backward pass (the input's gradient), a trained one
     two; attention has seven against the forward's two (both kernels compute the scores again), the head two or three
-    (logits again); recomputation is one more forward of the blocks, the reference one more of everything."""
+    (logits again). Recomputation is one more forward of the blocks, less a last product of which nothing is kept; the
+    reference one more of everything."""
     f, again = forward_flops(c, vocab, p, True, p.scored), bool(c.recompute)
     frozen = bool(c.lora_rank)
     total = f["weights"] * (1 + again + (1 if frozen else 2)) + f["adapters"] * (1 + again + 2)
+    if again and "down" not in adapter_sizes(c):
+        total -= 2.0 * c.width * c.hidden * (p.tokens * (c.layers - 1) + p.scored)
     total += f["attention"] * (1 + again + 3.5) + f["head"] * (1 + (2 if frozen else 3))
     if c.kl:
         total += f["weights"] + f["attention"] + f["head"]
@@ -474,7 +479,7 @@ def stages(c, vocab: int, card: Card, mfu: float) -> list[dict]:
             continue
         calls = step(c, kind)
         work, p = sampling(c, vocab, calls, before, c.top_p), training(calls, c.micro_tokens)
-        before = before + calls
+        before = [*before, *calls]
         learn = training_flops(c, vocab, p)
         spent = seconds(work, card, mfu), learn / (card.tflops * 1e12 * mfu)
         times = 2 if kind == "memagent" and "memtrain" in wanted else 1  # from the base and from memtrain
@@ -559,8 +564,8 @@ def text(c, p: dict) -> str:
     for r in p["stages"]:
         lines.append(f"  {r['stage']:<34}{r['steps']:12d}{r['sample_seconds']:12.1f}{r['train_seconds']:12.1f}"
                      f"{r['flops'] / 1e15:12.2f}{r['hours']:12.1f}")
-    energy = f", {p['kwh']:.3g} kWh of the card" if p["kwh"] is not None else ""
-    lines += [f"  in all {p['flops'] / 1e18:.3g} EFLOP, {p['hours']:.3g} hours{energy}", "",
+    energy = f", {p['kwh']:,.1f} kWh of the card" if p["kwh"] is not None else ""
+    lines += [f"  in all {p['flops'] / 1e18:.3g} EFLOP, {p['hours']:,.1f} hours{energy}", "",
               f"Assumed: {p['mfu']:.0%} of {p['tflops']:g} TFLOP/s in prefill and training, {BANDWIDTH_SHARE:.0%} of "
               f"{p['bandwidth']:g} GB/s in decoding; sections, memories",
               f"and documents of full length, answers of {answer_tokens(c)} tokens, a signal in every group: an upper "
