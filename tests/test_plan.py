@@ -11,6 +11,7 @@ import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from kernels.cache import Cache
 from memtrain import PRESETS, Agent, Decoder, Sampler, Turn, main, micro_batches, pack, parse
 
 QWEN = ("qwen3-0.6b", "qwen2.5-1.5b", "qwen3-4b", "qwen2.5-7b")
-SHAPE = {"width": 64, "layers": 12, "heads": 8, "key_heads": 2, "head_size": 16, "hidden": 160, "vocab": 512}
+SHAPE = {"width": 64, "layers": 8, "heads": 8, "key_heads": 2, "head_size": 16, "hidden": 160, "vocab": 512}
 LORA = {"lora_rank": 8, "dtype": "bfloat16"}
 
 
@@ -204,7 +205,8 @@ def as_cuda(monkeypatch):
 
 
 T, M = 4096, 1500
-CASES = {name: {"preset": name} for name in QWEN} | {
+# a few layers of each shape
+CASES = {name: {"preset": name} | {"layers": 8 if name == "qwen3-0.6b" else 3} for name in QWEN} | {
     "all weights": SHAPE, "tied, biased, no norms": SHAPE | {"tied": True, "bias": True, "qk_norm": False,
                                                              "embed_norm": False},
     "adapters": SHAPE | LORA, "few adapters": SHAPE | LORA | {"lora_targets": "q,v"}}
@@ -282,10 +284,12 @@ def test_what_is_proposed_fits(argv, gb):
     assert plan.fitting(c, c.vocab, 1 * plan.GB) == []
 
 
-def test_a_run_is_refused_where_the_card_is_too_small(monkeypatch, capsys):
+def test_a_run_is_refused_where_the_card_is_too_small(monkeypatch):
     c = parse(["--preset", "qwen3-4b"])
+    run = SimpleNamespace(c=c, data=None, device=torch.device("cuda"), model=SimpleNamespace(embed=range(c.vocab)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=25.8e9))
     with pytest.raises(InputError, match=r"25\.8 GB of GPU memory, less than the 5\d\.\d GB .* give --cache-gb"):
-        plan.refuse_too_large(c, c.vocab, 25.8e9)
+        memtrain.header(run)
     plan.refuse_too_large(c, c.vocab, 85e9)
 
 
