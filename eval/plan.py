@@ -33,6 +33,7 @@ GB = 1e9
 CONTEXT = 0.5 * GB  # CUDA's context, compiled kernels and the libraries' workspaces: an allowance
 MFU = 0.35  # share of the peak in prefill and training: assumed, usual for LoRA with recomputation on one card
 BANDWIDTH_SHARE = 0.6  # of the peak, in decoding: assumed
+BANDWIDTH = 4  # GB/s for each TFLOP/s of a card that is not named: assumed; 3.4 on H100, 6.5 on A100
 ANSWER_SHARE = 8  # an answer is response / 8 tokens long; with the paper's window 128
 
 
@@ -625,9 +626,10 @@ def main(argv: Sequence[str], parse: Callable, presets: dict[str, dict]) -> None
         raise InputError(f"--model {c.model}: its shape is not known before it is downloaded; give its folder, or one "
                          f"of the presets")
     card = CARDS[name]
-    if known.tflops:  # another card: bandwidth and power in proportion to it would be a guess
-        card = card._replace(tflops=known.tflops)
-        name = f"{name} with {known.tflops:g} TFLOP/s"
+    if known.tflops and known.gpu:
+        card, name = card._replace(tflops=known.tflops), f"{name} with {known.tflops:g} TFLOP/s"
+    elif known.tflops:  # some card: its memory and power are not known, its bandwidth is assumed to be in proportion
+        card, name = Card(0, known.tflops, BANDWIDTH * known.tflops, 0), f"a card of {known.tflops:g} TFLOP/s"
     p = make_plan(c, card, name, known.mfu, (known.gpu_memory or card.memory) * GB)
     if known.out:
         write_json(output(Path(known.out)), p)

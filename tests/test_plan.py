@@ -334,7 +334,7 @@ def test_what_cannot_be_planned_is_refused_in_one_line(command, capsys):
 
 
 @pytest.mark.parametrize("argv", [[], ["--stages", "report"], ["--stages", "base"], ["--stages", "eval"],
-                                  ["--stages", "memagent"], ["--preset", "qwen3-4b", "--prompt-order", "paper"],
+                                  ["--stages", "memagent"], ["--tflops", "300"], ["--preset", "qwen3-4b", "--prompt-order", "paper"],
                                   ["--masked-sections", "1", "--recall-group", "0", "--eval-masked", "0"]])
 def test_every_configuration_has_a_plan(argv, capsys):
     assert main(["plan", *argv]) == 0
