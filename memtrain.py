@@ -46,7 +46,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import InputError
-from data.pretrained import load_adapter, load_weights, locate, read_shape
+from data.pretrained import export_adapter, export_weights, load_adapter, load_weights, locate, read_shape
 from data.terminal import outlive_terminal, printable
 
 # ---- Configuration -----------------------------------------------------------------------------------------------
@@ -189,6 +189,7 @@ QWEN = {  # as in their published config.json
 REAL = {"paper": PAPER} | {name: PAPER | shape for name, shape in QWEN.items()}
 PRESETS: dict[str, dict] = {"nano": {}} | REAL | {f"{name}-consumer": p | CONSUMER for name, p in REAL.items()}
 STAGES = ("base", "memtrain", "memagent", "eval", "report")
+COMMANDS = ("read", "export")  # besides training and evaluation; the plain command takes options only
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths, and one
 # that ran out of memory goes on in smaller batches.
@@ -196,15 +197,24 @@ FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset",
                "recompute", "micro_tokens", "sample_rows", "cache_gb"}
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """Command line -> checked Config. InputError on an unknown name, a wrong type or an impossible combination."""
+class CommandParser(argparse.ArgumentParser):
+    """python memtrain.py NAME ...; errors are InputErrors."""
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise InputError(f"{message}; python memtrain.py --help lists all options")
+    def __init__(self, name: str, text: str):
+        self.command = f"python memtrain.py {name}".strip()
+        super().__init__(prog=self.command, allow_abbrev=False, description=text,
+                         epilog="Other options: fields of the configuration, python memtrain.py --help lists them.")
 
-    parser = Parser(prog="memtrain.py", usage="python memtrain.py [--field value ...]", allow_abbrev=False,
-                    description="MemTrain in miniature: python memtrain.py reproduces the paper end to end.")
+    def error(self, message):
+        raise InputError(f"{message}; {self.command} --help lists all options")
+
+
+def argument_parser() -> CommandParser:
+    """The command line of Config: every field an option, absent unless given."""
+    parser = CommandParser("", "MemTrain in miniature: python memtrain.py reproduces the paper end to end.")
+    parser.usage = "python memtrain.py [plan | read | export] [--field value ...]"
+    parser.epilog = ("python memtrain.py plan, read and export have a --help of their own: what a run needs, a text "
+                     "read with a memory, a checkpoint for other tools.")
     groups = {}
     for f in dataclasses.fields(Config):
         group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
@@ -212,7 +222,30 @@ def parse(argv: Sequence[str]) -> Config:
         extra = {"nargs": "?", "const": True} if f.type == "bool" else {}
         group.add_argument("--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
                            metavar=f.type.upper(), help=f"{f.metadata['help']} (default: {f.default!r})", **extra)
-    given = vars(parser.parse_args([_dashes(a) for a in argv]))
+    return parser
+
+
+def command_options(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(options of `python memtrain.py read` or `export`, the rest: fields of Config). InputError as in parse."""
+    if name == "read":
+        parser = CommandParser(name, "Read a text of any length section by section: the memory after each, the answer.")
+        parser.add_argument("file", metavar="FILE", help="text, markdown or HTML in UTF-8; - for standard input")
+        parser.add_argument("--question", default="", help="answered after the last section")
+        parser.add_argument("--out", type=Path, metavar="FILE", help="also write memories and answer as JSON")
+    else:
+        parser = CommandParser(name, "Write a checkpoint as a PEFT adapter, or as whole weights for transformers.")
+        parser.add_argument("--format", choices=("peft", "hf"), required=True, help="adapter, or whole weights")
+        parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--checkpoint", type=Path, required=name == "export", metavar="RUN/STAGE",
+                        help="like runs/nano/memtrain; read takes the shipped base, or --model's weights, without it")
+    options, fields = parser.parse_known_args(argv)
+    argument_parser().parse_args([_dashes(a) for a in fields])
+    return options, fields
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Command line -> checked Config. InputError on an unknown name, a wrong type or an impossible combination."""
+    given = vars(argument_parser().parse_args([_dashes(a) for a in argv]))
     preset = given.setdefault("preset", "paper" if "model" in given else "nano")
     if preset not in PRESETS:
         raise InputError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
@@ -309,6 +342,9 @@ def check(c: Config) -> None:
     refuse(bool(c.model and c.init) and not c.lora_rank,
            f"--init {c.init}: beside --model it is an adapter; give its --lora-rank, too")
     rope_scaling(c)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    refuse(c.update_documents % world > 0,
+           f"--update-documents {c.update_documents}: must be a multiple of the {world} processes that share them")
     refuse(c.wandb not in ("disabled", "offline", "online"), f"--wandb {c.wandb}: choose disabled, offline or online")
     refuse(c.device not in ("auto", "cpu", "cuda"), f"--device {c.device}: choose auto, cpu or cuda")
     refuse(c.response <= c.memory, f"--response {c.response}: needs --memory {c.memory} and a stop token")
@@ -343,7 +379,10 @@ def refusal(error: InputError, argv: Sequence[str]) -> int:
 if __name__ == "__main__":  # --help and typos are answered here, before torch is loaded
     outlive_terminal()
     try:
-        parse(sys.argv[1:])
+        if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+            command_options(sys.argv[1], sys.argv[2:])
+        else:
+            parse(sys.argv[1:])
     except InputError as e:
         sys.exit(refusal(e, sys.argv[1:]))
 
@@ -354,9 +393,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from data import ranks
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.corpus import Question, load_passages, load_questions
 from data.entities import make_finder
+from data.files import output, read_json
 from data.folder import Interrupt, Log, RunFolder, Stopped, deaf
 from data.miniwiki import MiniWorld
 from data.prompts import FULL, MASK_PROBLEM, SHORT, Prompts
@@ -461,12 +502,13 @@ def rope_frequencies(c: Config) -> torch.Tensor:
 class Decoder(nn.Module):
     """Token ids to hidden states. The head is applied outside, so that linear_logprob owns it.
 
-    base_id: which frozen weights the adapters belong to; checkpoints of adapters carry it.
+    base_id: which frozen weights the adapters belong to; checkpoints of adapters carry it. share: of --micro-tokens
+    that a forward pass takes; halved once if memory runs out.
     """
 
     def __init__(self, c: Config, vocab: int):
         super().__init__()
-        self.c, self.base_id = c, ""
+        self.c, self.base_id, self.share = c, "", 1.0
         self.fields = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)
                        if f.metadata["group"] == "model"} | {"lora_rank": c.lora_rank, "lora_targets": c.lora_targets}
         self.embed = nn.Parameter(torch.empty(c.vocab or vocab, c.width))
@@ -935,6 +977,16 @@ class Agent:
         if keep:
             rollout.turns.append(turn)
 
+    def update(self, question: str, section: list[int], memory: list[int], key: tuple) -> list[int]:
+        """The memory after one more section: a turn of `read` for one document that comes as it goes."""
+        (turn,) = self.sample([self.prompts.update(question, section, memory)], [key])
+        return self.written(turn)[:self.c.memory]
+
+    def answer(self, question: str, memory: list[int], key: tuple) -> tuple[str, str | None]:
+        """(whole response, what its box holds)."""
+        (turn,) = self.sample([self.prompts.answer(question, memory)], [key])
+        return self.tokenizer.decode(self.written(turn)), self.boxed(turn)
+
     def answer_in_one_window(self, problems: Sequence[Problem], keys: Sequence[tuple]) -> list[str | None]:
         """Baseline: the whole document in one window, its middle cut out where it does not fit."""
         room = self.c.window - self.c.response
@@ -989,16 +1041,17 @@ def collect(agent: Agent, data: Data, stage: str, step: int) -> Batch:
     """Samples one step: G1 rollouts a document and, in MemTrain, G2 recalls a rollout; rewards of equations 1-2."""
     c = agent.c
     masked = stage == "memtrain"
-    index = [step * c.documents + d for d in range(c.documents)]
-    problems = [data.masked_problem(i) if masked else data.training_question(i) for i in index]
-    keys = [(c.seed, stage, step, d, g) for d in range(c.documents) for g in range(c.group)]
+    mine = range(ranks.RANK, c.documents, ranks.WORLD)  # one process reads them all
+    problem = data.masked_problem if masked else data.training_question
+    problems = {d: problem(step * c.documents + d) for d in mine}
+    keys = [(c.seed, stage, step, d, g) for d in mine for g in range(c.group)]
     rollouts = agent.read([problems[d] for _, _, _, d, _ in keys], keys)
     rewards = [r.correct for r in rollouts]
     turns = [t for r in rollouts for t in r.turns]
     entry = [i for i, r in enumerate(rollouts) for _ in r.turns]
     group = [d for _, _, _, d, _ in keys]
     document = list(group)
-    stats = {"reward_em": float(np.mean(rewards))}
+    lists = {"reward_em": list(rewards)}
     if masked and c.recall_group:
         probes = []
         for i, (rollout, key) in enumerate(zip(rollouts, keys, strict=True)):
@@ -1017,12 +1070,13 @@ def collect(agent: Agent, data: Data, stage: str, step: int) -> Batch:
         entry += range(len(rollouts), len(rollouts) + len(recalled))
         turns += recalled
         rewards += hits
-        stats["recall"] = float(np.mean(hits)) if hits else 0.0
-    stats |= {"reward": float(np.mean(rewards[:len(rollouts)])),
-              "finished": float(np.mean([t.sampled[-1] in agent.tokenizer.stops for t in turns])),
-              "memory_tokens": float(np.mean([len(m) for r in rollouts for m in r.memories])),
-              "tokens_sampled": sum(len(t.sampled) for t in turns)}
-    stats |= signs(agent, rollouts, rewards[:len(rollouts)], turns)
+        lists["recall"] = hits
+    lists |= {"reward": rewards[:len(rollouts)], "finished": [t.sampled[-1] in agent.tokenizer.stops for t in turns],
+              "memory_tokens": [len(m) for r in rollouts for m in r.memories]}
+    lists |= {k: [v] for k, v in signs(agent, rollouts, rewards[:len(rollouts)], turns).items()}
+    device = agent.model.embed.device
+    stats = {name: ranks.mean(values, device) for name, values in lists.items()}
+    stats["tokens_sampled"] = int(ranks.total([sum(len(t.sampled) for t in turns)], device)[0])
     return Batch(turns, entry, rewards, group, document, stats)
 
 
@@ -1052,25 +1106,24 @@ def micro_batches(turns: Sequence[Turn], limit: int) -> Iterator[list[list[int]]
         yield batch
 
 
-def update(model: Decoder, reference: Decoder | None, optimizer, c: Config, batch: Batch,
-           entries: set[int]) -> dict[str, float]:
-    """One optimiser step on the turns of the given reward entries. Micro-batches never change the gradient."""
-    chosen = [i for i, e in enumerate(batch.entry) if e in entries]
+def accumulate(model: Decoder, reference: Decoder | None, c: Config, batch: Batch, chosen: Sequence[int],
+               interactions: float, limit: int) -> dict[str, float]:
+    """Adds the gradient of the chosen turns' part of the objective, micro-batch by micro-batch; returns sums over
+    tokens. interactions: the number of turns that the objective is a mean of."""
     turns, device = [batch.turns[i] for i in chosen], model.embed.device
     rewards = torch.tensor(batch.rewards, dtype=torch.float64, device=device)
     group = torch.tensor(batch.group, device=device)
-    total = {"tokens": 0.0, "kl": 0.0, "clip_low": 0.0, "clip_high": 0.0, "entropy": 0.0, "loss": 0.0, "trained": 0.0}
-    finite = True
-    for micro in micro_batches(turns, c.micro_tokens):
+    total = dict.fromkeys(("tokens", "kl", "clip_low", "clip_high", "entropy", "loss", "trained", "broken"), 0.0)
+    for micro in micro_batches(turns, limit):
         order = [i for group_ in micro for i in group_]
         packed = pack([(turns[g[0]].prefix, [(turns[i].given, turns[i].sampled) for i in g]) for g in micro], device)
         new, entropy = score(model, packed, c.temperature)
         ref = reference_logprobs(model, reference, packed, c) if c.kl else None
         old = torch.tensor([x for i in order for x in turns[i].logprobs], dtype=new.dtype, device=device)
-        finite = finite and bool(torch.isfinite(new).all() & torch.isfinite(old).all())  # clipping can hide an inf
+        total["broken"] += not bool(torch.isfinite(new).all() & torch.isfinite(old).all())  # clipping can hide an inf
         offsets = F.pad(torch.tensor(packed.counts, device=device).cumsum(0), (1, 0))
         rollout = torch.tensor([batch.entry[chosen[i]] for i in order], device=device)
-        loss, stats = grpo_loss(new, old, ref, rewards, group, rollout, offsets, len(turns), c.eps_low, c.eps_high,
+        loss, stats = grpo_loss(new, old, ref, rewards, group, rollout, offsets, interactions, c.eps_low, c.eps_high,
                                 c.kl, c.divide_by_std)
         loss.backward()
         for name in ("tokens", "kl", "clip_low", "clip_high"):
@@ -1078,9 +1131,32 @@ def update(model: Decoder, reference: Decoder | None, optimizer, c: Config, batc
         total["entropy"] += float(entropy.detach().sum())
         total["loss"] += float(loss.detach())
         total["trained"] += packed.layout.total
+    return total
+
+
+def update(model: Decoder, reference: Decoder | None, optimizer, c: Config, batch: Batch,
+           entries: set[int]) -> dict[str, float]:
+    """One optimiser step on the turns of the given reward entries, those of all ranks together. Micro-batches never
+    change the gradient; if memory runs out, they are halved, once."""
+    chosen = [i for i, e in enumerate(batch.entry) if e in entries]
+    device = model.embed.device
+    interactions = int(ranks.total([len(chosen)], device)[0])
+    while True:
+        try:
+            total = accumulate(model, reference, c, batch, chosen, interactions, int(c.micro_tokens * model.share))
+            break
+        except torch.OutOfMemoryError:
+            if model.share < 1:
+                raise InputError(f"out of memory while training with half of --micro-tokens {c.micro_tokens}; lower "
+                                 f"it, or give --recompute") from None
+        model.share = 0.5
+        optimizer.zero_grad(set_to_none=True)
+        tqdm.write(f"out of memory while training: going on with half of --micro-tokens {c.micro_tokens}")
+    total = dict(zip(total, ranks.total(list(total.values()), device), strict=True))
     parameters = [p for p in model.parameters() if p.requires_grad]
+    ranks.sum_gradients(parameters)
     norm = float(nn.utils.clip_grad_norm_(parameters, c.grad_clip))
-    skipped = not (finite and math.isfinite(norm) and math.isfinite(total["loss"]))
+    skipped = total["broken"] > 0 or not (math.isfinite(norm) and math.isfinite(total["loss"]))
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -1156,15 +1232,49 @@ class Data:
 # ---- A run -------------------------------------------------------------------------------------------------------
 
 
+class Policy:
+    """Tokenizer and decoder of a configuration, and where their weights come from.
+
+    c: the configuration, with the shape of --model. The decoder of a --model stays on the meta device until its
+    weights are loaded.
+    """
+
+    def __init__(self, c: Config, device: torch.device):
+        self.device, self.source = device, None
+        if c.model:
+            self.source = locate(c.model, c.revision)
+            c = dataclasses.replace(c, **read_shape(self.source))
+            check(c)
+        self.c, self.tokenizer = c, load_tokenizer(*filter(None, [self.source]))
+        if c.vocab:
+            check_vocabulary(self.tokenizer, c.vocab)
+        with torch.device("meta" if c.model else device):
+            self.model = Decoder(c, self.tokenizer.size)
+
+    def load_base(self, folder: RunFolder) -> None:
+        """Weights that training starts from. Frozen ones are read once; afterwards only the adapters are reset."""
+        c, model = self.c, self.model
+        if c.lora_rank and model.base_id:
+            model.reset_adapters()
+        elif self.source:
+            load_weights(self.source, model, self.device)
+        else:
+            trained = folder.checkpoint("base") if folder.finished("base") else None
+            load_checkpoint(trained or Path(c.init or SHIPPED_BASE), model, self.tokenizer)
+        if self.source and c.init:
+            load_adapter(Path(c.init), model)
+
+
 class Run:
     """A folder under runs/, its configuration, data, model and log."""
 
     def __init__(self, c: Config):
         self.c, self.folder = c, RunFolder(Path("runs") / c.run)
         self.device = choose_device(c.device)
-        self.tokenizer, self.model = self.build()
-        self.data = Data(self.c, self.tokenizer)
-        c = self.c
+        ranks.join(self.device)
+        self.policy = Policy(c, self.device)
+        self.c, self.tokenizer, self.model = self.policy.c, self.policy.tokenizer, self.policy.model
+        c, self.data = self.c, Data(self.c, self.tokenizer)
         self.agent = Agent(self.model, self.tokenizer, c)
         as_evaluated = dataclasses.replace(c, temperature=c.eval_temperature, top_p=c.eval_top_p)
         # the same loop, sampled with less noise
@@ -1179,37 +1289,37 @@ class Run:
         stages = c.stages.split(",")
         if "base" not in stages and {"memtrain", "memagent", "eval"}.intersection(stages):
             self.load("base")  # a checkpoint that does not fit is refused before anything is written
-        self.folder.claim(dataclasses.asdict(c))
-        self.log, self.interrupt = Log(self.folder.path, dataclasses.asdict(c)), Interrupt()
-
-    def build(self) -> tuple[Tokenizer, Decoder]:
-        """Tokenizer and decoder; with --model on the meta device, until load() brings the weights."""
-        c = self.c
-        if not c.model:
-            tokenizer = load_tokenizer()
-            return tokenizer, Decoder(c, tokenizer.size).to(self.device)
-        self.source = locate(c.model, c.revision)
-        self.c = c = dataclasses.replace(c, **read_shape(self.source))
-        check(c)
-        tokenizer = load_tokenizer(self.source)
-        check_vocabulary(tokenizer, c.vocab)
-        with torch.device("meta"):
-            return tokenizer, Decoder(c, tokenizer.size)
+        if ranks.FIRST:
+            self.folder.claim(dataclasses.asdict(c))
+            self.log = Log(self.folder.path, dataclasses.asdict(c))
+        self.interrupt = Interrupt()
+        ranks.wait()  # the folder is there
 
     def load(self, system: str) -> None:
         """Fills the model with the weights of a system."""
+        if system == "base" or self.c.lora_rank:
+            self.policy.load_base(self.folder)
         if system != "base":
             load_checkpoint(self.folder.checkpoint(system), self.model, self.tokenizer)
-        elif self.c.model:
-            if self.c.lora_rank and self.model.base_id:
-                self.model.reset_adapters()
-            else:
-                load_weights(self.source, self.model, self.device)
-            if self.c.init:
-                load_adapter(Path(self.c.init), self.model)
-        else:
-            trained = self.folder.finished("base") and self.folder.checkpoint("base")
-            load_checkpoint(trained or Path(self.c.init or SHIPPED_BASE), self.model, self.tokenizer)
+
+    # Rank 0 writes, the others wait until it has written.
+
+    def save(self, name: str, state: dict, optimizers=(), best: bool = False) -> None:
+        if ranks.FIRST:
+            save_checkpoint(self.folder.checkpoint(name), self.model, self.tokenizer, state, optimizers, best)
+        ranks.wait()
+
+    def write(self, row: dict) -> None:
+        if ranks.FIRST:
+            self.log.write(row)
+
+    def rewind(self, stage: str, step: int) -> None:
+        if ranks.FIRST:
+            self.log.rewind(stage, step)
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank was interrupted: then all stop after the same step."""
+        return ranks.total([self.interrupt.asked], self.device)[0] > 0
 
 
 SHIPPED_BASE = Path(__file__).parent / "data" / "nano" / "base.safetensors"
@@ -1219,6 +1329,9 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
     device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     try:
         use_triton(device)
     except ValueError as e:
@@ -1248,12 +1361,12 @@ def train_base(run: Run) -> None:
         state = load_checkpoint(path, model, run.tokenizer, optimizers)
     elif c.init:
         load_checkpoint(Path(c.init), model, run.tokenizer)
-    run.log.rewind("base", state["step"])
+    run.rewind("base", state["step"])
     steps, total = DemoSteps(c, state["step"] - c.base_copy_steps), c.base_copy_steps + c.base_steps
     # a generator of its own: no run draws from the global ones, so that no checkpoint has to keep their state
     demos = iter(DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=4, generator=torch.Generator(),
                             worker_init_fn=deaf))
-    with tqdm(total=total, initial=state["step"], desc="base", unit="step") as bar:
+    with tqdm(total=total, initial=state["step"], desc="base", unit="step", disable=not ranks.FIRST) as bar:
         while state["step"] < total:
             step, start = state["step"], time.perf_counter()
             after = step - c.base_copy_steps  # warm up anew after copying; the last half decays to zero
@@ -1268,19 +1381,20 @@ def train_base(run: Run) -> None:
                 o.zero_grad(set_to_none=True)
             seconds = time.perf_counter() - start
             state |= {"step": step + 1, "seconds": state["seconds"] + seconds, "tokens": state["tokens"] + tokens}
-            run.log.write({"stage": "base", "step": step, "loss": loss, "seconds": seconds, "tokens": tokens})
+            run.write({"stage": "base", "step": step, "loss": loss, "seconds": seconds, "tokens": tokens})
             bar.set_postfix_str(f"loss {loss:.3f}")
             bar.update()
-            if state["step"] % c.save_every == 0 or state["step"] == total or run.interrupt.asked:
-                save_checkpoint(path, model, run.tokenizer, state, optimizers)
-            if run.interrupt.asked:
+            stop = run.asked_to_stop()
+            if state["step"] % c.save_every == 0 or state["step"] == total or stop:
+                run.save("base", state, optimizers)
+            if stop:
                 raise Stopped
     with torch.no_grad():
         model.norm.weight.mul_(c.base_sharpen)
     from eval.gates import gates
 
     state |= {"done": True, "config": dataclasses.asdict(c), "commit": commit()}
-    save_checkpoint(path, model, run.tokenizer, state | {"gates": gates(run.agent, c)})
+    run.save("base", state | {"gates": gates(run.agent, c) if ranks.FIRST else {}})
 
 
 def copying_rows(c: Config, step: int, tokenizer: Tokenizer) -> list[tuple]:
@@ -1305,14 +1419,15 @@ def imitate(model: Decoder, rows, c: Config, step: int, device) -> tuple[float, 
         total += float(weight.sum())
         batches.append((packed, text, weight))
     loss = 0.0
-    for packed, text, weight in batches:
+    for packed, text, weight in batches[ranks.RANK::ranks.WORLD]:
         packed.source = torch.cat([packed.source, text])
         packed.target = torch.cat([packed.target, packed.ids[text + 1]])
         logprob, _ = score(model, packed)
         part = -(logprob * weight).sum() / total
         part.backward()
         loss += float(part.detach())
-    return loss, sum(p.layout.total for p, _, _ in batches)
+    ranks.sum_gradients(model.parameters())
+    return ranks.total([loss], device)[0], sum(p.layout.total for p, _, _ in batches)
 
 
 RECENT = 5  # steps whose mean reward decides which checkpoint is the best: one step's is noise
@@ -1334,11 +1449,11 @@ def train_policy(run: Run, name: str, start: str) -> None:
              "poisoned": 0}
     if path.exists():
         state = load_checkpoint(path, model, run.tokenizer, [optimizer])
-    run.log.rewind(name, state["step"])
-    with tqdm(total=steps, initial=state["step"], desc=name, unit="step") as bar:
+    run.rewind(name, state["step"])
+    with tqdm(total=steps, initial=state["step"], desc=name, unit="step", disable=not ranks.FIRST) as bar:
         while state["step"] < steps:
             row = train_step(run, kind, state["step"], reference, optimizer)
-            run.log.write({"stage": name} | row)
+            run.write({"stage": name} | row)
             state["step"] += 1
             state["rewards"].append(row["reward"])
             for total in ("seconds", "tokens_sampled", "tokens_trained"):
@@ -1352,15 +1467,16 @@ def train_policy(run: Run, name: str, start: str) -> None:
             bar.set_postfix_str(f"reward {row['reward']:.2f} exact {row['reward_em']:.2f} signal {row['signal']:.2f}")
             bar.update()
             done = state["step"] == steps  # the finished policy does without its optimiser
-            if done or state["step"] % c.save_every == 0 or run.interrupt.asked:
+            stop = run.asked_to_stop()
+            if done or state["step"] % c.save_every == 0 or stop:
                 recent = float(np.mean(state["rewards"][-RECENT:]))
                 best = recent >= state.get("best", 0.0)
                 state["best"] = max(recent, state.get("best", 0.0))
-                save_checkpoint(path, model, run.tokenizer, state | {"done": done}, [] if done else [optimizer], best)
-            if run.interrupt.asked:
+                run.save(name, state | {"done": done}, [] if done else [optimizer], best)
+            if stop:
                 raise Stopped
     if not run.folder.finished(name):  # a stage of no steps
-        save_checkpoint(path, model, run.tokenizer, state | {"done": True})
+        run.save(name, state | {"done": True})
 
 
 def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
@@ -1375,15 +1491,15 @@ def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
     for first in range(0, c.documents, c.update_documents):
         entries = {e for e, (g, d) in enumerate(zip(batch.group, batch.document, strict=True))
                    if g in signal_ and first <= d < first + c.update_documents}
-        if entries:
+        if ranks.total([len(entries)], run.device)[0]:
             rows.append(update(run.model, reference, optimizer, c, batch, entries))
     seconds = time.perf_counter() - began
     mean = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]} if rows else {}
     mean["tokens_trained"] = sum(r["tokens_trained"] for r in rows)
-    share = len(signal_) / len(set(batch.group))
+    signals, groups = ranks.total([len(signal_), len(set(batch.group))], run.device)
     speed = mean["tokens_trained"] / max(1e-9, seconds - sampled)
     return {"step": step, "seconds": seconds, "seconds_sampling": sampled} | batch.stats | mean | {
-        "signal": share, "tokens_per_s": speed}
+        "signal": signals / groups, "tokens_per_s": speed}
 
 
 def report(run: Run) -> None:
@@ -1403,6 +1519,8 @@ def run_stages(run: Run) -> None:
             train_policy(run, "memagent", "base")
             if run.folder.finished("memtrain"):
                 train_policy(run, "memtrain+memagent", "memtrain")
+        elif not ranks.FIRST:
+            continue
         elif stage == "eval":
             if not evaluate(run, lengths_of(run.c), recall_probe):
                 raise Stopped
@@ -1463,25 +1581,82 @@ def estimate(run: Run) -> tuple[float, int]:
     return seconds / 60, per_step
 
 
+def open_checkpoint(options: argparse.Namespace, fields: Sequence[str]) -> Policy:
+    """The policy of --checkpoint RUN/STAGE, with the configuration of its run, or the base that `fields` describe."""
+    if options.checkpoint is None:
+        c = parse(fields)
+        policy, folder = Policy(c, choose_device(c.device)), RunFolder(Path("runs") / c.run)
+        policy.load_base(folder)
+        return policy
+    stage = options.checkpoint.parent if options.checkpoint.suffix else options.checkpoint
+    path, remedy = stage / "checkpoint.safetensors", "give RUN/STAGE, like runs/nano/memtrain"
+    if not path.is_file():
+        raise InputError(f"--checkpoint {options.checkpoint}: there is no {path}; {remedy}")
+    theirs = read_json(stage.parent / "config.json", remedy)
+    known = {f.name: f for f in dataclasses.fields(Config)}
+    if odd := theirs.keys() - known.keys():
+        raise InputError(f"{stage.parent / 'config.json'}: {min(odd)} is no field of this version; {remedy}")
+    given = vars(argument_parser().parse_args([_dashes(a) for a in fields]))
+    if fixed := given.keys() - FREE_FIELDS - {"seed", "eval_temperature", "eval_top_p"}:
+        raise InputError(f"--{min(fixed).replace('_', '-')}: the checkpoint has a value of its own; leave it out")
+    c = dataclasses.replace(Config(**theirs), **given)
+    check(c)
+    policy = Policy(c, choose_device(c.device))
+    policy.load_base(RunFolder(stage.parent))
+    load_checkpoint(path, policy.model, policy.tokenizer)
+    return policy
+
+
+def read_command(argv: Sequence[str]) -> None:
+    """python memtrain.py read FILE: the memory after each section of a text, then the answer."""
+    from eval.read import read
+
+    options, fields = command_options("read", argv)
+    policy = open_checkpoint(options, fields)
+    c = dataclasses.replace(policy.c, temperature=policy.c.eval_temperature, top_p=policy.c.eval_top_p)
+    torch.set_num_threads(c.threads or os.cpu_count() or 1)
+    read(Agent(policy.model, policy.tokenizer, c), options.file, options.question, options.out, Interrupt())
+
+
+def export_command(argv: Sequence[str]) -> None:
+    """python memtrain.py export: a checkpoint in the form that other tools read."""
+    options, fields = command_options("export", argv)
+    if output(options.to).exists() and not (options.to.is_dir() and not any(options.to.iterdir())):
+        raise InputError(f"--to {options.to}: exists and is not an empty folder; give a new one")
+    policy = open_checkpoint(options, fields)
+    if options.format == "peft":
+        export_adapter(options.to, policy.model)
+    else:
+        export_weights(options.to, policy.model, policy.source)
+    print(f"{options.to}: {', '.join(sorted(p.name for p in options.to.iterdir()))}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
+        if argv and argv[0] in COMMANDS:
+            {"read": read_command, "export": export_command}[argv[0]](argv[1:])
+            return 0
         c = parse(argv)
         torch.set_num_threads(c.threads or os.cpu_count() or 1)
         if c.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
             torch.use_deterministic_algorithms(True)
         run = Run(c)
-        header(run)
         try:
+            if ranks.FIRST:
+                header(run)
             run_stages(run)
         finally:
-            run.log.close()
+            if ranks.FIRST:
+                run.log.close()
     except InputError as e:
         return refusal(e, argv)
     except (Stopped, KeyboardInterrupt):
         print(f"stopped; continue with: {command()}", file=sys.stderr)
         return 130
+    finally:
+        ranks.leave()
     return 0
 
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import subprocess
 import sys
 from datetime import datetime
+from functools import cache
 
 LIMIT_SECONDS, LIMIT_BYTES, LIMIT_TEXT = 2, 1 << 30, 1 << 20
 TODAY = datetime(2024, 7, 26)  # for templates that tell the date: Llama 3.1's own default, the same in every run
@@ -35,12 +35,7 @@ def around_user(template: str, variables: dict, where: str) -> tuple[str, str, s
     # Llama 3 strips, and the texts of this project are placed as ids, behind the template's back.
     mark = hashlib.sha256(template.encode("utf-8", "replace")).hexdigest()
     users = [f"User{mark[:20]} <b>&\"'\\ \u00c9\n\n \t{{{{ 7 * 7 }}}} {mark[20:n]}z" for n in (40, 60)]
-    ask = json.dumps({"template": template, "variables": variables, "users": users})
-    try:
-        child = subprocess.run([sys.executable, "-P", __file__], input=ask.encode(), capture_output=True, timeout=60)
-        reply = json.loads(child.stdout) if child.returncode == 0 else None
-    except subprocess.TimeoutExpired:
-        reply = None
+    reply = _ask(json.dumps({"template": template, "variables": variables, "users": users}))
     if reply is None:
         raise InputError(f"{where}: the chat template took more than {LIMIT_SECONDS} s or {LIMIT_BYTES >> 30} GB to "
                          f"render; give a checkpoint with a sound chat_template")
@@ -56,6 +51,17 @@ def around_user(template: str, variables: dict, where: str) -> tuple[str, str, s
         raise InputError(f"{where}: what the chat template puts around the user's text depends on that text; "
                          f"give a checkpoint whose template doesn't")
     return before, after, reply["closing"]
+
+
+@cache
+def _ask(request: str) -> dict | None:
+    """`render` in a process of its own (0.1 s); None if it had to be killed."""
+    try:
+        child = subprocess.run([sys.executable, "-P", __file__], input=request.encode(), capture_output=True,
+                               timeout=60)
+    except subprocess.TimeoutExpired:
+        return None
+    return json.loads(child.stdout) if child.returncode == 0 else None
 
 
 def render(template: str, variables: dict, users: list[str]) -> dict:
@@ -110,4 +116,4 @@ if __name__ == "__main__":
 
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_SECONDS, LIMIT_SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
-    print(re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(render(**json.load(sys.stdin)))))
+    print(json.dumps(render(**json.load(sys.stdin))))

@@ -23,8 +23,10 @@ sentence about the right name. So relevance is a matter of names here, as for [M
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import random
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -362,3 +364,26 @@ class MiniWorld:
 
     def question(self, index: int, seed: int = 0) -> Question:
         return self.question_facts(index, seed)[0]
+
+
+def main() -> None:
+    """Prints a text of the evaluation world to read, and on standard error what can be asked about it."""
+    parser = argparse.ArgumentParser(prog="python -m data.miniwiki", description=main.__doc__)
+    parser.add_argument("--passages", type=int, default=60, help="lines of the text (default: 60)")
+    parser.add_argument("--questions", type=int, default=3, help="questions it answers (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
+    options = parser.parse_args()
+    world, rng = MiniWorld(600, 0, "eval"), random.Random(options.seed)
+    questions = [world.question(rng.randrange(1 << 20)) for _ in range(options.questions)]
+    gold = {p for q in questions for p in q.gold}
+    others = [p for p in world.passages if p not in gold]
+    chosen = [*gold, *rng.sample(others, max(0, min(len(others), options.passages - len(gold))))]
+    chosen.sort(key=lambda p: p.rendered)  # a set has no order of its own
+    rng.shuffle(chosen)
+    for q in questions:
+        print(f"{q.question}  ({q.answers[0]})", file=sys.stderr)
+    print("\n".join(p.rendered for p in chosen))
+
+
+if __name__ == "__main__":
+    main()

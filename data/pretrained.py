@@ -13,7 +13,6 @@ reshaped or permuted, the decoder rotates halves as these checkpoints do.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import InputError
-from data.files import replacing, write_json, writing
+from data.files import read_json, replacing, write_json, writing
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +55,7 @@ def read_shape(folder: Path) -> dict[str, Any]:
     """The fields of memtrain.Config's group `model` that folder/config.json says. InputError if it can't be read, or
     describes something else than this decoder: another architecture, sliding windows, experts, other scalings."""
     path = folder / "config.json"
-    raw = _json(path, "give a folder with config.json, tokenizer and safetensors as published")
+    raw = read_json(path, "give a folder with config.json, tokenizer and safetensors as published")
 
     def refuse(bad: Any, what: str) -> None:
         if bad:
@@ -167,7 +166,7 @@ def _shards(folder: Path) -> dict[str, Path]:
         path = folder / "model.safetensors"
         with _opened(path) as file:
             return dict.fromkeys(file.keys(), path)
-    listed = _json(index, again).get("weight_map")
+    listed = read_json(index, again).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(x, str) for x in listed.values()):
         raise InputError(f"{index}: no weight_map in it; {again}")
     for file in sorted(set(listed.values())):
@@ -193,18 +192,6 @@ def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
         yield file
 
 
-def _json(path: Path, remedy: str) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror or e}; {remedy}") from None
-    except ValueError as e:
-        raise InputError(f"{path}: not JSON ({e}); {remedy}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON {type(value).__name__} instead of an object; {remedy}")
-    return value
-
-
 # ---- Adapters ------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +212,7 @@ def load_adapter(folder: Path, model) -> None:
     import torch
 
     path, c = folder / "adapter_config.json", model.c
-    raw = _json(path, "give the folder that PEFT's save_pretrained or memtrain's export wrote")
+    raw = read_json(path, "give the folder that PEFT's save_pretrained or memtrain's export wrote")
 
     def refuse(bad: Any, what: str, remedy: str) -> None:
         if bad:
@@ -289,6 +276,8 @@ def export_weights(folder: Path, model, source: Path | None) -> None:
     """
     from safetensors.torch import save_file
 
+    from data.tokenizer import NANO_RANKS
+
     tensors = dict(_merged(model))
     plan, size = [[]], 0
     for name, tensor in tensors.items():
@@ -310,14 +299,15 @@ def export_weights(folder: Path, model, source: Path | None) -> None:
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": {
             name: file for file, names in zip(files, plan, strict=True) for name in names}})
     if source:
-        raw = _json(source / "config.json", "give the checkpoint it came from")
+        raw = read_json(source / "config.json", "give the checkpoint it came from")
         write_json(folder / "config.json", raw | {"dtype": model.c.dtype, "torch_dtype": model.c.dtype})
-        for pattern in TOKENIZER_FILES:
-            for file in source.glob(pattern):
-                with replacing(folder / file.name) as temporary:
-                    shutil.copyfile(file, temporary)
+        files = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern)]
     else:
         write_json(folder / "config.json", describe(model, "lm_head.weight" not in tensors))
+        files = [NANO_RANKS]
+    for file in files:
+        with replacing(folder / file.name) as temporary:
+            shutil.copyfile(file, temporary)
 
 
 def _merged(model) -> Iterator[tuple[str, torch.Tensor]]:

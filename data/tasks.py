@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -32,21 +32,26 @@ class Problem:
     kind: str
 
 
-def split_sections(passages: Sequence[str], tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """Token ids of the document in sections of at most `length` tokens, in order.
+def sections(passages: Iterable[str], tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
+    """Token ids of the document in sections of at most `length` tokens, in order; `passages` may be endless.
 
     A section ends after the last passage that fits; only a passage longer than a whole section is cut.
     """
-    sections: list[list[int]] = [[]]
+    section: list[int] = []
     for passage in passages:
         ids = tokenizer.encode(passage + "\n")
-        if len(sections[-1]) + len(ids) > length and sections[-1]:
-            sections.append([])
-        for start in range(0, len(ids), length):
-            if start:
-                sections.append([])
-            sections[-1].extend(ids[start:start + length])
-    return [s for s in sections if s]
+        if len(section) + len(ids) > length and section:
+            yield section
+            section = []
+        whole = max(0, len(ids) - 1) // length * length
+        yield from (ids[start:start + length] for start in range(0, whole, length))
+        section = section + ids[whole:]
+    if section:
+        yield section
+
+
+def split_sections(passages: Sequence[str], tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    return list(sections(passages, tokenizer, length))
 
 
 def _draw(rng: random.Random, population: int, count: int, taken: Sequence[int]) -> list[int]:

@@ -1,0 +1,159 @@
+"""Reading a file with a memory, and taking a run's result elsewhere: the commands read and export."""
+
+import io
+import json
+import subprocess
+import sys
+import tracemalloc
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+import memtrain
+from data.tasks import sections, split_sections
+from eval.read import LINE, Text
+from memtrain import main
+
+ROOT = Path(memtrain.__file__).parent
+TEXT = "\n".join(f"{name} Tellin: {name} Tellin was born in {1700 + i}." for i, name in enumerate(
+    ["Joren", "Mara", "Oskel", "Vukin", "Kigon", "Foves", "Kuran", "Bruru"] * 5))
+
+
+def read(capsys, *argv: str) -> str:
+    assert main(["read", *argv, "--threads", "1"]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_the_shipped_model_reads_a_file_section_by_section(folder, capsys, tokenizer):
+    Path("t.txt").write_text(TEXT)
+    shown = read(capsys, "t.txt", "--question", "When was Mara Tellin born?", "--out", "out/memories.json")
+    cut = split_sections(TEXT.split("\n"), tokenizer, memtrain.Config.section)
+    *memories, answer = json.loads(Path("out/memories.json").read_text())
+    assert [(m["section"], m["tokens"]) for m in memories] == [(i, len(s)) for i, s in enumerate(cut, 1)]
+    assert len(cut) > 3 and any(m["memory"] for m in memories)
+    assert all(f"section {m['section']} ({m['tokens']} tokens):\n  {m['memory']}" in shown for m in memories)
+    assert answer["question"] == "When was Mara Tellin born?" and f"answer: {answer['answer']}" in shown
+    assert read(capsys, "t.txt", "--question", "When was Mara Tellin born?") == shown, "the same seed, the same reading"
+    assert list(Path().iterdir()) != [] and not Path("runs").exists(), "reading starts no run"
+
+
+def test_standard_input_ends_where_it_ends(folder, capsys, monkeypatch):
+    Path("t.txt").write_text(TEXT)
+    expected = read(capsys, "t.txt")
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(TEXT.encode()))))
+    assert read(capsys, "-") == expected and "answer" not in expected
+
+
+def test_an_interrupt_ends_the_reading_not_the_answer(folder, capsys, monkeypatch):
+    Path("t.txt").write_text(TEXT)
+    monkeypatch.setattr(memtrain.Interrupt, "asked", True)
+    shown = read(capsys, "t.txt", "--question", "Who?", "--out", "o.json")
+    assert "section 1" in shown and "section 2" not in shown and "answer:" in shown
+    assert len(json.loads(Path("o.json").read_text())) == 2
+
+
+def lines(folder: Path, content: bytes, name: str = "t.txt") -> list[str]:
+    (folder / name).write_bytes(content)
+    return list(Text(str(folder / name)).lines())
+
+
+def test_lines_of_a_text(folder):
+    assert lines(folder, b"\xef\xbb\xbfa\r\n\r\n  b c \n\n\nd") == ["a", "b c", "d"]
+    text = "é日👩" * 30_000  # pieces end within a character
+    assert "".join(lines(folder, text.encode())) == text
+    words = lines(folder, b"word " * 5000)
+    assert len(words) > 3 and max(map(len, words)) <= LINE and {w for x in words for w in x.split()} == {"word"}
+
+
+def test_lines_of_html(folder):
+    page = b"""<!DOCTYPE html><html><head><title>T</title><style>p{color:red}</style></head><body>
+    <h1>Head<b>ing</b> &amp; more</h1><script>alert("x")</script><p>One<br>two &#233; &lt;b&gt;</p><!-- no -->
+    <p>x</body>"""
+    assert lines(folder, page) == ["Heading & more", "One", "two é <b>", "x"]
+    assert lines(folder, b"plain <b>text</b> of a .txt") == ["plain <b>text</b> of a .txt"]
+    assert lines(folder, b"<p>by its name", "t.html") == ["by its name"]
+    assert len(lines(folder, b"<html><body><p>seen" + b"<" * 300_000)) < 100_000, "an unclosed tag costs no memory"
+
+
+@pytest.mark.parametrize("line", [b"One fact after another. ", b"no spaces at all", b"short\n"])
+def test_memory_stays_constant(folder, tokenizer, line):
+    def peak(size: int) -> int:
+        (folder / "t.txt").write_bytes(line * (size // len(line)))
+        tracemalloc.start()
+        count = sum(1 for _ in sections(Text("t.txt").lines(), tokenizer, 160))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert count > size / 2500
+        return most
+
+    peak(100_000)  # what is built once
+    assert peak(1_600_000) < 1.1 * peak(400_000) + 100_000
+
+
+BAD = {  # file: content, parts of the answer
+    "missing.txt": (None, ["missing.txt", "No such file"]), "empty.txt": (b"", ["empty.txt", "empty"]),
+    "blank.md": (b" \n\t\n", ["blank.md", "empty"]), "binary.txt": (b"abc\0def", ["binary.txt", "NUL"]),
+    "latin.txt": ("Montréal".encode("latin-1"), ["latin.txt", "UTF-8"]),
+    "paper.pdf": (b"%PDF-1.7 ...", ["paper.pdf", "pdftotext"]), "book.docx": (b"PK\x03\x04...", ["book.docx", "text"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_texts_that_are_refused(name, folder, capsys):
+    content, parts = BAD[name]
+    if content is not None:
+        Path(name).write_bytes(content)
+    assert main(["read", name, "--out", "o.json"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(part in line for part in parts), line
+    assert not Path("o.json").exists()
+
+
+COMMANDS = {  # command line: parts of the answer
+    "read": ["FILE"], "read t.txt --quest x": ["--quest"], "read t.txt --width 7 --checkpoint r/s": ["--width"],
+    "read t.txt --checkpoint nowhere/memtrain": ["nowhere/memtrain", "RUN/STAGE"],
+    "read t.txt --question " + "why" * 400: ["--question", "shorter"],
+    "export --format hf --to x": ["--checkpoint"], "export --checkpoint r/s --format gguf --to x": ["gguf", "peft"],
+    "export --checkpoint r/s --format hf --to full": ["--to full", "empty folder"],
+    "export --checkpoint r/s --format hf --to " + str(ROOT / "data"): ["data"],
+    "export --checkpoint nowhere/s --format hf --to x": ["nowhere/s"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_that_are_refused(command, folder, capsys, base_checkpoint):
+    Path("t.txt").write_text("A text.")
+    Path("full").mkdir()
+    Path("full/x").write_text("there")
+    Path("r/s").mkdir(parents=True)
+    Path("r/config.json").write_text("{}")
+    Path("r/s/checkpoint.safetensors").write_text("")
+    assert main(command.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(part in line for part in COMMANDS[command]), line
+    assert not Path("x").exists() and Path("full/x").read_text() == "there"
+
+
+def test_help_of_a_command_comes_before_torch():
+    for name in ("read", "export"):
+        done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "memtrain.py"), name, "--help"],
+                              capture_output=True, text=True, check=True)
+        assert "--checkpoint" in done.stdout and " torch" not in done.stderr
+
+
+def test_a_run_is_exported_and_read(folder, capsys, monkeypatch, base_checkpoint):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    train = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "0"]
+    assert main(train) == 0
+    assert main(["export", "--checkpoint", "runs/t/memtrain", "--format", "hf", "--to", "hf"]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("hf", dtype=torch.float32)
+    assert theirs.config.num_hidden_layers == 2 and Path("hf/miniworld.tiktoken").exists()
+    capsys.readouterr()
+    assert main(["export", "--checkpoint", "runs/t/memtrain", "--format", "peft", "--to", "peft"]) == 2
+    assert "no adapters" in capsys.readouterr().err
+    Path("t.txt").write_text(TEXT)
+    assert "section 2" in read(capsys, "t.txt", "--checkpoint", "runs/t/memtrain", "--seed", "5")
