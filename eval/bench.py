@@ -12,8 +12,8 @@
     python -m eval.bench time [--runs 3] [--out FILE] [any field of memtrain.Config]
         the whole of `python memtrain.py`, once a seed, in runs/time-SEED: wall seconds and peak memory of each run
     python -m eval.bench length [--out FILE] [any field of memtrain.Config]
-        the evaluation of --eval-questions questions at each of --eval-lengths (default: 4 at 1,4,16,64), each in a
-        process of its own: peak memory, seconds a section
+        the evaluation of --eval-questions questions at each of --eval-lengths (default: 32 at 1,4,16,64), each in a
+        process of its own and on one thread: peak memory, CPU seconds by its tokens
 
 It measures memtrain.py from outside, so it imports it; nothing imports this file.
 """
@@ -457,12 +457,12 @@ def time_table(rows: Sequence[dict]) -> str:
 
 
 def length(argv: Sequence[str]) -> int:
-    parser = Parser("length", "evaluation at growing lengths: peak memory and seconds a section")
+    parser = Parser("length", "evaluation at growing lengths: peak memory, and time by the document's tokens")
     parser.add_argument("--only", type=int, default=0, help=argparse.SUPPRESS)  # measure this length, here; for itself
     options, fields = parser.read(argv, at_least_one=())
     refuse_own(fields, "stages", "run", "eval-masked")
-    c = memtrain.parse(["--eval-questions", "4", "--eval-lengths", "1,4,16,64", *fields, "--stages", "eval",
-                        "--eval-masked", "0"])
+    c = memtrain.parse(["--eval-questions", "32", "--eval-lengths", "1,4,16,64", "--threads", "1", *fields,
+                        "--stages", "eval", "--eval-masked", "0"])
     torch.set_num_threads(c.threads or os.cpu_count() or 1)
     device = memtrain.choose_device(c.device)
     if options.only:
@@ -491,23 +491,24 @@ def evaluated_at(c: memtrain.Config, device, n: int) -> dict:
         problems = (data.evaluation_question(i, length_) for i in range(len(data.questions)))
         return long_qa_row(agent, "base", c.seed, length_, list(problems))
     row(1)
-    began = time.perf_counter()
+    clock = time.perf_counter if device.type == "cuda" else time.process_time  # others may be at work on this CPU
+    began = clock()
     result = row(n)
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     return {"length": n, "weights": weights, "sections": result["sections"], "tokens": result["tokens"],
             "seconds": seconds, "peak_mb": _peak_mb(device)}
 
 
 def length_table(rows: Sequence[dict]) -> str:
-    """Peaks beside that of the first length of at least 4 (below, other things than the document make it), and seconds
-    a section and question turn beside the same length's."""
+    """Peak and time per token of the documents, each beside that of the first length of at least 4: below, other
+    things than the document make the peak."""
     first = next((r for r in rows if r["length"] >= 4), rows[0])
-    each = [r["seconds"] / (r["sections"] + 1) for r in rows]  # the answer is a turn too
-    unit = each[rows.index(first)]
-    lines = [f"weights {rows[0]['weights']}\n{'length':>8s}{'sections':>10s}{'tokens':>10s}{'peak MB':>10s}"
-             f"{'beside ' + str(first['length']) + 'x':>12s}{'seconds':>10s}{'ms a turn':>11s}{'beside':>9s}"]
+    each = [1e6 * r["seconds"] / r["tokens"] for r in rows]
+    unit, beside = each[rows.index(first)], f"beside {first['length']}x"
+    lines = [f"weights {rows[0]['weights']}\n{'length':>8s}{'sections':>10s}{'tokens':>10s}{'peak MB':>10s}{beside:>12s}"
+             f"{'seconds':>10s}{'us a token':>12s}{beside:>12s}"]
     lines += [f"{r['length']:7d}x{r['sections']:10.1f}{r['tokens']:10,.0f}{r['peak_mb']:10.1f}"
-              f"{r['peak_mb'] / first['peak_mb'] - 1:+12.1%}{r['seconds']:10.2f}{1000 * x:11.1f}{x / unit - 1:+9.1%}"
+              f"{r['peak_mb'] / first['peak_mb'] - 1:+12.1%}{r['seconds']:10.2f}{x:12.0f}{x / unit - 1:+12.1%}"
               for r, x in zip(rows, each, strict=True)]
     return "\n".join(lines)
 
