@@ -505,8 +505,8 @@ def length_table(rows: Sequence[dict]) -> str:
     first = next((r for r in rows if r["length"] >= 4), rows[0])
     each = [1e6 * r["seconds"] / r["tokens"] for r in rows]
     unit, beside = each[rows.index(first)], f"beside {first['length']}x"
-    lines = [f"weights {rows[0]['weights']}\n{'length':>8s}{'sections':>10s}{'tokens':>10s}{'peak MB':>10s}{beside:>12s}"
-             f"{'seconds':>10s}{'us a token':>12s}{beside:>12s}"]
+    lines = [f"weights {rows[0]['weights']}", f"{'length':>8s}{'sections':>10s}{'tokens':>10s}{'peak MB':>10s}"
+             f"{beside:>12s}{'seconds':>10s}{'us a token':>12s}{beside:>12s}"]
     lines += [f"{r['length']:7d}x{r['sections']:10.1f}{r['tokens']:10,.0f}{r['peak_mb']:10.1f}"
               f"{r['peak_mb'] / first['peak_mb'] - 1:+12.1%}{r['seconds']:10.2f}{x:12.0f}{x / unit - 1:+12.1%}"
               for r, x in zip(rows, each, strict=True)]
