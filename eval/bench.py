@@ -11,6 +11,9 @@
         masked documents of --corpus, built one after the other: milliseconds, tokens, passages, memory
     python -m eval.bench time [--runs 3] [--out FILE] [any field of memtrain.Config]
         the whole of `python memtrain.py`, once a seed, in runs/time-SEED: wall seconds and peak memory of each run
+    python -m eval.bench length [--out FILE] [any field of memtrain.Config]
+        the evaluation of --eval-questions questions at each of --eval-lengths (default: 32 at 1,4,16,64), each in a
+        process of its own and on one thread: peak memory, CPU seconds by its tokens
 
 It measures memtrain.py from outside, so it imports it; nothing imports this file.
 """
@@ -21,6 +24,7 @@ import argparse
 import copy
 import ctypes
 import gc
+import json
 import os
 import random
 import statistics
@@ -40,6 +44,7 @@ from data import InputError
 from data.files import output, write_json
 from data.terminal import printable
 from eval import plain
+from eval.longqa import long_qa_row
 from eval.stage import environment
 
 TOLERANCE = 1e-5  # of loss and gradients, in fp64
@@ -448,6 +453,66 @@ def time_table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+# ---- length: what a longer document costs ---------------------------------------------------------------------------
+
+
+def length(argv: Sequence[str]) -> int:
+    parser = Parser("length", "evaluation at growing lengths: peak memory, and time by the document's tokens")
+    parser.add_argument("--only", type=int, default=0, help=argparse.SUPPRESS)  # measure this length, here; for itself
+    options, fields = parser.read(argv, at_least_one=())
+    refuse_own(fields, "stages", "run", "eval-masked")
+    c = memtrain.parse(["--eval-questions", "32", "--eval-lengths", "1,4,16,64", "--threads", "1", *fields,
+                        "--stages", "eval", "--eval-masked", "0"])
+    torch.set_num_threads(c.threads or os.cpu_count() or 1)
+    device = memtrain.choose_device(c.device)
+    if options.only:
+        print(json.dumps(evaluated_at(c, device, options.only)))
+        return 0
+    rows = []
+    for n in tqdm(memtrain.lengths_of(c), desc="length", unit="process"):
+        done = subprocess.run([sys.executable, "-m", "eval.bench", "length", "--only", str(n), *fields], text=True,
+                              cwd=Path(__file__).parents[1], capture_output=True, check=False)
+        if done.returncode:
+            raise InputError(f"at length {n}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    finish("length", argv, options.out, device, {"evaluation": rows, "config": asdict(c)}, length_table(rows))
+    return 0
+
+
+def evaluated_at(c: memtrain.Config, device, n: int) -> dict:
+    """One row of the evaluation at length n, by the model's weights or random ones; what came before (loading, a first
+    row at 1x) is in the peak, as it is in a run, but not in the seconds."""
+    tokenizer = memtrain.load_tokenizer()
+    data, model = memtrain.Data(c, tokenizer), memtrain.Decoder(c, tokenizer.size).to(device)
+    weights = load_weights(c, model, tokenizer)
+    agent = memtrain.Agent(model, tokenizer, replace(c, temperature=c.eval_temperature, top_p=c.eval_top_p))
+
+    def row(length_: int) -> dict:
+        problems = (data.evaluation_question(i, length_) for i in range(len(data.questions)))
+        return long_qa_row(agent, "base", c.seed, length_, list(problems))
+    row(1)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time  # others may be at work on this CPU
+    began = clock()
+    result = row(n)
+    seconds = clock() - began
+    return {"length": n, "weights": weights, "sections": result["sections"], "tokens": result["tokens"],
+            "seconds": seconds, "peak_mb": _peak_mb(device)}
+
+
+def length_table(rows: Sequence[dict]) -> str:
+    """Peak and time per token of the documents, each beside that of the first length of at least 4: below, other
+    things than the document make the peak."""
+    first = next((r for r in rows if r["length"] >= 4), rows[0])
+    each = [1e6 * r["seconds"] / r["tokens"] for r in rows]
+    unit, beside = each[rows.index(first)], f"beside {first['length']}x"
+    lines = [f"weights {rows[0]['weights']}", f"{'length':>8s}{'sections':>10s}{'tokens':>10s}{'peak MB':>10s}"
+             f"{beside:>12s}{'seconds':>10s}{'us a token':>12s}{beside:>12s}"]
+    lines += [f"{r['length']:7d}x{r['sections']:10.1f}{r['tokens']:10,.0f}{r['peak_mb']:10.1f}"
+              f"{r['peak_mb'] / first['peak_mb'] - 1:+12.1%}{r['seconds']:10.2f}{x:12.0f}{x / unit - 1:+12.1%}"
+              for r, x in zip(rows, each, strict=True)]
+    return "\n".join(lines)
+
+
 # ---- Command line --------------------------------------------------------------------------------------------------
 
 
@@ -493,7 +558,7 @@ def finish(name: str, argv: Sequence[str], out: Path | None, device, result: dic
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": step, "kernels": kernels, "compile": compile_kernels,
-                                                        "documents": documents, "time": time_runs}
+                                                        "documents": documents, "time": time_runs, "length": length}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,9 +13,9 @@ def long_qa_row(agent, system: str, seed: int, length: int, problems: Sequence[P
     """One row of results.json: `system` on these problems, documents of `length` sections' worth of tokens."""
     keys = [("eval", seed, system, length, p.id) for p in problems]
     row = {"system": system, "seed": seed, "length": length, "n": len(problems)}
-    cut = [agent.sections(p) for p in problems]
-    row["sections"] = sum(map(len, cut)) / len(cut)
-    row["tokens"] = sum(len(s) for sections in cut for s in sections) / len(cut)
+    sizes = [[len(s) for s in agent.sections(p)] for p in problems]  # one document's tokens at a time
+    row["sections"] = sum(map(len, sizes)) / len(sizes)
+    row["tokens"] = sum(map(sum, sizes)) / len(sizes)
     if system == "base-one-window":
         answers = agent.answer_in_one_window(problems, keys)
     else:

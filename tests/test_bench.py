@@ -198,3 +198,15 @@ def test_kernel_benchmarks_refuse_what_they_do_not_know(capsys):
     for arguments in (["kernels", "--speed", "1"], ["kernels", "--repeats", "0"], ["compile", "--card", "H100"]):
         assert bench.main(arguments) == 2
         assert capsys.readouterr().err.startswith("bench: --")
+
+
+def test_a_longer_document_takes_no_more_memory_and_time_by_its_length(tmp_path, capsys):
+    """Each length in a process of its own; the bound on time is a wide one, for a machine with others at work."""
+    out = tmp_path / "length.json"
+    assert bench.main(["length", *TINY, "--update-documents", "2", "--people", "400", "--eval-questions", "8",
+                       "--eval-lengths", "4,64", "--out", str(out)]) == 0
+    short, long = json.loads(out.read_text())["evaluation"]
+    assert long["sections"] > 12 * short["sections"] and long["peak_mb"] < 1.05 * short["peak_mb"]
+    assert 0.5 < long["seconds"] / long["tokens"] / (short["seconds"] / short["tokens"]) < 2
+    table = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "+0.0%" in table["4x"] and table["64x"].count("%") == 2

@@ -84,12 +84,6 @@ BAD = {  # command: parts of the answer
 }
 
 
-@pytest.mark.parametrize("command", BAD)
-def test_what_cannot_work_is_refused_in_one_line(command, folder, capsys):
-    refused(capsys, [*TINY, *command.split()], *BAD[command])
-    assert list(folder.iterdir()) == [], "nothing is written"
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_asked_for_and_absent(folder, capsys):
     refused(capsys, [*TINY, "--device", "cuda"], "--device cuda", "--device cpu")
@@ -109,16 +103,6 @@ CORPORA = {  # file, content, stages: parts of the answer
 }
 
 
-@pytest.mark.parametrize("name", CORPORA)
-def test_corpora_that_are_refused(name, folder, capsys):
-    """Before anything is trained or written, also where only the evaluation would fail."""
-    file, content, stages, parts = CORPORA[name]
-    write(**{file.replace(".", "__"): content}, q__jsonl=questions(1, 2), t__jsonl=questions(3, 4))
-    refused(capsys, [*TINY, "--corpus", file, "--questions", "q.jsonl", "--train-questions", "t.jsonl",
-                     "--stages", stages, "--train-sections", "20", "--init", "x"], *parts)
-    assert not (folder / "runs").exists()
-
-
 QUESTIONS = {
     "malformed at line 3": (questions(1, 2) + '\n{"id": "q3", "question"', ["q.jsonl, line 3"]),
     "a field is missing": (questions(1) + '\n{"id": "q2", "golden_answers": ["x"]}', ["q.jsonl, line 2", "question"]),
@@ -127,15 +111,6 @@ QUESTIONS = {
     "missing": (None, ["q.jsonl", "no such file"]),
     "shared with training": (questions(5, 3), ["q3", "--train-questions"]),
 }
-
-
-@pytest.mark.parametrize("name", QUESTIONS)
-def test_questions_that_are_refused(name, folder, capsys):
-    content, parts = QUESTIONS[name]
-    write(c__jsonl=passages(200), t__jsonl=questions(3, 4), **({"q__jsonl": content} if content is not None else {}))
-    refused(capsys, [*TINY, "--corpus", "c.jsonl", "--questions", "q.jsonl", "--train-questions", "t.jsonl",
-                     "--init", "x"], *parts)
-    assert not (folder / "runs").exists()
 
 
 def without(path: Path, name: str) -> None:
@@ -168,20 +143,87 @@ CHECKPOINTS = {  # options of the checkpoint, what is done to the file: parts of
 }
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_checkpoints_that_are_refused(name, folder, base_checkpoint, capsys):
-    options, change, parts = CHECKPOINTS[name]
-    path = Path(base_checkpoint(*options))
-    if change:
-        change(path)
-    refused(capsys, [*TINY, "--init", path, "--stages", "memtrain"], "base.safetensors", *parts)
-    assert list(folder.iterdir()) == [], "another --init can be tried in the same run"
-
-
-def test_a_checkpoint_of_another_tokenizer_is_refused(folder, base_checkpoint, capsys):
+def foreign_tokenizer(base_checkpoint) -> list:
     other = Tokenizer({bytes([b]): b for b in range(256)}, "bytes")
-    path = base_checkpoint(tokenizer=other)
-    refused(capsys, [*TINY, "--init", path, "--stages", "memtrain"], "tokenizer", other.fingerprint, "--stages base")
+    return ["--init", base_checkpoint(tokenizer=other), "--stages", "memtrain"]
+
+
+RUN_FOLDERS = {  # what runs/t/config.json holds: parts of the answer
+    "no JSON": (b"{", ["runs/t/config.json", "JSON", "delete"]), "a list": (b"[1]", ["runs/t/config.json", "list"]),
+    "not UTF-8": (b"\xff", ["runs/t/config.json", "delete"]),
+    "another seed": (json.dumps(dataclasses.asdict(parse(TINY)) | {"seed": 9}).encode(), ["runs/t", "seed=9", "--run"]),
+}
+
+
+def bad_inputs() -> dict:
+    """name: (prepare(base_checkpoint) -> the rest of the command, parts of the answer)."""
+    files = ["--questions", "q.jsonl", "--train-questions", "t.jsonl", "--init", "x"]
+    cases = {f"command: {c}": (lambda _, c=c: c.split(), parts) for c, parts in BAD.items()}
+    for name, (file, content, stages, parts) in CORPORA.items():
+        def prepare(_, file=file, content=content, stages=stages):
+            write(**{file.replace(".", "__"): content}, q__jsonl=questions(1, 2), t__jsonl=questions(3, 4))
+            return ["--corpus", file, "--stages", stages, "--train-sections", "20", *files]
+        cases[f"corpus: {name}"] = prepare, parts
+    for name, (content, parts) in QUESTIONS.items():
+        def prepare(_, content=content):
+            write(c__jsonl=passages(200), t__jsonl=questions(3, 4), **({} if content is None else {"q__jsonl": content}))
+            return ["--corpus", "c.jsonl", *files]
+        cases[f"questions: {name}"] = prepare, parts
+    for name, (options, change, parts) in CHECKPOINTS.items():
+        def prepare(base_checkpoint, options=options, change=change):
+            path = Path(base_checkpoint(*options))
+            if change:
+                change(path)
+            return ["--init", path, "--stages", "memtrain"]
+        cases[f"checkpoint: {name}"] = prepare, ["base.safetensors", *parts]
+    for name, (content, parts) in RUN_FOLDERS.items():
+        def prepare(base_checkpoint, content=content):
+            Path("runs/t").mkdir(parents=True)
+            Path("runs/t/config.json").write_bytes(content)
+            return ["--run", "t", "--init", base_checkpoint(), "--stages", "memtrain"]
+        cases[f"run folder: {name}"] = prepare, parts
+    cases["tokenizer: another one"] = foreign_tokenizer, ["tokenizer", "--stages base"]
+    return cases
+
+
+BAD_INPUTS = bad_inputs()
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_refused(name, folder, base_checkpoint, capsys):
+    """Exit code 2, one line that names the thing and the remedy, in under 2 seconds; no file is written or changed,
+    also where only the last stage would fail."""
+    prepare, parts = BAD_INPUTS[name]
+    argv = [*TINY, *map(str, prepare(base_checkpoint))]
+    content = lambda: {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in folder.rglob("*")}  # noqa: E731
+    before, began = content(), time.process_time()  # of this process alone: others may be at work
+    refused(capsys, argv, *parts)
+    assert time.process_time() - began < 2
+    assert content() == before
+
+
+def test_there_are_forty_bad_inputs_of_every_sort():
+    kinds = [name.split(":")[0] for name in BAD_INPUTS]
+    assert len(kinds) >= 80 and {k: kinds.count(k) >= n for k, n in (
+        ("command", 40), ("corpus", 9), ("questions", 6), ("checkpoint", 13), ("run folder", 4), ("tokenizer", 1))} == (
+        dict.fromkeys(dict.fromkeys(kinds), True))
+
+
+@pytest.mark.parametrize(("argument", "limit"), [("--help", 0.5), ("--grup=4", 2), ("--run=../up", 2),
+                                                 ("--eval-lengths=256", 2), ("--corpus=c.jsonl", 2)])
+def test_an_answer_comes_soon(argument, limit, tmp_path):
+    """As a user waits for it; the best of three tries, half as long again for a machine with others at work."""
+    spent = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, ROOT / "memtrain.py", argument], cwd=tmp_path, capture_output=True,
+                              text=True, timeout=20, check=False)
+        spent.append(time.perf_counter() - began)
+        if spent[-1] < limit:
+            break
+    assert min(spent) < 1.5 * limit and list(tmp_path.iterdir()) == []
+    assert done.returncode == (0 if argument == "--help" else 2)
+    assert argument == "--help" or (len(done.stderr.splitlines()) == 1 and argument.split("=")[0] in done.stderr)
 
 
 def test_a_damaged_checkpoint_of_the_run_itself_is_named(folder, base_checkpoint, capsys, monkeypatch):
