@@ -43,7 +43,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -417,7 +417,7 @@ from data.files import output, read_json
 from data.folder import Interrupt, Log, RunFolder, Stopped, deaf
 from data.miniwiki import MiniWorld
 from data.prompts import FULL, MASK_PROBLEM, SHORT, Prompts
-from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, sections, split_sections
+from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, sections
 from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from eval.metrics import exact_match, extract_boxed
 from eval.stage import command, commit, evaluate
@@ -756,8 +756,11 @@ class Sampler:
 
     def __init__(self, model: Decoder, chunk: int = 0):
         self.model, self.wanted = model, chunk
-        self.cache: Cache | None = None
+        self.storage: torch.Tensor | None = None  # of keys and values; every shape of batch has a Cache over it
+        self.caches: dict[tuple, Cache] = {}
+        self.tokens: torch.Tensor | None = None
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
+        self.pool = None
         self.share = 1.0  # of --cache-gb; halved once if memory runs out all the same
 
     @torch.no_grad()
@@ -773,7 +776,8 @@ class Sampler:
                     if self.share < 1:
                         raise InputError(f"out of memory while sampling with half of --cache-gb {c.cache_gb}; lower "
                                          f"it, or --sample-rows {c.sample_rows}") from None
-                    self.share, self.cache = 0.5, None
+                    self.share, self.storage, self.cache = 0.5, None, None
+                    self.caches.clear()
                     self.graphs.clear()
                 tqdm.write(f"out of memory while sampling: going on with half of --cache-gb {c.cache_gb}")
 
@@ -804,9 +808,9 @@ class Sampler:
     def _reserve(self, prompts) -> deque[list[int]]:
         """Sizes cache and buffers; returns the queue: groups of prompts with equal prefixes, in parts that fit."""
         m, groups = self.model.c, group_by_prefix([p for p, _ in prompts])
-        had = self.cache.capacity if self.cache else (0, 0, 0, 0)
-        suffix = max(had[2], self.limit + max((len(given) for _, given in prompts), default=0))
-        prefix = max(had[3], 1, *(len(p) for p, _ in prompts))
+        # in steps of 16, so that a few shapes serve all turns
+        suffix = -(-(self.limit + max((len(given) for _, given in prompts), default=0)) // 16) * 16
+        prefix = -(-max(1, *(len(p) for p, _ in prompts)) // 16) * 16 if prompts else 16
         bytes_ = 2 * m.layers * m.key_heads * m.head_size * self.dtype.itemsize  # of a token's keys and values
         budget = int(self.share * self.c.cache_gb * 1e9 / bytes_)
         rows = count = 0
@@ -818,11 +822,18 @@ class Sampler:
         if groups and rows < 1:
             raise InputError(f"--cache-gb {self.c.cache_gb}: too little for one turn of {prefix + suffix} tokens; "
                              f"raise it, or lower --section or --response")
-        need = (rows, count, suffix, prefix)
-        if any(n > h for n, h in zip(need, had, strict=True)) or self.limit > self.tokens.shape[1] - 1:
-            self.cache = None  # given back before the next one is made
+        shape = (m.layers, m.key_heads, m.head_size, rows, count, suffix, prefix)
+        size = Cache.elements(*shape)
+        if self.storage is None or size > len(self.storage) or self.storage.dtype != self.dtype:
+            self.caches.clear()
             self.graphs.clear()
-            self.cache = Cache(m.layers, m.key_heads, m.head_size, *need, self.device, self.dtype)
+            self.storage = None  # given back before the next one is made
+            self.storage = torch.zeros(size, dtype=self.dtype, device=self.device)
+        if shape not in self.caches:
+            self.caches[shape] = Cache(self.storage, *shape)
+        self.cache, self.shape = self.caches[shape], shape
+        if self.tokens is None or rows > len(self.tokens) or self.limit > self.tokens.shape[1] - 1:
+            self.graphs.clear()
             self._buffers(rows, m.width)
         self.cache.clear()
         self.most = max((min(len(g), rows) for g in groups), default=1)
@@ -892,7 +903,7 @@ class Sampler:
     def _replay(self) -> None:
         """_draw and _forward over the next power of two of rows: once as they are, then captured, then replayed."""
         n = min(max(8, 1 << (self.cache.used - 1).bit_length()), self.cache.capacity[0])
-        key = (n, self.most, self.limit, self.stops, self.c.temperature, self.c.top_p, self.weights)
+        key = (n, self.most, self.shape, self.limit, self.stops, self.c.temperature, self.c.top_p, self.weights)
         if key not in self.graphs or self.device.type != "cuda":
             self.graphs[key] = None  # kernels are compiled and libraries set up
             self._draw(n)
@@ -900,7 +911,8 @@ class Sampler:
             return
         if self.graphs[key] is None:
             self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key]):
+            self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all: no graph leaves anything in it
+            with torch.cuda.graph(self.graphs[key], pool=self.pool):
                 self._draw(n)
                 self._forward(n)
         self.graphs[key].replay()
@@ -962,8 +974,8 @@ class Agent:
     def boxed(self, turn: Turn) -> str | None:
         return extract_boxed(self.tokenizer.decode(self.written(turn)))
 
-    def sections(self, problem: Problem) -> list[list[int]]:
-        return split_sections(problem.passages, self.tokenizer, self.c.section)
+    def sections(self, problem: Problem) -> Iterator[list[int]]:
+        return sections(problem.passages, self.tokenizer, self.c.section)
 
     def read(self, problems: Sequence[Problem], keys: Sequence[tuple], keep_turns: bool = True) -> list[Rollout]:
         """Reads each problem's document section by section and answers; all rollouts go in step.
@@ -972,7 +984,7 @@ class Agent:
         evaluation of very long documents does without the turns and the sections: with a hundred questions they were
         a tenth of the process.
         """
-        streams = {p.id: sections(p.passages, self.tokenizer, self.c.section) for p in problems}
+        streams = {p.id: self.sections(p) for p in problems}
         rollouts = [Rollout(p, [], [], []) for p in problems]
         memory = [self.prompts.no_memory] * len(rollouts)
         for t in itertools.count():
@@ -1389,7 +1401,11 @@ def train_base(run: Run) -> None:
     # a generator of its own: no run draws from the global ones, so that no checkpoint has to keep their state
     demos = iter(DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=4, generator=torch.Generator(),
                             worker_init_fn=deaf))
-    with tqdm(total=total, initial=state["step"], desc="base", unit="step", disable=not ranks.FIRST) as bar:
+    with ExitStack() as stack:
+        # the worker is told to go: deaf as it is, an exit that only sends it a signal would wait for ever
+        stack.callback(demos._shutdown_workers)
+        bar = stack.enter_context(tqdm(total=total, initial=state["step"], desc="base", unit="step",
+                                       disable=not ranks.FIRST))
         while state["step"] < total:
             step, start = state["step"], time.perf_counter()
             after = step - c.base_copy_steps  # warm up anew after copying; the last half decays to zero

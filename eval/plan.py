@@ -224,11 +224,11 @@ def training(calls: tuple[Call, ...], limit: int) -> Passes:
 
 
 def slots(c, calls: Sequence[Call]) -> list[tuple[int, int, int, int]]:
-    """(rows, groups, suffix room, prefix room) of the cache in each of these calls, one after the other: the rule of
-    Sampler._reserve on lengths (a test compares them). InputError where a single turn doesn't fit."""
-    had, made, budget = (0, 0, 0, 0), [], int(c.cache_gb * GB / token_bytes(c))
+    """(rows, groups, suffix room, prefix room) of the cache in each of these calls: the rule of Sampler._reserve on
+    lengths (a test compares them). InputError where a single turn doesn't fit."""
+    made, budget = [], int(c.cache_gb * GB / token_bytes(c))
     for x in calls:
-        suffix, prefix = max(had[2], c.response + x.given), max(had[3], x.prefix)
+        suffix, prefix = (-(-n // 16) * 16 for n in (c.response + x.given, x.prefix))
         rows = count = 0
         while count < x.groups:
             fits = min(c.sample_rows, (budget - (count + 1) * prefix) // suffix) - rows
@@ -238,9 +238,7 @@ def slots(c, calls: Sequence[Call]) -> list[tuple[int, int, int, int]]:
         if rows < 1:
             raise InputError(f"--cache-gb {c.cache_gb:g}: too little for one turn of {prefix + suffix} tokens; "
                              f"raise it, or lower --section or --response")
-        need = (rows, count, suffix, prefix)
-        had = need if any(n > h for n, h in zip(need, had, strict=True)) else had
-        made.append(had)
+        made.append((rows, count, suffix, prefix))
     return made
 
 
@@ -315,12 +313,6 @@ DRAW = 20  # bytes a logit at the worst moment of memtrain.draw: log-probs in fp
 DRAW_NUCLEUS = 52  # with top_p < 1: sorted copies with their indices, and the sort's workspace
 
 
-def captured(calls: Sequence[Call], rows: int, per_row: float) -> float:
-    """Memory of the decoding steps captured as CUDA graphs, each with a pool of its own: one for every power of two up
-    to `rows`, twice `rows` in all, for each size of the largest group (Sampler.most)."""
-    return len({min(x.members, rows) for x in calls}) * 2 * rows * per_row
-
-
 PROMPTS = "prompts' activations, or logits"
 
 
@@ -343,7 +335,7 @@ def memory(c, vocab: int) -> dict[str, dict[str, float]]:
     if calls:
         made = slots(c, calls)
         rows = max(m[0] for m in made)
-        graphs = captured(calls, rows, DRAW * vocab)
+        graphs = DRAW * vocab * rows  # all share one pool, as large as the largest of them
         stays = always | {"AdamW moments": 8.0 * trained, "KV cache": cache_bytes(c, made),
                           "captured decoding steps": graphs}
         if c.kl and not c.lora_rank:
@@ -364,7 +356,7 @@ def memory(c, vocab: int) -> dict[str, dict[str, float]]:
         nucleus = (DRAW_NUCLEUS if c.eval_top_p < 1 else DRAW) * vocab
         prompts = forward_bytes(c, prefill(c, systems, made[len(calls):]).most, not c.lora_merge)
         phases["evaluation"] = always | merged | {
-            "KV cache": cache_bytes(c, made), "captured decoding steps": graphs + captured(systems, rows, nucleus),
+            "KV cache": cache_bytes(c, made), "captured decoding steps": max(graphs, rows * nucleus),
             PROMPTS: max(prompts, rows * nucleus)}
     return phases or {"start": always}
 

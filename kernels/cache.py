@@ -1,8 +1,8 @@
 """Keys and values of rollouts that are being decoded, in slots: prefixes once a group, suffixes once a rollout.
 
-The slots are allocated once and reused: finished rollouts and groups are overwritten by the last live ones, so that
-those in use are always the first, and new ones are added behind them. No tensor changes its place, so that a decoding
-step can be captured as a CUDA graph.
+The slots lie in storage that is allocated once, and are reused: finished rollouts and groups are overwritten by the
+last live ones, so that those in use are always the first, and new ones are added behind them. No tensor changes its
+place, so that a decoding step can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -23,19 +23,31 @@ class Cache:
     Legend: B groups, N rollouts in use, K key heads, D head size, P room of a prefix, S room of a suffix.
     """
 
-    def __init__(self, layers: int, key_heads: int, head_size: int, rows: int, groups: int, suffix_room: int,
-                 prefix_room: int, device: torch.device, dtype: torch.dtype):
-        def empty(slots, room):  # per layer: keys, values
-            return [tuple(torch.zeros(slots, key_heads, room, head_size, device=device, dtype=dtype) for _ in range(2))
-                    for _ in range(layers)]
+    def __init__(self, storage: torch.Tensor, layers: int, key_heads: int, head_size: int, rows: int, groups: int,
+                 suffix_room: int, prefix_room: int):
+        """storage: flat, of at least `elements(...)` finite numbers; what was in it is overwritten."""
+        device, taken = storage.device, 0
 
-        self.prefix, self.suffix = empty(groups, prefix_room), empty(rows, suffix_room)  # (B,K,P,D), (R,K,S,D)
+        def carve(slots, room):
+            nonlocal taken
+            size = slots * key_heads * room * head_size
+            part = storage[taken:taken + size].view(slots, key_heads, room, head_size)
+            taken += size
+            return part
+
+        self.prefix = [(carve(groups, prefix_room), carve(groups, prefix_room)) for _ in range(layers)]  # 2 (B,K,P,D)
+        self.suffix = [(carve(rows, suffix_room), carve(rows, suffix_room)) for _ in range(layers)]  # 2 (R,K,S,D)
         self.prefix_lengths = torch.zeros(groups, dtype=torch.long, device=device)  # (B)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (R) tokens in each suffix
         self.start = torch.zeros(rows, dtype=torch.long, device=device)  # (R) positions before the suffix
         self.group: list[int] = []
         self.groups_used, self.static = 0, False
         self.members = Members(torch.zeros(rows, dtype=torch.long, device=device), groups)
+
+    @staticmethod
+    def elements(layers: int, key_heads: int, head_size: int, rows: int, groups: int, suffix_room: int,
+                 prefix_room: int) -> int:
+        return 2 * layers * key_heads * head_size * (rows * suffix_room + groups * prefix_room)
 
     @property
     def used(self) -> int:

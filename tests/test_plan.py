@@ -62,9 +62,14 @@ def test_the_vocabulary_is_that_of_the_shipped_tokenizer(tokenizer):
 
 def test_bytes_of_a_token_are_those_of_the_cache():
     for c in (replace(parse([]), **SHAPE), replace(parse([]), **SHAPE | LORA)):
-        made = Cache(c.layers, c.key_heads, c.head_size, 3, 2, 11, 7, torch.device("cpu"), getattr(torch, c.dtype))
+        shape = c.layers, c.key_heads, c.head_size, 3, 2, 11, 7
+        storage = torch.zeros(Cache.elements(*shape), dtype=getattr(torch, c.dtype))
+        made = Cache(storage, *shape)
         tensors = [x for kv in made.prefix + made.suffix for x in kv]
-        assert sum(x.nbytes for x in tensors) == plan.cache_bytes(c, [(3, 2, 11, 7)])
+        assert sum(x.nbytes for x in tensors) == storage.nbytes == plan.cache_bytes(c, [(3, 2, 11, 7)])
+        for i, x in enumerate(tensors):
+            x.fill_(i)
+        assert all((x == i).all() for i, x in enumerate(tensors)), "no two share a place"
 
 
 @pytest.mark.parametrize("order", ["section-first", "paper"])
@@ -110,8 +115,8 @@ def as_assumed(monkeypatch):
 def test_tokens_are_those_of_a_step(stage, order, as_assumed, agent, world, tokenizer, monkeypatch):
     a = agent("--group", "4", "--recall-group", "4", "--prompt-order", order, "--masked-sections", "4")
     c = a.c
-    monkeypatch.setattr(Agent, "sections", lambda self, problem: [
-        [k + 9 * ord(problem.id[-1])] * c.section for k in range(plan.sections_of(c, stage))])
+    monkeypatch.setattr(Agent, "sections", lambda self, problem: iter([
+        [k + 9 * ord(problem.id[-1])] * c.section for k in range(plan.sections_of(c, stage))]))
     batch = memtrain.collect(a, memtrain.Data(c, tokenizer), stage, 0)
     calls = plan.step(c, stage)
     assert len(batch.turns) == sum(x.sequences for x in calls)
