@@ -166,7 +166,8 @@ def bad_inputs() -> dict:
         cases[f"corpus: {name}"] = prepare, parts
     for name, (content, parts) in QUESTIONS.items():
         def prepare(_, content=content):
-            write(c__jsonl=passages(200), t__jsonl=questions(3, 4), **({} if content is None else {"q__jsonl": content}))
+            asked = {} if content is None else {"q__jsonl": content}
+            write(c__jsonl=passages(200), t__jsonl=questions(3, 4), **asked)
             return ["--corpus", "c.jsonl", *files]
         cases[f"questions: {name}"] = prepare, parts
     for name, (options, change, parts) in CHECKPOINTS.items():
