@@ -22,6 +22,7 @@ Differences from the paper, each with its reason, are listed in README.md. Comma
     python memtrain.py                                   the whole paper in miniature (preset nano, two CPU cores)
     python memtrain.py --stages base --run mybase        train the stand-in for the instruct model anew
     python memtrain.py --corpus FILE --questions FILE --train-questions FILE --run real
+    python memtrain.py plan --preset qwen3-4b            its memory, tokens, hours; nothing is downloaded or run
     python memtrain.py --help                            every field of the configuration
 
 Shape legend, for the whole project: B groups, N rollouts, T packed tokens, P prefix, S suffix, H query heads,
@@ -174,7 +175,11 @@ PAPER = {"corpus": "wikipedia", "questions": "hotpotqa", "train_questions": "hot
          "memtrain_steps": 300, "memagent_steps": 500, "documents": 32, "update_documents": 32, "kl": 1e-3,
          "lr": 2e-5, "lora_rank": 32, "lora_alpha": 64.0, "recompute": True, "micro_tokens": 65_536,
          "sample_rows": 256, "cache_gb": 24.0, "eval_questions": 128, "eval_lengths": "1,2,4,8,16,32,64,128"}
+# Batches for 24 GB, and smaller ones where the weights leave little. These sizes, as those of PAPER for 80 GB, are what
+# `plan` says will fit: planned, not measured on a card.
 CONSUMER = {"documents": 8, "update_documents": 8, "micro_tokens": 16_384, "sample_rows": 64, "cache_gb": 6.0}
+TIGHT = {"qwen3-4b": {"lora_merge": False, "cache_gb": 7.0},
+         "qwen2.5-7b": {"lora_merge": False, "cache_gb": 1.6, "micro_tokens": 10_240, "sample_rows": 32}}
 QWEN = {  # as in their published config.json
     "qwen3-0.6b": {"model": "Qwen/Qwen3-0.6B", "width": 1024, "layers": 28, "heads": 16, "key_heads": 8,
                    "head_size": 128, "hidden": 3072, "rope_theta": 1e6, "tied": True, "vocab": 151_936},
@@ -188,9 +193,10 @@ QWEN = {  # as in their published config.json
                    "vocab": 152_064},
 }
 REAL = {"paper": PAPER} | {name: PAPER | shape for name, shape in QWEN.items()}
-PRESETS: dict[str, dict] = {"nano": {}} | REAL | {f"{name}-consumer": p | CONSUMER for name, p in REAL.items()}
+PRESETS: dict[str, dict] = {"nano": {}} | REAL | {
+    f"{name}-consumer": p | CONSUMER | TIGHT.get(name, {}) for name, p in REAL.items()}
 STAGES = ("base", "memtrain", "memagent", "eval", "report")
-COMMANDS = ("read", "export")  # besides training and evaluation; the plain command takes options only
+COMMANDS = ("plan", "read", "export")  # besides training and evaluation; the plain command takes options only
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths, and one
 # that ran out of memory goes on in smaller batches.
@@ -377,10 +383,19 @@ def refusal(error: InputError, argv: Sequence[str]) -> int:
     return 2
 
 
-if __name__ == "__main__":  # --help and typos are answered here, before torch is loaded
+def plan(argv: Sequence[str]) -> None:
+    """python memtrain.py plan: what a configuration will need."""
+    from eval.plan import main
+
+    main(argv, parse, PRESETS)
+
+
+if __name__ == "__main__":  # --help, typos and plans are answered here, before torch is loaded
     outlive_terminal()
     try:
-        if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        if sys.argv[1:2] == ["plan"]:
+            sys.exit(plan(sys.argv[2:]))
+        if sys.argv[1:] and sys.argv[1] in COMMANDS:
             command_options(sys.argv[1], sys.argv[2:])
         else:
             parse(sys.argv[1:])
@@ -1295,6 +1310,8 @@ class Run:
         stages = c.stages.split(",")
         if "base" not in stages and {"memtrain", "memagent", "eval"}.intersection(stages):
             self.load("base")  # a checkpoint that does not fit is refused before anything is written
+            for name in filter(self.folder.finished, ("memtrain", "memagent", "memtrain+memagent")):
+                self.load(name)
         if ranks.FIRST:
             self.folder.claim(dataclasses.asdict(c))
             self.log = Log(self.folder.path, dataclasses.asdict(c))
@@ -1538,8 +1555,12 @@ def run_stages(run: Run) -> None:
 
 
 def header(run: Run) -> None:
-    """What is about to run, on what, and about how long it takes."""
+    """What is about to run, on what, and about how long it takes. InputError where the card is too small for it."""
+    from eval.plan import refuse_too_large
+
     c, data = run.c, run.data
+    if run.device.type == "cuda":
+        refuse_too_large(c, len(run.model.embed), torch.cuda.get_device_properties(run.device).total_memory)
     parameters = sum(p.numel() for p in run.model.parameters())
     steps = {"memtrain": c.memtrain_steps, "memagent": c.memagent_steps}
     minutes, per_step = estimate(run)
@@ -1558,12 +1579,11 @@ def header(run: Run) -> None:
 
 
 def estimate(run: Run) -> tuple[float, int]:
-    """(minutes, packed tokens of one MemTrain step), from a second of training and decoding measured here and now."""
+    """(minutes, packed tokens of one MemTrain step), from a second of training measured here and now."""
+    from eval.plan import step, training
+
     c = run.c
-    suffix = 2 * c.memory + 4
-    masked, questions = (c.documents * (n * (c.section + 40 + c.group * suffix) + c.group * suffix)
-                         for n in (c.masked_sections, c.train_sections))
-    per_step = masked + c.documents * c.group * (c.section + c.memory + 8 * c.recall_group)
+    per_step, questions = (training(step(c, kind), c.micro_tokens).tokens for kind in ("memtrain", "memagent"))
     rows = [([5] * c.section, [([6] * c.memory, [7] * 20)] * 8)] * 4
     packed = pack(rows, run.device)
     spent = []
@@ -1641,7 +1661,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         if argv and argv[0] in COMMANDS:
-            {"read": read_command, "export": export_command}[argv[0]](argv[1:])
+            {"plan": plan, "read": read_command, "export": export_command}[argv[0]](argv[1:])
             return 0
         c = parse(argv)
         torch.set_num_threads(c.threads or os.cpu_count() or 1)

@@ -11,7 +11,6 @@ InputError: one line with the path, the line (or record, or row), and what to do
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data import InputError, hub
+from data.nfc import nfc
 
 WIKIPEDIA = hub.Source(
     "wikimedia/wikipedia", "20231101.en", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", ("title", "text"),
@@ -413,7 +413,7 @@ def _clean(text: str) -> str:
     text = OWN_PLACEHOLDER.sub(r"(\1)", text.replace("\0", ""))
     if text.isascii():
         return text
-    return unicodedata.normalize("NFC", re.sub("[\ud800-\udfff]", "\ufffd", text))
+    return nfc(re.sub("[\ud800-\udfff]", "\ufffd", text))
 
 
 def _one_line(text: str) -> str:

@@ -1,0 +1,639 @@
+"""What a configuration will need, before anything is downloaded or run: memory by part, tokens, FLOPs, hours, kWh.
+
+    python memtrain.py plan --preset qwen3-4b --gpu H100 [--gpu-memory 80] [--tflops 900] [--mfu 0.35] [any field]
+
+Arithmetic on a Config alone, without torch. What it takes for granted, as an upper estimate: documents of as many
+sections as the configuration allows, each section, memory and rewritten memory as long as it may be, answers of an
+eighth of the response, and a signal in every group (groups without one are not trained on, mostly half and more).
+Parameters, cache and saved activations are exact and tested against the decoder; times rest on two shares of the
+card's peak, MFU and BANDWIDTH_SHARE, which are assumptions.
+
+GB are 1e9 bytes. A card sold with 24 GB has 25.8 of them: the difference is left to fragmentation.
+
+Legend as everywhere: T packed tokens, M scored tokens, C width, H query heads, K key heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from data import InputError
+from data.files import output, write_json
+
+GB = 1e9
+CONTEXT = 0.5 * GB  # CUDA's context, compiled kernels and the libraries' workspaces: an allowance
+MFU = 0.35  # share of the peak in prefill and training: assumed, usual for LoRA with recomputation on one card
+BANDWIDTH_SHARE = 0.6  # of the peak, in decoding: assumed
+BANDWIDTH = 4  # GB/s for each TFLOP/s of a card that is not named: assumed; 3.4 on H100, 6.5 on A100
+ANSWER_SHARE = 8  # an answer is response / 8 tokens long; with the paper's window 128
+
+
+class Card(NamedTuple):
+    """memory in GB; dense bfloat16 TFLOP/s with fp32 sums, without sparsity; memory bandwidth in GB/s; board watts."""
+
+    memory: float
+    tflops: float
+    bandwidth: float
+    watts: float
+
+
+CARDS = {
+    "3090": Card(24, 71, 936, 350),  # NVIDIA, GA102 architecture whitepaper, table of GeForce cards
+    "4090": Card(24, 165.2, 1008, 450),  # NVIDIA, Ada GPU architecture whitepaper, appendix A
+    "5090": Card(32, 209.5, 1792, 575),  # NVIDIA, RTX Blackwell GPU architecture whitepaper, appendix A
+    "L40S": Card(48, 362, 864, 350),  # NVIDIA L40S data sheet (733 with sparsity)
+    "A100-40": Card(40, 312, 1555, 400),  # NVIDIA A100 data sheet, SXM
+    "A100-80": Card(80, 312, 2039, 400),  # the same
+    "H100": Card(80, 989, 3350, 700),  # NVIDIA H100 data sheet, SXM (1,979 with sparsity)
+    "H200": Card(141, 989, 4800, 700),  # NVIDIA H200 data sheet, SXM
+    "B200": Card(180, 2250, 8000, 1000),  # NVIDIA DGX B200 data sheet, an eighth of it (4,500 with sparsity)
+}
+
+# ---- Parameters ----------------------------------------------------------------------------------------------------
+
+
+def projections(c) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each projection of a block."""
+    query, key = c.heads * c.head_size, c.key_heads * c.head_size
+    return {"q": (c.width, query), "k": (c.width, key), "v": (c.width, key), "o": (query, c.width),
+            "gate": (c.width, c.hidden), "up": (c.width, c.hidden), "down": (c.hidden, c.width)}
+
+
+def adapted(c, *names: str) -> bool:
+    """Whether the input of one of these projections is kept for a gradient: all weights learn, or it has an adapter."""
+    return not c.lora_rank or not set(names).isdisjoint(c.lora_targets.split(","))
+
+
+def adapter_sizes(c) -> dict[str, int]:
+    """Parameters of the adapters of one block."""
+    return {n: c.lora_rank * (i + o) for n, (i, o) in projections(c).items()
+            if c.lora_rank and n in c.lora_targets.split(",")}
+
+
+def parameters(c, vocab: int) -> tuple[int, int]:
+    """(weights, adapters)."""
+    block = sum(i * o for i, o in projections(c).values()) + 2 * c.width + 2 * c.head_size * c.qk_norm
+    block += c.bias * (c.heads + 2 * c.key_heads) * c.head_size
+    outside = c.width * (1 + c.embed_norm) + vocab * c.width * (1 if c.tied else 2)
+    return c.layers * block + outside, c.layers * sum(adapter_sizes(c).values())
+
+
+def element(c) -> int:
+    """Bytes of a frozen weight, an activation, a cached key."""
+    return 2 if c.dtype == "bfloat16" else 4
+
+
+def token_bytes(c) -> int:
+    """Keys and values of one token, in all layers."""
+    return 2 * c.layers * c.key_heads * c.head_size * element(c)
+
+
+# ---- Sequences -----------------------------------------------------------------------------------------------------
+
+# Tokens of a prompt that are neither section nor memory, problem included: of an update, an answer, a recall and a
+# question about one window. Counted with the shipped tokenizer (short) and Qwen's (full), for the masked problem.
+WORDS = {"short": (31, 29, 21, 30), "full": (133, 60, 67, 46)}
+GIVEN, NO_MEMORY = 4, 4  # what stands around a memory behind the shared prefix; the first turn's memory
+
+
+@dataclass(frozen=True)
+class Call:
+    """`times` rounds of sampling, each of `groups` prefixes with `members` rollouts; lengths in tokens. constant: the
+    prefix is the same in all rounds, so that training joins them."""
+
+    times: int
+    groups: int
+    members: int
+    prefix: int
+    given: int
+    sampled: int
+    constant: bool = False
+
+    @property
+    def sequences(self) -> int:
+        return self.times * self.groups * self.members
+
+
+def reading(c, documents: int, group: int, sections: int, one_problem: bool) -> Iterator[Call]:
+    """The memory loop over `documents` documents, `group` rollouts each."""
+    update, answer, *_ = WORDS[c.prompts]
+    rounds = [(1, NO_MEMORY), (sections - 1, c.memory)] if sections > 1 else [(1, NO_MEMORY)]
+    shared = (1, documents * group) if one_problem else (documents, group)  # the head alone is the same for all
+    for times, memory in rounds:
+        if c.prompt_order == "section-first":
+            yield Call(times, documents, group, update - GIVEN + c.section, GIVEN + memory, c.memory + 1)
+        else:
+            yield Call(times, *shared, update - GIVEN, GIVEN + memory + c.section, c.memory + 1, True)
+    yield Call(1, *shared, answer - GIVEN, GIVEN + c.memory, answer_tokens(c))
+
+
+def answer_tokens(c) -> int:
+    return max(6, c.response // ANSWER_SHARE)
+
+
+def sections_of(c, kind: str) -> int:
+    """Sections of a training document. Passages of a question's document are not cut, which makes one more."""
+    return c.masked_sections if kind == "memtrain" else c.train_sections + 1
+
+
+def step(c, kind: str) -> tuple[Call, ...]:
+    """What one GRPO step of `kind` (memtrain or memagent) samples, and then trains on."""
+    sections = sections_of(c, kind)
+    calls = [*reading(c, c.documents, c.group, sections, kind == "memtrain")]
+    if kind == "memtrain" and c.recall_group and sections > 1:
+        calls.append(Call(1, c.documents * c.group, c.recall_group, WORDS[c.prompts][2] - 1 + c.section + c.memory, 1,
+                          answer_tokens(c)))
+    return tuple(calls)
+
+
+def evaluation(c, system: str) -> list[Call]:
+    """Sampling of one system's evaluation. Its questions share nothing, its masked documents the problem."""
+    lengths, calls = [int(n) for n in c.eval_lengths.split(",")], []
+    if system == "base-one-window":
+        direct, most = WORDS[c.prompts][3], c.window - c.response
+        return [Call(1, c.eval_questions, 1, min(most, n * c.section + direct), 1, answer_tokens(c)) for n in lengths]
+    for n in lengths:
+        calls += reading(c, c.eval_questions, 1, n, False)
+    if c.eval_masked:
+        calls += reading(c, c.eval_masked, 1, c.masked_sections, True)
+        calls.append(Call(1, c.eval_masked, 1, WORDS[c.prompts][2] - 1 + c.section + c.memory, 1, answer_tokens(c)))
+    return calls
+
+
+def unshared(calls: Sequence[Call]) -> int:
+    """Tokens that pass through the model once where each sequence is computed alone."""
+    return sum(x.sequences * (x.prefix + x.given + x.sampled - 1) for x in calls)
+
+
+@dataclass
+class Passes:
+    """Forward passes over packed tokens: their number, tokens T, scored tokens M, visible (query, key) pairs of one
+    head, and the largest pass of all by tokens and by scored tokens."""
+
+    passes: int = 0
+    tokens: int = 0
+    scored: int = 0
+    pairs: int = 0
+    most: int = 0
+    most_scored: int = 0
+
+    def add(self, tokens: int, scored: int, pairs: int, count: int = 1) -> None:
+        self.passes += count
+        self.tokens += count * tokens
+        self.scored += count * scored
+        self.pairs += count * pairs
+        self.most, self.most_scored = max(self.most, tokens), max(self.most_scored, scored)
+
+
+def _pairs(prefix: int, own: int, members: int) -> int:
+    return prefix * (prefix + 1) // 2 + members * (own * prefix + own * (own + 1) // 2)
+
+
+@cache
+def training(calls: tuple[Call, ...], limit: int) -> Passes:
+    """The micro-batches of one optimiser step: the rule of memtrain.micro_batches on lengths. Where a group is cut, its
+    prefix is computed again."""
+    total, used, batch = Passes(), 0, [0, 0, 0]  # batch: tokens, scored, pairs
+    for x in calls:
+        groups, members = (x.groups, x.members * x.times) if x.constant else (x.groups * x.times, x.members)
+        own = x.given + x.sampled
+        for _ in range(groups):
+            part, size = 0, x.prefix
+            for left in range(members, -1, -1):
+                full = left and used + size + own > limit and (part or batch[0])
+                if part and (full or not left):
+                    batch = [a + b for a, b in zip(batch, (x.prefix + part * (own - 1), part * x.sampled,
+                                                           _pairs(x.prefix, own - 1, part)), strict=True)]
+                if full:
+                    total.add(*batch)
+                    batch, part, used, size = [0, 0, 0], 0, 0, x.prefix
+                if left:
+                    part, size = part + 1, size + own
+            used += size
+    total.add(*batch)
+    return total
+
+
+def slots(c, calls: Sequence[Call]) -> list[tuple[int, int, int, int]]:
+    """(rows, groups, suffix room, prefix room) of the cache in each of these calls, one after the other: the rule of
+    Sampler._reserve on lengths (a test compares them). InputError where a single turn doesn't fit."""
+    had, made, budget = (0, 0, 0, 0), [], int(c.cache_gb * GB / token_bytes(c))
+    for x in calls:
+        suffix, prefix = max(had[2], c.response + x.given), max(had[3], x.prefix)
+        rows = count = 0
+        while count < x.groups:
+            fits = min(c.sample_rows, (budget - (count + 1) * prefix) // suffix) - rows
+            if fits < x.members and count:
+                break
+            rows, count = rows + min(fits, x.members), count + 1
+        if rows < 1:
+            raise InputError(f"--cache-gb {c.cache_gb:g}: too little for one turn of {prefix + suffix} tokens; "
+                             f"raise it, or lower --section or --response")
+        need = (rows, count, suffix, prefix)
+        had = need if any(n > h for n, h in zip(need, had, strict=True)) else had
+        made.append(had)
+    return made
+
+
+def cache_bytes(c, made: Sequence[tuple[int, int, int, int]]) -> float:
+    """Of the largest of these caches."""
+    return float(token_bytes(c) * max(rows * suffix + groups * prefix for rows, groups, suffix, prefix in made))
+
+
+def prefill(c, calls: Sequence[Call], made: Sequence[tuple[int, int, int, int]]) -> Passes:
+    """The passes over prompts. A group is cut only where it has more rollouts than the cache has rows."""
+    total = Passes()
+    for x, (rows, *_) in zip(calls, made, strict=True):
+        parts = math.ceil(x.members / rows)
+        members = math.ceil(x.members / parts)
+        size = x.prefix + members * (x.given + 1)
+        groups = max(1, min(c.micro_tokens // size, x.groups * parts))
+        total.add(groups * (x.prefix + members * x.given), groups * members,
+                  groups * _pairs(x.prefix, x.given, members), math.ceil(x.times * x.groups * parts / groups))
+    return total
+
+
+# ---- Memory --------------------------------------------------------------------------------------------------------
+
+
+def saved(c) -> tuple[float, float]:
+    """Bytes that autograd keeps of one block, (per packed token, per token that goes on behind the attention).
+
+    One after the other, on CUDA: the block's input, its norm and norm's factor, queries and keys before their norm,
+    queries, keys, values, output and log-sum-exp of the attention; then the stream, its norm, gate, its SiLU, up, and
+    their product; and what each adapter's A gives.
+    """
+    query, key, e = c.heads * c.head_size, c.key_heads * c.head_size, element(c)
+    few = set(adapter_sizes(c))
+    first = e * (c.width * (1 + adapted(c, "q", "k", "v")) + (query + key) * c.qk_norm + 2 * query + 2 * key)
+    first += 4 * (1 + c.heads + (c.heads + c.key_heads) * c.qk_norm) + e * c.lora_rank * len(few & set("qkv"))
+    second = e * (c.width * (1 + adapted(c, "gate", "up")) + c.hidden * (3 + adapted(c, "down"))) + 4
+    second += e * c.lora_rank * len(few - set("qkv"))
+    return first, second
+
+
+def activations(c, tokens: int, scored: int) -> tuple[float, float]:
+    """(kept from forward to backward, at work on top of it) in bytes, of a pass over `tokens` of which `scored` count.
+
+    With recomputation a block keeps its input; one block at a time is then computed again.
+    """
+    e = element(c)
+    first, second = saved(c)
+    embedded = e * c.width if c.embed_norm and not c.lora_rank else 0
+    ends = tokens * (4 * c.head_size + 24 + embedded) + scored * (2 * e * c.width + 20)
+    if c.recompute:
+        kept = tokens * c.layers * e * c.width
+        width = tokens if c.layers > 1 else scored
+        # beside what a block keeps, the gradients of its two widest tensors
+        work = tokens * (first - e * c.width) + width * (second + e * c.hidden * (3 - adapted(c, "down")))
+    else:
+        kept = tokens * (c.layers * first + (c.layers - 1) * second) + scored * second
+        work = 0.0
+    if c.kl:  # the reference is scored while all of this is kept
+        work = max(work, forward_bytes(c, tokens, True))
+    return kept + ends, work
+
+
+def forward_bytes(c, tokens: int, adapters: bool) -> float:
+    """Peak of a pass that keeps nothing: in the MLP, beside the stream, what the attention left behind, and three of
+    the wide tensors; a fourth where adapters are added apart."""
+    query, key = c.heads * c.head_size, c.key_heads * c.head_size
+    wide = 3 + bool(adapters and c.lora_rank)
+    return tokens * (element(c) * (3 * c.width + 2 * query + 2 * key + wide * c.hidden) + 4 * c.head_size + 24)
+
+
+DRAW = 20  # bytes a logit at the worst moment of memtrain.draw: log-probs in fp32, probabilities and their sum in fp64
+DRAW_NUCLEUS = 52  # with top_p < 1: sorted copies with their indices, and the sort's workspace
+
+
+def captured(calls: Sequence[Call], rows: int, per_row: float) -> float:
+    """Memory of the decoding steps captured as CUDA graphs, each with a pool of its own: one for every power of two up
+    to `rows`, twice `rows` in all, for each size of the largest group (Sampler.most)."""
+    return len({min(x.members, rows) for x in calls}) * 2 * rows * per_row
+
+
+PROMPTS = "prompts' activations, or logits"
+
+
+@cache
+def memory(c, vocab: int) -> dict[str, dict[str, float]]:
+    """Bytes by part for each phase: sampling, training, evaluation (those that --stages has)."""
+    e, (base, extra) = element(c), parameters(c, vocab)
+    trained = extra or base
+    stages = c.stages.split(",")
+    kinds = [s for s in ("memtrain", "memagent") if s in stages]
+    always = {"weights": base * e, "CUDA context (allowance)": CONTEXT}
+    if extra:
+        always["adapters"] = 4.0 * extra
+    own = projections(c)
+    copied = [math.prod(own[n]) for n in adapter_sizes(c)] if c.lora_merge else []
+    merged = {"second copy of adapted weights": e * c.layers * sum(copied) + 8.0 * max(copied)} if copied else {}
+    calls = [x for kind in kinds for x in step(c, kind)]
+    phases: dict[str, dict[str, float]] = {}
+    graphs = 0.0
+    if calls:
+        made = slots(c, calls)
+        rows = max(m[0] for m in made)
+        graphs = captured(calls, rows, DRAW * vocab)
+        stays = always | {"AdamW moments": 8.0 * trained, "KV cache": cache_bytes(c, made),
+                          "captured decoding steps": graphs}
+        if c.kl and not c.lora_rank:
+            stays["reference model"] = 4.0 * base
+        prompts = forward_bytes(c, prefill(c, calls, made).most, not c.lora_merge)
+        phases["sampling"] = stays | merged | {PROMPTS: max(prompts, rows * vocab * DRAW)}
+        passes = [training(step(c, kind), c.micro_tokens) for kind in kinds]
+        kept, work = activations(c, max(p.most for p in passes), max(p.most_scored for p in passes))
+        # kernels.logprob: a block of dz, two of sums
+        head = (1 << 25) * e + 2 * 4096 * c.width * 4.0
+        work = max(work, 4.0 * trained - kept)  # AdamW's temporaries come when activations are gone
+        phases["training"] = stays | {"gradients": 4.0 * trained, "activations kept": kept,
+                                      "one block at work": work, "logits gradient": head}
+    if "eval" in stages:
+        systems = [x for s in ("base", "base-one-window") for x in evaluation(c, s)]
+        made = slots(c, calls + systems)
+        rows = max(m[0] for m in made[len(calls):])
+        nucleus = (DRAW_NUCLEUS if c.eval_top_p < 1 else DRAW) * vocab
+        prompts = forward_bytes(c, prefill(c, systems, made[len(calls):]).most, not c.lora_merge)
+        phases["evaluation"] = always | merged | {
+            "KV cache": cache_bytes(c, made), "captured decoding steps": graphs + captured(systems, rows, nucleus),
+            PROMPTS: max(prompts, rows * nucleus)}
+    return phases or {"start": always}
+
+
+def peak(c, vocab: int) -> tuple[str, float]:
+    """(phase, bytes) of the largest demand."""
+    totals = {phase: sum(parts.values()) for phase, parts in memory(c, vocab).items()}
+    worst = max(totals, key=totals.get)
+    return worst, totals[worst]
+
+
+def fitting(c, vocab: int, limit: float) -> list[dict[str, object]]:
+    """Changes of fields that bring the peak below `limit` bytes: each that does it alone, with its mildest value, or
+    one combination of them; [] if none does."""
+    turn = token_bytes(c) * (c.window + c.response) / GB  # the cache has to hold a prompt and a response
+    halved = {"micro_tokens": c.window, "sample_rows": c.group}  # down to
+    values: dict[str, list] = {
+        "recompute": [True] * (not c.recompute), "lora_merge": [False] * (c.lora_merge and c.lora_rank > 0),
+        "cache_gb": [g for k in range(1, 40) if (g := round(c.cache_gb * (1 - k / 40), 2)) >= 1.1 * turn]}
+    values |= {n: [v for k in range(1, 24) if (v := max(getattr(c, n) >> k, least)) < getattr(c, n)]
+               for n, least in halved.items()}
+
+    def enough(c, name: str) -> list:
+        """The mildest value of this field that is enough, if there is one."""
+        fits = (v for v in values[name] if peak(dataclasses.replace(c, **{name: v}), vocab)[1] <= limit)
+        return list(itertools.islice(fits, 1))
+
+    if alone := [{name: value[0]} for name in values if (value := enough(c, name))]:
+        return alone
+    for last in (False, True):  # of a field that isn't enough, the value in the middle; or the smallest
+        now, changes = c, {}
+        for name in (n for n in values if values[n]):
+            found = enough(now, name)
+            value = found[0] if found else values[name][-1 if last else len(values[name]) // 2]
+            changed = dataclasses.replace(now, **{name: value})
+            if peak(changed, vocab)[1] < peak(now, vocab)[1]:
+                now, changes = changed, changes | {name: value}
+            if found:
+                return [changes]
+    return []
+
+
+# ---- Work and time -------------------------------------------------------------------------------------------------
+
+
+def forward_flops(c, vocab: int, p: Passes, adapters: bool, head: int) -> dict[str, float]:
+    """FLOPs of forward passes by kind: 2 a parameter and token (the last block's o and MLP on scored tokens only), 4 D
+    a query head, visible pair and layer, 2 C V for each of `head` logit rows."""
+    own, few = projections(c), adapter_sizes(c)
+
+    def linear(sizes: dict[str, int]) -> float:
+        first, rest = sum(sizes.get(n, 0) for n in "qkv"), sum(v for n, v in sizes.items() if n not in "qkv")
+        return 2.0 * (p.tokens * (c.layers * first + (c.layers - 1) * rest) + p.scored * rest)
+
+    return {"weights": linear({n: i * o for n, (i, o) in own.items()}), "adapters": linear(few) if adapters else 0.0,
+            "attention": 4.0 * c.layers * c.heads * c.head_size * p.pairs, "head": 2.0 * c.width * vocab * head}
+
+
+def training_flops(c, vocab: int, p: Passes) -> float:
+    """Forward and backward. A frozen weight has one product in the backward pass (the input's gradient), a trained one
+    two; attention has seven against the forward's two (both kernels compute the scores again), the head two or three
+    (logits again). Recomputation is one more forward of the blocks, less a last product of which nothing is kept; the
+    reference one more of everything."""
+    f, again = forward_flops(c, vocab, p, True, p.scored), bool(c.recompute)
+    frozen = bool(c.lora_rank)
+    total = f["weights"] * (1 + again + (1 if frozen else 2)) + f["adapters"] * (1 + again + 2)
+    if again and "down" not in adapter_sizes(c):
+        total -= 2.0 * c.width * c.hidden * (p.tokens * (c.layers - 1) + p.scored)
+    total += f["attention"] * (1 + again + 3.5) + f["head"] * (1 + (2 if frozen else 3))
+    if c.kl:
+        total += f["weights"] + f["attention"] + f["head"]
+    return total
+
+
+def sampling(c, vocab: int, calls: Sequence[Call], before: Sequence[Call], top_p: float) -> dict[str, float]:
+    """Work of these calls after those `before`: FLOPs of prefill and of decoding, bytes that decoding moves, tokens
+    through the model, tokens sampled, most rows side by side."""
+    made = slots(c, [*before, *calls])[len(before):]
+    pre, separate = prefill(c, calls, made), not c.lora_merge
+    flops = sum(forward_flops(c, vocab, pre, separate, 0).values())
+    base, extra = parameters(c, vocab)
+    weights = element(c) * (base - (0 if c.tied else vocab * c.width)) + (4 * extra if separate else 0)
+    out = {"prefill": flops, "decode": 0.0, "bytes": 0.0, "tokens": pre.tokens, "sampled": 0, "rows": 0}
+    kv = token_bytes(c)
+    for x, (rows, groups, *_) in zip(calls, made, strict=True):
+        side = min(rows, x.groups * x.members, groups * x.members)
+        together = min(x.members, side)  # rows that read one prefix at once
+        steps, context = x.sequences * x.sampled / side, x.given + x.sampled / 2
+        p = Passes(tokens=x.sequences * x.sampled, scored=x.sequences * x.sampled,
+                   pairs=int(x.sequences * x.sampled * (x.prefix + context)))
+        out["decode"] += sum(forward_flops(c, vocab, p, separate, p.scored).values())
+        # 60 bytes a logit: written, read and converted eight times in draw; sorted for a nucleus, about twice that
+        out["bytes"] += steps * (weights + kv * (side / together * x.prefix + side * context)
+                                 + side * vocab * (60 if top_p >= 1 else 130))
+        out["tokens"] += x.sequences * (x.sampled - 1)
+        out["sampled"] += x.sequences * x.sampled
+        out["rows"] = max(out["rows"], side)
+    return out
+
+
+def seconds(work: dict[str, float], card: Card, mfu: float) -> float:
+    """Prefill at the share `mfu` of the peak; decoding is bound by it or by the bandwidth."""
+    peak_flops = card.tflops * 1e12 * mfu
+    moved = work["bytes"] / (card.bandwidth * 1e9 * BANDWIDTH_SHARE)
+    return work["prefill"] / peak_flops + max(moved, work["decode"] / peak_flops)
+
+
+def stages(c, vocab: int, card: Card, mfu: float) -> list[dict]:
+    """For each stage: steps, seconds and FLOPs of a step, hours."""
+    wanted, rows, before = c.stages.split(","), [], []
+    for kind in ("memtrain", "memagent"):
+        if kind not in wanted:
+            continue
+        calls = step(c, kind)
+        work, p = sampling(c, vocab, calls, before, c.top_p), training(calls, c.micro_tokens)
+        before = [*before, *calls]
+        learn = training_flops(c, vocab, p)
+        spent = seconds(work, card, mfu), learn / (card.tflops * 1e12 * mfu)
+        times = 2 if kind == "memagent" and "memtrain" in wanted else 1  # from the base and from memtrain
+        count = times * (c.memtrain_steps if kind == "memtrain" else c.memagent_steps)
+        rows.append({"stage": kind + (" (twice)" if times > 1 else ""), "steps": count, "sample_seconds": spent[0],
+                     "train_seconds": spent[1], "flops": work["prefill"] + work["decode"] + learn,
+                     "sample_rows": work["rows"], "hours": count * sum(spent) / 3600})
+    if "eval" in wanted:
+        systems = 1 + ("memtrain" in wanted) + ("memagent" in wanted) * (1 + ("memtrain" in wanted))
+        works = [sampling(c, vocab, evaluation(c, s), before, c.eval_top_p)
+                 for s in ["base"] * systems + ["base-one-window"]]
+        spent = sum(seconds(w, card, mfu) for w in works)
+        rows.append({"stage": f"eval of {systems} systems", "steps": 1, "sample_seconds": spent, "train_seconds": 0.0,
+                     "flops": sum(w["prefill"] + w["decode"] for w in works), "sample_rows": works[0]["rows"],
+                     "hours": spent / 3600})
+    return rows
+
+
+def tokens(c, kind: str) -> dict[str, int]:
+    """Tokens of one step: through the model while sampling and in one training pass, and without any sharing."""
+    calls = step(c, kind)
+    sampled = sum(x.sequences * x.sampled for x in calls)
+    return {"sampled": sampled, "prompts": prefill(c, calls, slots(c, calls)).tokens,
+            "packed": training(calls, c.micro_tokens).tokens, "unshared": unshared(calls)}
+
+
+# ---- The command ---------------------------------------------------------------------------------------------------
+
+
+def vocabulary(c) -> int:
+    """Rows of the embedding; without --vocab those of the shipped tokenizer, counted in its file."""
+    ranks = Path(__file__).parents[1] / "data" / "nano" / "miniworld.tiktoken"
+    return c.vocab or len(ranks.read_bytes().splitlines()) + 3
+
+
+def make_plan(c, card: Card, name: str, mfu: float = MFU, limit: float = 0.0) -> dict:
+    """Everything the command prints, as JSON values. limit: bytes of the card, 0: not asked."""
+    vocab = vocabulary(c)
+    base, extra = parameters(c, vocab)
+    kinds = [k for k in ("memtrain", "memagent") if k in c.stages.split(",")]
+    phase, most = peak(c, vocab)
+    rows = stages(c, vocab, card, mfu)
+    hours = sum(r["hours"] for r in rows)
+    orders = {order: {k: tokens(dataclasses.replace(c, prompt_order=order), k) for k in kinds}
+              for order in ("section-first", "paper")}
+    return {"preset": c.preset, "model": c.model, "parameters": base, "adapters": extra, "dtype": c.dtype,
+            "memory": memory(c, vocab), "peak_phase": phase, "peak": most, "limit": limit,
+            "fits": not limit or most <= limit, "changes": fitting(c, vocab, limit) if limit and most > limit else [],
+            "tokens": orders, "stages": rows, "hours": hours, "kwh": hours * card.watts / 1000 if card.watts else None,
+            "flops": sum(r["steps"] * r["flops"] for r in rows), "card": name, "tflops": card.tflops, "mfu": mfu,
+            "bandwidth": card.bandwidth}
+
+
+def said(changes: dict[str, object]) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {str(value).lower()}" for name, value in changes.items())
+
+
+def text(c, p: dict) -> str:
+    """The plan for a terminal."""
+    lines = [f"plan     preset {c.preset}  {c.model or 'own decoder'}  {p['parameters'] / 1e6:,.1f} M parameters in "
+             f"{c.dtype}" + (f", {p['adapters'] / 1e6:.1f} M in adapters (rank {c.lora_rank})" if p["adapters"] else
+                             ", all trained")]
+    phases = p["memory"]
+    lines += ["", "memory, GB".ljust(36) + "".join(f"{name:>12}" for name in phases)]
+    for part in dict.fromkeys(part for parts in phases.values() for part in parts):
+        lines.append(f"  {part:<34}" + "".join(f"{parts[part] / GB:12.2f}" if part in parts else " " * 12
+                                               for parts in phases.values()))
+    lines.append("  " + "total".ljust(34) + "".join(f"{sum(parts.values()) / GB:12.2f}" for parts in phases.values()))
+    room = f" of {p['limit'] / GB:g} GB" if p["limit"] else " GB"
+    fits = ": fits" if p["limit"] and p["fits"] else ""
+    lines.append(f"  peak {p['peak'] / GB:.1f}{room}, in {p['peak_phase']}{fits}")
+    lines += warning(p)
+    lines += ["", "tokens a step, thousands".ljust(36) + "".join(f"{x:>12}" for x in (
+        "sampled", "prompts", "trained", "unshared"))]
+    for order, of in p["tokens"].items():
+        for kind, t in of.items():
+            mark = "*" if order == c.prompt_order else " "
+            lines.append(f" {mark}{kind + ', ' + order:<34}" + "".join(
+                f"{t[x] / 1e3:12,.0f}" for x in ("sampled", "prompts", "packed", "unshared")))
+    lines += ["", f"time, on {p['card']}".ljust(36) + "".join(f"{x:>12}" for x in (
+        "steps", "sample s", "train s", "PFLOP", "hours"))]
+    for r in p["stages"]:
+        lines.append(f"  {r['stage']:<34}{r['steps']:12d}{r['sample_seconds']:12.1f}{r['train_seconds']:12.1f}"
+                     f"{r['flops'] / 1e15:12.2f}{r['hours']:12.1f}")
+    energy = f", {p['kwh']:,.1f} kWh of the card" if p["kwh"] is not None else ""
+    lines += [f"  in all {p['flops'] / 1e18:.3g} EFLOP, {p['hours']:,.1f} hours{energy}", "",
+              f"Assumed: {p['mfu']:.0%} of {p['tflops']:g} TFLOP/s in prefill and training, {BANDWIDTH_SHARE:.0%} of "
+              f"{p['bandwidth']:g} GB/s in decoding; sections, memories",
+              f"and documents of full length, answers of {answer_tokens(c)} tokens, a signal in every group: an upper "
+              f"estimate, planned and not measured."]
+    return "\n".join(lines)
+
+
+def warning(p: dict) -> list[str]:
+    if p["fits"]:
+        return []
+    changes = [said(x) for x in p["changes"]]
+    if not changes:
+        return [f"  DOES NOT FIT {p['limit'] / GB:g} GB, and no batch size helps: a smaller preset would"]
+    return [f"  DOES NOT FIT {p['limit'] / GB:g} GB; it would with {', or '.join(changes)}"]
+
+
+def refuse_too_large(c, vocab: int, limit: float) -> None:
+    """InputError where the plan's peak exceeds a card of `limit` bytes, with what to change."""
+    phase, most = peak(c, vocab)
+    if most > limit:
+        changes = ", or ".join(said(x) for x in fitting(c, vocab, limit)) or "a smaller preset"
+        raise InputError(f"--device cuda: {limit / GB:.1f} GB of GPU memory, less than the {most / GB:.1f} GB that the "
+                         f"plan needs in {phase}; give {changes}")
+
+
+def main(argv: Sequence[str], parse: Callable, presets: dict[str, dict]) -> None:
+    """parse, presets: of memtrain.py. Prints the plan; InputError on what can't be planned."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise InputError(f"plan: {message}; python memtrain.py plan --help lists its options")
+
+    parser = Parser(prog="memtrain.py plan", allow_abbrev=False, usage="python memtrain.py plan [--option value ...]",
+                    epilog="Every field of the configuration can be given, too: python memtrain.py --help lists them.")
+    parser.add_argument("--gpu", metavar="NAME", help=f"the card: {', '.join(CARDS)} (default: 4090 for a memory of "
+                        f"24 GB and -consumer presets, else H100)")
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="its memory (default: the card's)")
+    parser.add_argument("--tflops", type=float, metavar="N", help="dense bfloat16 TFLOP/s (default: the card's)")
+    parser.add_argument("--mfu", type=float, default=MFU, metavar="SHARE", help=f"share of it that is reached in "
+                        f"prefill and training: an assumption (default: {MFU})")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--out", metavar="FILE", help="write JSON")
+    known, rest = parser.parse_known_args(list(argv))
+    c = parse(rest)
+    for name in ("gpu_memory", "tflops", "mfu"):
+        value = getattr(known, name)
+        if value is not None and not (math.isfinite(value) and value > 0 and (name != "mfu" or value <= 1)):
+            raise InputError(f"--{name.replace('_', '-')} {value:g}: expected a number above 0"
+                             f"{' and at most 1' if name == 'mfu' else ''}")
+    cards = {n.lower(): n for n in CARDS}
+    small = (known.gpu_memory or 99) <= 24 or (known.gpu_memory is None and c.preset.endswith("-consumer"))
+    name = cards.get((known.gpu or ("4090" if small else "H100")).lower())
+    if name is None:
+        raise InputError(f"--gpu {known.gpu}: unknown; choose one of {', '.join(CARDS)}, or give --gpu-memory and "
+                         f"--tflops")
+    if c.model and not Path(c.model).exists() and c.model != presets[c.preset].get("model"):
+        raise InputError(f"--model {c.model}: its shape is not known before it is downloaded; give its folder, or one "
+                         f"of the presets")
+    card = CARDS[name]
+    if known.tflops and known.gpu:
+        card, name = card._replace(tflops=known.tflops), f"{name} with {known.tflops:g} TFLOP/s"
+    elif known.tflops:  # some card: its memory and power are not known, its bandwidth is assumed to be in proportion
+        card, name = Card(0, known.tflops, BANDWIDTH * known.tflops, 0), f"a card of {known.tflops:g} TFLOP/s"
+    p = make_plan(c, card, name, known.mfu, (known.gpu_memory or card.memory) * GB)
+    if known.out:
+        write_json(output(Path(known.out)), p)
+    if known.json:
+        print(json.dumps(p, indent=1))
+    else:
+        print(text(c, p))
