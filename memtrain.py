@@ -972,7 +972,8 @@ class Agent:
         evaluation of very long documents does without the turns and the sections: with a hundred questions they were
         a tenth of the process.
         """
-        streams = {p.id: sections(p.passages, self.tokenizer, self.c.section) for p in problems}
+        streams = {p.id: iter(self.sections(p)) if keep_turns else
+                   sections(p.passages, self.tokenizer, self.c.section) for p in problems}
         rollouts = [Rollout(p, [], [], []) for p in problems]
         memory = [self.prompts.no_memory] * len(rollouts)
         for t in itertools.count():
