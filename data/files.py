@@ -68,8 +68,10 @@ def read_json(path: Path, remedy: str) -> dict:
     """The JSON object in a file; InputError with `remedy` if it holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path}: can't be read as JSON ({e}); {remedy}") from None
+    except OSError as e:
+        raise InputError(f"{path}: can't be read ({e.strerror}); {remedy}") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not JSON ({e}); {remedy}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__} instead of a JSON object; {remedy}")
     return value
