@@ -41,10 +41,10 @@ class Members:
         first = F.pad(counts.cumsum(0), (1, 0))
         self.most, self.offsets = most or int(counts.max()), first.int()
         order = group.argsort(stable=True)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(group), device=group.device)
+        place, index = torch.empty_like(order), torch.arange(len(group), device=group.device)
+        place[order] = index
         self.order, self.row = order.int(), group * self.most + place - first[group]
-        self.full = groups * self.most == len(group) and bool((order == place).all())
+        self.full = groups * self.most == len(group) and bool((self.row == index).all())
 
     def to(self, device: torch.device) -> Members:
         self.offsets, self.order, self.row = (x.to(device) for x in (self.offsets, self.order, self.row))
