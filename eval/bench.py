@@ -419,6 +419,8 @@ def trl(argv: Sequence[str]) -> int:
         values = ", ".join(f"{shape} {d[name.replace('-', '_')]}" for shape, d in chosen.items())
         parser.add_argument(f"--{name}", type=int, help=f"{text} (default: {values})")
     options, device = read_peers(parser, argv)
+    if options.group < 2:
+        raise InputError("--group 1: a group of one has no mean to compare with; use at least 2")
     for name in ("prompt", "response", "lora_rank", "trl_batch"):
         least = int(name != "lora_rank")
         if getattr(options, name) is not None and getattr(options, name) < least:

@@ -16,9 +16,9 @@ there. What is timed is what a user of either would run; before that, both sides
 
 With completions of one length, dr_grpo's sum over (rows x longest completion) is our mean of token means.
 
-On the CPU everything is float32. On CUDA weights are bfloat16 (checked in float32 where that is possible), and the
-shape 0.6b is Qwen3-0.6B's, in `trl` with the paper's window, LoRA and recomputed activations on both sides. None of
-this has been run on a GPU yet.
+On the CPU everything is float32. The shape 0.6b is Qwen3-0.6B's, in `trl` with the paper's window, LoRA and recomputed
+activations on both sides; on CUDA it is timed in bfloat16 (`sample` is checked in float32 all the same), with both
+sides on the card: it must hold both, although each side's memory is reported alone. NOT YET RUN ON A GPU.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ TRL = {"tiny": {"prompt": 640, "response": 64, "lora_rank": 0, "trl_batch": 8},
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHECKED = 32  # greedy tokens compared
 NOISE = 0.3  # of the old log-probs in the check of the loss: ratios leave the clip range on both sides
-# Largest difference of log-probs, and of loss and gradient in units of their size
+# Largest difference of log-probs; of losses, in units of the mean advantage's size (they cancel to almost nothing); of
+# gradients, in units of their norm
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
@@ -408,8 +409,8 @@ def same_objective(ours: OurStep, trainer, prompts: Sequence[list[int]]) -> dict
     trainer.model.zero_grad(set_to_none=True)
     trainer.model.train()
     difference = torch.stack([(mine[k] - g).norm() for k, g in theirs.items()])
-    size_ = torch.stack([g.norm() for g in theirs.values()])
-    return {"loss": loss, "trl_loss": other, "loss_differs": abs(loss - other) / max(abs(other), 1e-30),
+    size_, of = torch.stack([g.norm() for g in theirs.values()]), float(inputs["advantages"].abs().mean())
+    return {"loss": loss, "trl_loss": other, "loss_differs": abs(loss - other) / of,
             "gradient_differs": float(difference.norm() / size_.norm()),
             "worst_parameter_differs": float((difference / size_.clamp(min=1e-3 * float(size_.max()))).max())}
 
@@ -493,7 +494,8 @@ def trl_table(result: dict) -> str:
         lines.append(f"{name:18s}{median(s['seconds_sampling']):10.3f}{median(rest):10.3f}{median(s['seconds']):9.3f}"
                      f"{min(s['seconds']):9.3f}{faster}{s['peak_mb']:9.0f}")
     repeats = len(result["sides"]["memtrain"]["seconds"])
-    lines.append(f"\nmedians of {repeats} steps after one to warm up, in turn\n"
+    lines.append(f"\nmedians of {repeats} steps after one to warm up, in turn; memory: what a side holds, and its "
+                 f"peak beyond\n"
                  f"memtrain: a prompt goes through the model once a group, in sampling and in the loss; log-probs are "
                  f"recorded while sampling;\n  groups whose rewards tie are left out ({result['signal']:.0%} had a "
                  f"signal)\nTRL: every completion carries its prompt, in one generate() and in micro-batches of "
