@@ -9,6 +9,10 @@
         every kernel compiled for six GPU generations, without a GPU: shared memory, registers, spills
     python -m eval.bench documents [--tokenizer FILE] [--repeats 50] [--out FILE] [any field of memtrain.Config]
         masked documents of --corpus, built one after the other: milliseconds, tokens, passages, memory
+    python -m eval.bench sample [--repeats 5] [--shape tiny|0.6b] [--device cpu|cuda] [--out FILE]
+        tokens/s of our sampler beside transformers' generate, on the same random Qwen3; share of the bandwidth limit
+    python -m eval.bench trl [--repeats 5] [--shape tiny|0.6b] [--device cpu|cuda] [--out FILE]
+        a whole GRPO step beside TRL's GRPOTrainer: seconds, peak memory; that both have the same loss and gradient
     python -m eval.bench time [--runs 3] [--out FILE] [any field of memtrain.Config]
         the whole of `python memtrain.py`, once a seed, in runs/time-SEED: wall seconds and peak memory of each run
     python -m eval.bench length [--out FILE] [any field of memtrain.Config]
@@ -30,6 +34,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -364,6 +369,75 @@ def compile_kernels(argv: Sequence[str]) -> int:
     return int(any(r.shared_kb > r.limit_kb for r in rows))
 
 
+# ---- sample, trl: beside the libraries that people use ---------------------------------------------------------------
+
+
+def peers_parser(name: str, text: str) -> Parser:
+    parser = Parser(name, text)
+    parser.add_argument("--repeats", type=int, default=5, help="timed repeats (default: 5)")
+    parser.add_argument("--shape", default="tiny", help="tiny (default) or 0.6b")
+    parser.add_argument("--vocabulary", type=int, default=0, help="rows of the embedding; 0: the shape's")
+    parser.add_argument("--group", type=int, default=8, help="G, rows of a prompt (default: 8)")
+    parser.add_argument("--groups", type=int, default=2, help="prompts (default: 2)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    return parser
+
+
+def read_peers(parser: Parser, argv: Sequence[str], *at_least_one: str) -> tuple[argparse.Namespace, torch.device]:
+    from eval import bench_peers
+
+    options, rest = parser.read(argv, at_least_one=("repeats", "group", "groups", *at_least_one))
+    if rest:
+        raise InputError(f"{rest[0]}: unknown option; python -m eval.bench lists them")
+    if options.shape not in bench_peers.SHAPES:
+        raise InputError(f"--shape {options.shape}: choose {' or '.join(bench_peers.SHAPES)}")
+    if options.device not in ("cpu", "cuda"):
+        raise InputError(f"--device {options.device}: choose cpu or cuda")
+    if options.vocabulary and options.vocabulary < 1024:
+        raise InputError(f"--vocabulary {options.vocabulary}: give at least 1024, or leave it out")
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    return options, memtrain.choose_device(options.device)
+
+
+def sample(argv: Sequence[str]) -> int:
+    from eval import bench_peers
+
+    parser = peers_parser("sample", "tokens/s of our sampler beside transformers' generate")
+    parser.add_argument("--prompt", type=int, default=640, help="tokens of a prompt (default: 640)")
+    parser.add_argument("--response", type=int, default=64, help="new tokens of a row (default: 64)")
+    options, device = read_peers(parser, argv, "prompt", "response")
+    bench_peers.require("transformers")
+    with tempfile.TemporaryDirectory() as folder:
+        result = bench_peers.run_sample(options, Path(folder), device)
+    finish("sample", argv, options.out, device, result, bench_peers.sample_table(result))
+    return 0 if bench_peers.same_sampling(result) else 1
+
+
+def trl(argv: Sequence[str]) -> int:
+    from eval import bench_peers
+
+    parser = peers_parser("trl", "a whole GRPO step beside TRL's GRPOTrainer")
+    chosen = bench_peers.TRL
+    for name, text in (("prompt", "tokens of a prompt"), ("response", "tokens of a completion"),
+                       ("lora-rank", "rank of the adapters; 0 trains all weights"),
+                       ("trl-batch", "rows of TRL's micro-batches")):
+        values = ", ".join(f"{shape} {d[name.replace('-', '_')]}" for shape, d in chosen.items())
+        parser.add_argument(f"--{name}", type=int, help=f"{text} (default: {values})")
+    options, device = read_peers(parser, argv)
+    if options.group < 2:
+        raise InputError("--group 1: a group of one has no mean to compare with; use at least 2")
+    for name in ("prompt", "response", "lora_rank", "trl_batch"):
+        least = int(name != "lora_rank")
+        if getattr(options, name) is not None and getattr(options, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
+    bench_peers.require("transformers", "trl", "peft", "datasets")
+    with tempfile.TemporaryDirectory() as folder:
+        result = bench_peers.run_trl(options, Path(folder), device, _forget_peak, _peak_mb)
+    finish("trl", argv, options.out, device, result, bench_peers.trl_table(result))
+    return 0 if bench_peers.same_step(result) else 1
+
+
 # ---- documents: masked documents of a corpus ------------------------------------------------------------------------
 
 
@@ -558,7 +632,8 @@ def finish(name: str, argv: Sequence[str], out: Path | None, device, result: dic
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": step, "kernels": kernels, "compile": compile_kernels,
-                                                        "documents": documents, "time": time_runs, "length": length}
+                                                        "sample": sample, "trl": trl, "documents": documents,
+                                                        "time": time_runs, "length": length}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -41,10 +41,10 @@ class Members:
         first = F.pad(counts.cumsum(0), (1, 0))
         self.most, self.offsets = most or int(counts.max()), first.int()
         order = group.argsort(stable=True)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(group), device=group.device)
+        place, index = torch.empty_like(order), torch.arange(len(group), device=group.device)
+        place[order] = index
         self.order, self.row = order.int(), group * self.most + place - first[group]
-        self.full = groups * self.most == len(group) and bool((group.diff() >= 0).all())
+        self.full = groups * self.most == len(group) and bool((self.row == index).all())
 
     def to(self, device: torch.device) -> Members:
         self.offsets, self.order, self.row = (x.to(device) for x in (self.offsets, self.order, self.row))
@@ -202,25 +202,28 @@ def memory_decode(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suf
 
 def memory_decode_reference(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths,
                             members: Members) -> torch.Tensor:
-    """Same result. Rollouts sit in a (groups, most) grid, so that one matrix product reads each prefix once."""
+    """Same result. Rollouts sit in a (groups, most) grid, so that one matrix product reads each prefix once; scores
+    stay in that order, because moving them took as long as multiplying."""
     (N, H, D), (B, K, _, _), most = q.shape, prefix_k.shape, members.most
-    R, used, P = H // K, int(suffix_lengths.max()), int(prefix_lengths.max())
+    R, used, P, full = H // K, int(suffix_lengths.max()), int(prefix_lengths.max()), members.full
     prefix_k, prefix_v = prefix_k[:, :, :P], prefix_v[:, :, :P]
     suffix_k, suffix_v = suffix_k[:, :, :used], suffix_v[:, :, :used]
-    hidden = torch.arange(P, device=q.device) >= prefix_lengths[:, None]  # (B,P)
-    own_hidden = torch.arange(used, device=q.device) >= suffix_lengths[:, None]  # (N,S)
+
+    def hide(scores, lengths):  # adding -inf is 15 times as fast as masked_fill on a CPU
+        past = torch.arange(scores.shape[-1], device=q.device) >= lengths[:, None]
+        return scores.add_(q.new_zeros(past.shape).masked_fill_(past, -torch.inf)[:, None, None])
+
+    def to_grid(x):  # (N,K,R,*) -> (B,K,most,R,*)
+        x = x if full else x.new_zeros(B * most, *x.shape[1:]).index_copy_(0, members.row, x)
+        return x.view(B, most, *x.shape[1:]).transpose(1, 2)
+
+    def from_grid(x):
+        x = x.transpose(1, 2).reshape(B * most, K, R, -1)
+        return x if full else x[members.row]
+
     q = (q * (1 / math.sqrt(D))).view(N, K, R, D)
-    own = (q @ suffix_k.transpose(-1, -2)).masked_fill(own_hidden[:, None, None], -torch.inf)  # (N,K,R,S)
-    full = members.full
-    grid = q if full else q.new_zeros(B * most, K, R, D).index_copy_(0, members.row, q)
-    grid = grid.view(B, most, K, R, D).transpose(1, 2).reshape(B, K, most * R, D)
-    far = (grid @ prefix_k.transpose(-1, -2)).masked_fill(hidden[:, None, None], -torch.inf)
-    far = far.view(B, K, most, R, P).transpose(1, 2).reshape(B * most, K, R, P)
-    far = far if full else far[members.row]
-    attn = torch.cat([far, own], -1).softmax(-1)  # (N,K,R,P+S)
-    mixed = attn[..., P:] @ suffix_v  # (N,K,R,D)
-    far = attn[..., :P]
-    far = far if full else far.new_zeros(B * most, K, R, P).index_copy_(0, members.row, far)
-    far = far.reshape(B, most, K, R, P).transpose(1, 2).reshape(B, K, most * R, P) @ prefix_v
-    far = far.view(B, K, most, R, D).transpose(1, 2).reshape(B * most, K, R, D)
-    return (mixed + (far if full else far[members.row])).view(N, H, D)
+    own = hide(q @ suffix_k.transpose(-1, -2), suffix_lengths)  # (N,K,R,S)
+    far = hide(to_grid(q).reshape(B, K, most * R, D) @ prefix_k.transpose(-1, -2), prefix_lengths)
+    attn = torch.cat([far.view(B, K, most, R, P), to_grid(own)], -1).softmax(-1)  # (B,K,most,R,P+S)
+    far = (attn[..., :P].reshape(B, K, most * R, P) @ prefix_v).view(B, K, most, R, D)
+    return (from_grid(attn[..., P:]) @ suffix_v + from_grid(far)).view(N, H, D)

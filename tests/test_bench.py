@@ -3,12 +3,14 @@
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import memtrain
-from eval import bench, bench_kernels, plain
+from eval import bench, bench_kernels, bench_peers, plain
+from kernels.grpo import grpo_loss
 
 TINY = ["--width", "32", "--layers", "2", "--heads", "2", "--key-heads", "1", "--head-size", "16", "--hidden", "48",
         "--people", "60", "--passages", "4", "--related", "2", "--section", "48", "--memory", "8", "--response", "10",
@@ -162,7 +164,8 @@ def test_documents_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("argv", "says"), [
-    (["speed"], "speed: unknown benchmark; choose one of step, kernels, compile, documents, time"),
+    (["speed"], "speed: unknown benchmark; choose one of step, kernels, compile, sample, trl, documents, "
+     "time"),
     (["step", "--repeats", "0"], "--repeats 0: must be at least 1"),
     (["step", "--repeats", "x"], "--repeats"), (["step", "--grup", "4"], "--grup"),
     (["step", "--group", "1"], "--group 1"), (["step", "--update-documents", "2"], "leave it out"),
@@ -171,6 +174,11 @@ def test_documents_command(tmp_path, capsys):
     (["step", "--out", "nowhere/x.json"], "--out nowhere/x.json"), (["time", "--run", "mine"], "leave it out"),
     (["documents", "--tokenizer", "no.tiktoken"], "no.tiktoken"), (["documents", "--repeats", "0"], "--repeats 0"),
     (["documents", "--corpus", "none.txt"], "none.txt"), (["documents", "--related", "99"], "--related 99"),
+    (["sample", "--shape", "7b"], "--shape 7b: choose tiny or 0.6b"), (["sample", "--response", "0"], "--response 0"),
+    (["sample", "--device", "tpu"], "--device tpu"), (["sample", "--lora-rank", "4"], "--lora-rank: unknown option"),
+    (["sample", "--vocabulary", "9"], "--vocabulary 9"), (["trl", "--lora-rank", "-1"], "--lora-rank -1"),
+    (["trl", "--trl-batch", "0"], "--trl-batch 0"), (["trl", "--trl-batch", "3"], "--trl-batch 3: must divide"),
+    (["trl", "--group", "1"], "--group 1"), (["trl", "--groups", "0"], "--groups 0"),
     (["time", "--runs", "-1"], "--runs -1"), (["time", "--preset", "huge"], "--preset huge")])
 def test_bad_arguments(argv, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -210,3 +218,74 @@ def test_a_longer_document_takes_no_more_memory_and_time_by_its_length(tmp_path,
     assert 0.5 < long["seconds"] / long["tokens"] / (short["seconds"] / short["tokens"]) < 2
     table = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert "+0.0%" in table["4x"] and table["64x"].count("%") == 2
+
+
+# ---- sample, trl
+
+FEW = ["--repeats", "1", "--threads", "1", "--vocabulary", "1024", "--group", "4", "--prompt", "20", "--response", "5"]
+
+
+def test_sample_command(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    out = tmp_path / "sample.json"
+    assert bench.main(["sample", *FEW, "--groups", "3", "--out", str(out)]) == 0
+    printed, result = capsys.readouterr().out, json.loads(out.read_text())
+    assert "vocabulary 1,024" in printed and printed.count("  ok") == 1 and "DIFFERENT" not in printed
+    assert result["same"]["greedy"] == 1 and result["same"]["logprob"] < 1e-4
+    for name, side in result["sides"].items():
+        row = next(line for line in printed.splitlines() if line.startswith(name))
+        assert f"{side['tokens_per_s']:,.0f}" in row and len(side["seconds"]) == 1
+        assert side["tokens_per_s"] == pytest.approx(3 * 4 * 5 / side["seconds"][0])
+        assert side["bandwidth_share"] > 0 and side["seconds_first_token"][0] > 0
+    # 3.4 M parameters in fp32; per key 2 (k, v) x 4 layers x 4 heads x 32: 3 prompts once, 12 rows' own
+    assert result["bytes_per_step"] == pytest.approx(4 * (3_411_968 + 1024 * (3 * 19 + 12 * 3.5)), rel=1e-3)
+
+
+def test_another_policy_is_found(tmp_path):
+    """Weights that differ a little: the log-probs tell, or the benchmark would time unlike things."""
+    pytest.importorskip("transformers")
+    shape, cpu = bench_peers.SHAPES["tiny"] | {"vocab_size": 1024}, torch.device("cpu")
+    bench_peers.save_checkpoint(tmp_path, shape)
+    ours, theirs = (load(tmp_path, cpu, torch.float32) for load in (bench_peers.load_ours, bench_peers.load_theirs))
+    prompts = bench_peers.make_prompts(2, 20, 1024, 1)
+    assert bench_peers.same_sampling({"same": bench_peers.same_policy(ours, theirs, prompts)})
+    with torch.no_grad():
+        ours.blocks[1].q_norm.weight *= 1.05
+    assert not bench_peers.same_sampling({"same": bench_peers.same_policy(ours, theirs, prompts)})
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_trl_command(rank, tmp_path, capsys):
+    for library in ("transformers", "trl", "peft", "datasets"):
+        pytest.importorskip(library)
+    out = tmp_path / "trl.json"
+    argv = ["trl", *FEW, "--trl-batch", "2", "--lora-rank", str(rank), "--out", str(out)]
+    assert bench.main(argv) == 0
+    printed, result = capsys.readouterr().out, json.loads(out.read_text())
+    assert printed.count("  ok") == 1 and ("LoRA of rank 2" if rank else "all weights") in printed
+    assert result["same"]["gradient_differs"] < 1e-4 and result["same"]["worst_parameter_differs"] < 1e-3
+    assert abs(result["same"]["loss"]) > 1e-3  # at ratio 1 it would be zero whatever the formula
+    for name, side in result["sides"].items():
+        row = next(line for line in printed.splitlines() if line.startswith(name))
+        assert f"{side['seconds'][0]:.3f}" in row and 0 < side["seconds_sampling"][0] < side["seconds"][0]
+        assert side["tokens_sampled"] == [2 * 4 * 5] and side["peak_mb"] > 10
+
+
+def test_another_objective_is_found(tmp_path, monkeypatch):
+    """A clip range that is not TRL's shows in the check of the loss."""
+    for library in ("transformers", "trl"):
+        pytest.importorskip(library)
+    options = SimpleNamespace(shape="tiny", vocabulary=1024, group=4, groups=2, prompt=20, response=5, repeats=1,
+                              lora_rank=0, trl_batch=8)
+    monkeypatch.setattr(memtrain, "grpo_loss", lambda *a: grpo_loss(*a[:8], 0.19, *a[9:]))
+    result = bench_peers.run_trl(options, tmp_path, torch.device("cpu"), lambda d: None, lambda d: 0.0)
+    assert not bench_peers.same_step(result) and "DIFFERENT" in bench_peers.trl_table(result)
+
+
+def test_peers_that_are_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr(bench_peers.importlib.util, "find_spec", lambda name: None)
+    for name in ("sample", "trl"):
+        assert bench.main([name, *FEW]) == 2
+        error = capsys.readouterr().err
+        assert "transformers is not installed" in error and "pip install -r tests/requirements.txt" in error
+        assert error.count("\n") == 1
