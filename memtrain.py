@@ -1318,7 +1318,7 @@ class Run:
                 raise InputError(f"--window {c.window}: the longest problem makes a turn of {need} tokens; "
                                  f"raise --window or lower --section, --memory or --response")
             tqdm.write(f"note: some questions make a turn of {need} tokens, more than --window {c.window}")
-        self.folder.compare(dataclasses.asdict(c), FREE_FIELDS)
+        self.folder.compare(dataclasses.asdict(c), FREE_FIELDS, dataclasses.asdict(Config()))
         stages = c.stages.split(",")
         if "base" not in stages and {"memtrain", "memagent", "eval"}.intersection(stages):
             self.load("base")  # a checkpoint that does not fit is refused before anything is written

@@ -29,9 +29,9 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
 
-    def compare(self, config: dict, free: Iterable[str]) -> None:
+    def compare(self, config: dict, free: Iterable[str], defaults: dict) -> None:
         """InputError if the folder was started with another configuration, in which the fields `free` may differ, or
-        holds a link."""
+        holds a link. defaults: of fields that a run of an older version did not have."""
         for entry in (*self.path.glob("*"), *self.path.glob("*/*")):
             if entry.is_symlink() and entry.parent.name != "wandb":  # wandb links to its own latest run
                 raise InputError(f"{entry}: a symbolic link, behind which files outside the run would be overwritten; "
@@ -39,8 +39,8 @@ class RunFolder:
         path = self.path / "config.json"
         theirs = read_json(path, "choose another --run, or delete the folder to start anew") if path.exists() else {}
         for name, mine in config.items():
-            if theirs and name not in free and theirs.get(name) != mine:
-                raise InputError(f"{self.path}: was started with {name}={theirs.get(name)!r}, now {mine!r}; "
+            if theirs and name not in free and (old := theirs.get(name, defaults[name])) != mine:
+                raise InputError(f"{self.path}: was started with {name}={old!r}, now {mine!r}; "
                                  f"choose another --run, or delete the folder to start anew")
 
     def claim(self, config: dict) -> None:

@@ -15,7 +15,7 @@
         a whole GRPO step beside TRL's GRPOTrainer: seconds, peak memory; that both have the same loss and gradient
     python -m eval.bench time [--runs 3] [--out FILE] [any field of memtrain.Config]
         the whole of `python memtrain.py`, once a seed, in runs/time-SEED: wall seconds and peak memory of each run
-    python -m eval.bench length [--out FILE] [any field of memtrain.Config]
+    python -m eval.bench length [--read-mb 1,4,16] [--out FILE] [any field of memtrain.Config]
         the evaluation of --eval-questions questions at each of --eval-lengths (default: 32 at 1,4,16,64), each in a
         process of its own and on one thread: peak memory, CPU seconds by its tokens
 
@@ -481,7 +481,8 @@ def documents_table(result: dict) -> str:
 
 
 def timed(command: Sequence[str]) -> dict:
-    """Runs a command to its end: wall seconds, peak resident memory of its largest process in MB, exit code.
+    """Runs a command to its end: wall seconds, peak resident memory of its largest
+    process in MB, exit code.
 
     Linux starts a child's peak at its parent's resident memory, here about 300 MB with torch: as much as memtrain.py
     needs before it does anything."""
@@ -532,8 +533,16 @@ def time_table(rows: Sequence[dict]) -> str:
 
 def length(argv: Sequence[str]) -> int:
     parser = Parser("length", "evaluation at growing lengths: peak memory, and time by the document's tokens")
+    parser.add_argument("--read-mb", default="1,4,16", metavar="MB", help="sizes of the text that `python memtrain.py "
+                        "read` reads, ascending; 0: none (default: 1,4,16)")
     parser.add_argument("--only", type=int, default=0, help=argparse.SUPPRESS)  # measure this length, here; for itself
     options, fields = parser.read(argv, at_least_one=())
+    try:
+        sizes = sorted({float(x) for x in options.read_mb.split(",")} - {0.0})
+        if sizes and not 0 < sizes[0] <= sizes[-1] < 1e6:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"--read-mb {options.read_mb}: expected sizes in MB, like 1,4,16") from None
     refuse_own(fields, "stages", "run", "eval-masked")
     c = memtrain.parse(["--eval-questions", "32", "--eval-lengths", "1,4,16,64", "--threads", "1", *fields,
                         "--stages", "eval", "--eval-masked", "0"])
@@ -549,8 +558,54 @@ def length(argv: Sequence[str]) -> int:
         if done.returncode:
             raise InputError(f"at length {n}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
         rows.append(json.loads(done.stdout.splitlines()[-1]))
-    finish("length", argv, options.out, device, {"evaluation": rows, "config": asdict(c)}, length_table(rows))
+    read = read_texts(sizes)
+    finish("length", argv, options.out, device, {"evaluation": rows, "read": read, "config": asdict(c)},
+           "\n\n".join([length_table(rows), *([read_table(read)] if read else [])]))
     return 0
+
+
+READER = {"width": 16, "layers": 1, "heads": 1, "key-heads": 1, "head-size": 16, "hidden": 32, "window": 2100,
+          "section": 1950, "memory": 15, "response": 16, "threads": 1}
+READER = [text for name, value in READER.items() for text in (f"--{name}", str(value))]
+
+
+# the process itself tells its peak: to whoever started it, its own would be counted in
+READ = ("import sys, memtrain, eval.bench; code = memtrain.main(sys.argv[1:]);"
+        "print(f'\\n{eval.bench._peak_mb(memtrain.choose_device(\"cpu\"))}', file=sys.stderr); sys.exit(code)")
+
+
+def read_texts(sizes: Sequence[float]) -> list[dict]:
+    """`python memtrain.py read` on texts of the mini-world, MB by MB: what it holds does not depend on the model, so a
+    tiny random one with long sections reads them."""
+    world, rows = memtrain.MiniWorld(600, 0, "train"), []
+    text = "".join(p.rendered + "\n" for p in world.passages).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        path, weights = Path(folder, "text.txt"), Path(folder, "tiny.safetensors")
+        c, tokenizer = memtrain.parse(READER), memtrain.load_tokenizer()
+        memtrain.save_checkpoint(weights, memtrain.Decoder(c, tokenizer.size), tokenizer, {"step": 0, "done": True})
+        for mb in tqdm(sizes, desc="read", unit="text"):
+            with path.open("wb") as file:
+                for start in range(0, int(mb * 1e6), len(text)):
+                    file.write(text[:int(mb * 1e6) - start])
+            memories = Path(folder, "memories.json")
+            began = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", READ, "read", str(path), "--init", str(weights), "--out",
+                                   str(memories), *READER], cwd=Path(memtrain.__file__).parent, text=True,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+            if done.returncode:
+                raise InputError(f"read on {mb:g} MB: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+            rows.append({"mb": mb, "sections": len(json.loads(memories.read_text())),
+                         "seconds": time.perf_counter() - began, "peak_mb": float(done.stderr.splitlines()[-1])})
+    return rows
+
+
+def read_table(rows: Sequence[dict]) -> str:
+    first, beside = rows[0], f"beside {rows[0]['mb']:g}"
+    lines = [f"{'read, MB':>10s}{'sections':>10s}{'peak MB':>10s}{beside:>12s}{'seconds':>10s}"
+             f"{'s an MB':>10s}"]
+    lines += [f"{r['mb']:10g}{r['sections']:10,d}{r['peak_mb']:10.1f}{r['peak_mb'] / first['peak_mb'] - 1:+12.1%}"
+              f"{r['seconds']:10.1f}{r['seconds'] / r['mb']:10.2f}" for r in rows]
+    return "\n".join(lines)
 
 
 def evaluated_at(c: memtrain.Config, device, n: int) -> dict:

@@ -212,7 +212,9 @@ def test_a_longer_document_takes_no_more_memory_and_time_by_its_length(tmp_path,
     """Each length in a process of its own; the bound on time is a wide one, for a machine with others at work."""
     out = tmp_path / "length.json"
     assert bench.main(["length", *TINY, "--update-documents", "2", "--people", "400", "--eval-questions", "8",
-                       "--eval-lengths", "4,64", "--out", str(out)]) == 0
+                       "--eval-lengths", "4,64", "--read-mb", "0.1,0.4", "--out", str(out)]) == 0
+    one, four = json.loads(out.read_text())["read"]
+    assert four["sections"] > 3.5 * one["sections"] > 40 and four["peak_mb"] < 1.03 * one["peak_mb"]
     short, long = json.loads(out.read_text())["evaluation"]
     assert long["sections"] > 12 * short["sections"] and long["peak_mb"] < 1.05 * short["peak_mb"]
     assert 0.5 < long["seconds"] / long["tokens"] / (short["seconds"] / short["tokens"]) < 2
