@@ -1,0 +1,353 @@
+"""The configuration: one flat dataclass, its presets, the command line that is generated from it, and what it refuses.
+
+Loads nothing heavy: typos and --help are answered before torch is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data import InputError
+from data.pretrained import read_shape
+from data.terminal import printable
+
+
+def option(default, group: str, text: str):
+    return field(default=default, metadata={"group": group, "help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration, flat. The command line is generated from it; a preset only changes values."""
+
+    preset: str = option("nano", "run", "set of defaults: nano (two CPU cores, twenty minutes); qwen3-0.6b, "
+                         "qwen2.5-1.5b, qwen3-4b, qwen2.5-7b (real weights on one GPU); paper, the same for "
+                         "any other --model; each of them with -consumer (batches for 24 GB)")
+    model: str = option("", "run", "real weights instead of our own: a folder as published (config.json, safetensors, "
+                        "tokenizer), or its name on the hub; its shape replaces the fields of the group model")
+    revision: str = option("main", "run", "branch, tag or commit of --model on the hub")
+    run: str = option("", "run", "name of the folder under runs/; the preset's name if empty")
+    stages: str = option("memtrain,memagent,eval,report", "run",
+                         "what to do, in order: base (train the stand-in for an instruct model), memtrain, memagent "
+                         "(from the base and, where memtrain was run, from it too), eval, report")
+    seed: int = option(0, "run", "seed of documents, rollouts and evaluation")
+    init: str = option("", "run", "checkpoint instead of the shipped base, which the base stage trains on from; with "
+                       "--model the folder of a PEFT adapter")
+    device: str = option("auto", "run", "auto, cpu or cuda")
+    threads: int = option(0, "run", "CPU threads; 0: all cores")
+    deterministic: bool = option(False, "run", "on a GPU: only operations that give the same result every time, or an "
+                                               "error; slower. On a CPU every run is")
+    wandb: str = option("disabled", "run", "disabled, offline or online")
+    debug: bool = option(False, "run", "show tracebacks")
+
+    corpus: str = option("miniworld", "data", "miniworld, wikipedia, or a .jsonl/.json/.txt/.parquet file or folder")
+    people: int = option(600, "data", "size of the mini-world: about 14 passages a person")
+    questions: str = option("", "data", "evaluation questions: a file (HotpotQA, 2WikiMultiHopQA, MuSiQue or FlashRAG "
+                                     "form), or hotpotqa (its validation split, from the hub)")
+    train_questions: str = option("", "data", "training questions: a file, or hotpotqa:train; needed where --questions "
+                                           "is given")
+    entities: str = option("auto", "data", "entity finder: auto, rules or spacy")
+    passages: int = option(60, "data", "passages of a masked document (paper: 150)")
+    related: int = option(10, "data", "of them retrieved with BM25 for the pivot (paper: 29)")
+    masked_sections: int = option(8, "data", "longest masked document, in sections; long passages are fewer (paper: 8)")
+    train_sections: int = option(4, "data", "tokens of a training question's document, in sections; passages are "
+                                       "not cut, so that it has about one more (paper: 5-8)")
+
+    width: int = option(128, "model", "C, size of the hidden state")
+    layers: int = option(4, "model", "number of blocks")
+    heads: int = option(4, "model", "H, query heads")
+    key_heads: int = option(2, "model", "K, key heads; divides heads")
+    head_size: int = option(32, "model", "D")
+    hidden: int = option(320, "model", "inner size of the SwiGLU")
+    rope_theta: float = option(10_000.0, "model", "base of the rotary frequencies")
+    embed_norm: bool = option(True, "model", "RMS norm right after the embedding")
+    rope_scaling: str = option("", "model", "Llama 3's: factor,low,high,original length, as 8,1,4,8192")
+    norm_eps: float = option(1e-6, "model", "epsilon of every RMS norm")
+    qk_norm: bool = option(True, "model", "RMS norm of queries and keys, as in Qwen3")
+    bias: bool = option(False, "model", "bias of the query, key and value projections, as in Qwen2")
+    tied: bool = option(False, "model", "head = embedding")
+    vocab: int = option(0, "model", "V, rows of the embedding; 0: as many as the tokenizer has ids")
+
+    lora_rank: int = option(0, "LoRA", "rank of the adapters; 0 trains all weights")
+    lora_alpha: float = option(32.0, "LoRA", "their scale is alpha / rank")
+    lora_targets: str = option("q,k,v,o,gate,up,down", "LoRA", "projections that have one")
+    lora_merge: bool = option(True, "LoRA", "add them to the weights while sampling: faster, for a second copy of "
+                              "these weights meanwhile")
+    dtype: str = option("float32", "LoRA", "float32 or bfloat16, of frozen weights, activations and caches; what is "
+                        "trained is float32")
+    recompute: bool = option(False, "LoRA", "recompute a block's activations in the backward pass")
+
+    window: int = option(280, "window", "tokens of one turn, prompt and response (paper: 8192)")
+    section: int = option(160, "window", "tokens of a section (paper: 5120)")
+    memory: int = option(40, "window", "tokens of the memory (paper: 1024)")
+    response: int = option(41, "window", "sampled tokens of a turn, stop included (paper: 1024)")
+    prompt_order: str = option("section-first", "window", "section-first or paper: where the memory stands")
+    prompts: str = option("short", "window", "short, as the base was taught, or full, for instruct models")
+
+    memtrain_steps: int = option(60, "GRPO", "steps of MemTrain (paper: 300)")
+    memagent_steps: int = option(15, "GRPO", "steps of MemAgent (paper: 500)")
+    documents: int = option(12, "GRPO", "documents sampled a step (paper: 32)")
+    update_documents: int = option(12, "GRPO", "documents per optimiser step (paper: 32; MemAgent: 8)")
+    group: int = option(8, "GRPO", "G1, rollouts a document")
+    recall_group: int = option(8, "GRPO", "G2, samples of a recall prompt; 0: no IMR (the End-to-End ablation)")
+    recall_weight: float = option(0.5, "GRPO", "lambda, weight of recall in R^E; 0: the Decoupled ablation")
+    shared_probe: bool = option(False, "GRPO", "one recall target a document instead of one a rollout")
+    divide_by_std: bool = option(False, "GRPO", "divide advantages by the group's standard deviation")
+    eps_low: float = option(0.2, "GRPO", "lower clip of the ratio")
+    eps_high: float = option(0.2, "GRPO", "upper clip of the ratio")
+    kl: float = option(0.0, "GRPO", "beta, weight of the KL to the reference (paper: 1e-3); 0: no reference")
+    lr: float = option(3e-4, "GRPO", "learning rate of AdamW (paper: 1e-6 on 4-7 B parameters)")
+    warmup: int = option(5, "GRPO", "steps of linear warm-up")
+    grad_clip: float = option(0.2, "GRPO", "norm at which the gradient is clipped")
+    temperature: float = option(1.0, "GRPO", "of sampling in training")
+    top_p: float = option(1.0, "GRPO", "nucleus of sampling in training")
+    micro_tokens: int = option(6_000, "GRPO", "packed tokens of one forward pass; never changes the gradient")
+    sample_rows: int = option(1024, "GRPO", "rollouts decoded side by side, at most")
+    cache_gb: float = option(4.0, "GRPO", "GB for their keys and values; fewer rollouts at a time where it is short")
+    save_every: int = option(20, "GRPO", "steps between checkpoints")
+
+    base_steps: int = option(6000, "base", "steps on text and demonstrations after the copy warm-up")
+    base_copy_steps: int = option(200, "base", "warm-up steps on copying random tokens")
+    base_lr: float = option(0.02, "base", "learning rate of Muon and of the embedding")
+    base_people: int = option(200, "base", "size of the worlds that demonstrations are drawn from")
+
+    base_documents: int = option(24, "base", "documents read by the demonstrators a step")
+    base_sharpen: float = option(2.0, "base", "factor on all logits at the end: demonstrations that differ leave a "
+                                              "policy flatter than an instruct model's")
+    base_answers: int = option(32, "base", "answers from a sufficient memory a step")
+    base_recalls: int = option(48, "base", "recalls of what a memory holds a step")
+    base_directs: int = option(12, "base", "answers straight from a section a step")
+
+    eval_lengths: str = option("1,2,4,8,16,32", "evaluation", "document lengths in sections, up to 128")
+    eval_questions: int = option(200, "evaluation", "questions, the same at every length")
+    eval_temperature: float = option(0.7, "evaluation", "of sampling in evaluation (MemAgent's evaluation script: 0.7)")
+    eval_top_p: float = option(0.95, "evaluation", "nucleus of sampling in evaluation (MemAgent's: 0.95)")
+    eval_masked: int = option(100, "evaluation", "held-out masked documents for recall and reconstruction")
+
+
+# The paper's setting for real weights; one GPU learns adapters, whose learning rate is above the paper's 1e-6 for all
+# weights. LoRA rank and rate are ours, not measured.
+PAPER = {"corpus": "wikipedia", "questions": "hotpotqa", "train_questions": "hotpotqa:train", "passages": 150,
+         "related": 29, "masked_sections": 8, "train_sections": 6, "embed_norm": False, "dtype": "bfloat16",
+         "prompts": "full", "window": 8192, "section": 5120, "memory": 1023, "response": 1024,
+         "memtrain_steps": 300, "memagent_steps": 500, "documents": 32, "update_documents": 32, "kl": 1e-3,
+         "lr": 2e-5, "lora_rank": 32, "lora_alpha": 64.0, "recompute": True, "micro_tokens": 65_536,
+         "sample_rows": 256, "cache_gb": 24.0, "eval_questions": 128, "eval_lengths": "1,2,4,8,16,32,64,128"}
+# Batches for 24 GB, and smaller ones where the weights leave little. These sizes, as those of PAPER for 80 GB, are what
+# `plan` says will fit: planned, not measured on a card.
+CONSUMER = {"documents": 8, "update_documents": 8, "micro_tokens": 16_384, "sample_rows": 64, "cache_gb": 6.0}
+TIGHT = {"qwen3-4b": {"lora_merge": False, "cache_gb": 7.0},
+         "qwen2.5-7b": {"lora_merge": False, "cache_gb": 1.6, "micro_tokens": 10_240, "sample_rows": 32}}
+QWEN = {  # as in their published config.json
+    "qwen3-0.6b": {"model": "Qwen/Qwen3-0.6B", "width": 1024, "layers": 28, "heads": 16, "key_heads": 8,
+                   "head_size": 128, "hidden": 3072, "rope_theta": 1e6, "tied": True, "vocab": 151_936},
+    "qwen3-4b": {"model": "Qwen/Qwen3-4B-Instruct-2507", "width": 2560, "layers": 36, "heads": 32, "key_heads": 8,
+                 "head_size": 128, "hidden": 9728, "rope_theta": 5e6, "tied": True, "vocab": 151_936},
+    "qwen2.5-1.5b": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "width": 1536, "layers": 28, "heads": 12, "key_heads": 2,
+                     "head_size": 128, "hidden": 8960, "rope_theta": 1e6, "qk_norm": False, "bias": True,
+                     "tied": True, "vocab": 151_936},
+    "qwen2.5-7b": {"model": "Qwen/Qwen2.5-7B-Instruct", "width": 3584, "layers": 28, "heads": 28, "key_heads": 4,
+                   "head_size": 128, "hidden": 18_944, "rope_theta": 1e6, "qk_norm": False, "bias": True,
+                   "vocab": 152_064},
+}
+REAL = {"paper": PAPER} | {name: PAPER | shape for name, shape in QWEN.items()}
+PRESETS: dict[str, dict] = {"nano": {}} | REAL | {
+    f"{name}-consumer": p | CONSUMER | TIGHT.get(name, {}) for name, p in REAL.items()}
+STAGES = ("base", "memtrain", "memagent", "eval", "report")
+COMMANDS = ("plan", "read", "export")  # besides training and evaluation; the plain command takes options only
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+# Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths, and one
+# that ran out of memory goes on in smaller batches.
+FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset", "eval_lengths", "lora_merge",
+               "recompute", "micro_tokens", "sample_rows", "cache_gb"}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """python memtrain.py NAME ...; errors are InputErrors."""
+
+    def __init__(self, name: str, text: str):
+        self.command = f"python memtrain.py {name}".strip()
+        super().__init__(prog=self.command, allow_abbrev=False, description=text,
+                         epilog="Other options: fields of the configuration, python memtrain.py --help lists them.")
+
+    def error(self, message):
+        raise InputError(f"{message}; {self.command} --help lists all options")
+
+
+def argument_parser() -> CommandParser:
+    """The command line of Config: every field an option, absent unless given."""
+    parser = CommandParser("", "MemTrain in miniature: python memtrain.py reproduces the paper end to end.")
+    parser.usage = "python memtrain.py [plan | read | export] [--field value ...]"
+    parser.epilog = ("python memtrain.py plan, read and export have a --help of their own: what a run needs, a text "
+                     "read with a memory, a checkpoint for other tools.")
+    groups = {}
+    for f in dataclasses.fields(Config):
+        group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
+        kind = {"int": int, "float": float, "bool": _truth}.get(f.type, str)
+        extra = {"nargs": "?", "const": True} if f.type == "bool" else {}
+        group.add_argument("--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
+                           metavar=f.type.upper(), help=f"{f.metadata['help']} (default: {f.default!r})", **extra)
+    return parser
+
+
+def command_options(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(options of `python memtrain.py read` or `export`, the rest: fields of Config). InputError as in parse."""
+    if name == "read":
+        parser = CommandParser(name, "Read a text of any length section by section: the memory after each, the answer.")
+        parser.add_argument("file", metavar="FILE", help="text, markdown or HTML in UTF-8; - for standard input")
+        parser.add_argument("--question", default="", help="answered after the last section")
+        parser.add_argument("--out", type=Path, metavar="FILE", help="also write memories and answer as JSON")
+    else:
+        parser = CommandParser(name, "Write a checkpoint as a PEFT adapter, or as whole weights for transformers.")
+        parser.add_argument("--format", choices=("peft", "hf"), required=True, help="adapter, or whole weights")
+        parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--checkpoint", type=Path, required=name == "export", metavar="RUN/STAGE",
+                        help="like runs/nano/memtrain; read takes the shipped base, or --model's weights, without it")
+    options, fields = parser.parse_known_args(argv)
+    given_fields(fields)
+    return options, fields
+
+
+def given_fields(argv: Sequence[str]) -> dict:
+    """The fields of Config that a command line names. InputError on an unknown name or a wrong type."""
+    return vars(argument_parser().parse_args([_dashes(a) for a in argv]))
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Command line -> checked Config. InputError on an unknown name, a wrong type or an impossible combination."""
+    given = given_fields(argv)
+    preset = given.setdefault("preset", "paper" if "model" in given else "nano")
+    if preset not in PRESETS:
+        raise InputError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
+    config = dataclasses.replace(Config(), **({"run": preset} | PRESETS[preset] | given))
+    if config.model:
+        shape = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model"}
+        if own := shape & given.keys():
+            raise InputError(f"--{min(own).replace('_', '-')}: --model {config.model} has a shape of its own; give one "
+                             f"of the two")
+        if Path(config.model).exists():
+            config = dataclasses.replace(config, **read_shape(Path(config.model)))
+    check(config)
+    return config
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def _dashes(argument: str) -> str:
+    """--eval_lengths is the same as --eval-lengths."""
+    name, eq, value = argument.partition("=")
+    return name.replace("_", "-") + eq + value if name.startswith("--") else argument
+
+
+def lengths_of(config: Config) -> list[int]:
+    """--eval-lengths as ascending ints."""
+    try:
+        lengths = [int(x) for x in config.eval_lengths.split(",")]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 1 or max(lengths) > 128 or sorted(set(lengths)) != lengths:
+        raise InputError(f"--eval-lengths {config.eval_lengths}: expected ascending whole numbers from 1 to 128, "
+                         f"like 1,2,4")
+    return lengths
+
+
+def rope_scaling(c: Config) -> tuple[float, ...]:
+    """--rope-scaling as numbers: factor, low, high, original length; empty without it."""
+    try:
+        numbers = tuple(float(x) for x in c.rope_scaling.split(",")) if c.rope_scaling else ()
+    except ValueError:
+        numbers = (0.0,)
+    if len(numbers) not in (0, 4) or not all(x > 0 for x in numbers):
+        raise InputError(f"--rope-scaling {c.rope_scaling}: expected factor,low,high,original length, like 8,1,4,8192")
+    return numbers
+
+
+def check(c: Config) -> None:
+    """Refuses what can't work, in one line."""
+    def refuse(bad: bool, message: str) -> None:
+        if bad:
+            raise InputError(message)
+
+    unknown = [s for s in c.stages.split(",") if s not in STAGES]
+    refuse(bool(unknown), f"--stages {c.stages}: unknown stage {unknown and unknown[0]!r}; "
+                          f"choose from {','.join(STAGES)}")
+    refuse(c.group < 2, f"--group {c.group}: a group of one has no mean to compare with; use at least 2")
+    refuse(c.recall_group == 1, "--recall-group 1: a group of one has no mean to compare with; use 0 or at least 2")
+    for name in ("people", "passages", "train_sections", "masked_sections", "width", "layers", "heads", "key_heads",
+                 "head_size", "hidden", "documents", "update_documents", "save_every", "eval_questions",
+                 "micro_tokens", "sample_rows"):
+        refuse(getattr(c, name) < 1, f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
+    for name in ("lr", "temperature", "eval_temperature", "grad_clip", "rope_theta", "base_lr", "base_sharpen",
+                 "lora_alpha", "cache_gb", "norm_eps"):
+        refuse(not getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be above 0")
+    for name in ("memtrain_steps", "memagent_steps", "recall_group", "recall_weight", "kl", "lora_rank", "related",
+                 "eval_masked", "warmup", "threads", "base_copy_steps", "base_steps", "vocab"):
+        refuse(getattr(c, name) < 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
+    refuse(c.documents % c.update_documents > 0,
+           f"--update-documents {c.update_documents}: must divide --documents {c.documents}")
+    refuse(c.heads % c.key_heads > 0, f"--key-heads {c.key_heads}: must divide --heads {c.heads}")
+    refuse(c.head_size % 2 > 0, f"--head-size {c.head_size}: rotary positions need an even size")
+    for name in ("top_p", "eval_top_p"):
+        refuse(not 0 < getattr(c, name) <= 1, f"--{name.replace('_', '-')} {getattr(c, name)}: must lie in (0, 1]")
+    refuse(not (0 <= c.eps_low < 1 and c.eps_high >= 0), f"--eps-low {c.eps_low}, --eps-high {c.eps_high}: "
+                                                         f"expected 0 <= eps_low < 1 and eps_high >= 0")
+    refuse(c.passages <= c.related, f"--related {c.related}: a document of --passages {c.passages} holds the pivot "
+                                    f"and at most {c.passages - 1} related passages")
+    refuse(c.people < 40, f"--people {c.people}: a mini-world needs at least 40")
+    refuse(c.prompt_order not in ("section-first", "paper"),
+           f"--prompt-order {c.prompt_order}: choose section-first or paper")
+    refuse(c.prompts not in ("short", "full"), f"--prompts {c.prompts}: choose short or full")
+    refuse(c.dtype not in ("float32", "bfloat16"), f"--dtype {c.dtype}: choose float32 or bfloat16")
+    refuse(c.dtype != "float32" and not c.lora_rank, f"--dtype {c.dtype}: weights that are trained stay float32; give "
+                                                     f"--lora-rank, or --dtype float32")
+    refuse(not set(c.lora_targets.split(",")) <= set(PROJECTIONS),
+           f"--lora-targets {c.lora_targets}: choose from {','.join(PROJECTIONS)}")
+    refuse(bool(c.model) and "base" in c.stages.split(","), f"--stages {c.stages}: --model is the base; leave base out")
+    refuse(bool(c.lora_rank) and "base" in c.stages.split(","),
+           f"--lora-rank {c.lora_rank}: the base stage trains all weights; run it without adapters first")
+    refuse(bool(c.model and c.init) and not c.lora_rank,
+           f"--init {c.init}: beside --model it is an adapter; give its --lora-rank, too")
+    rope_scaling(c)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    refuse(c.update_documents % world > 0,
+           f"--update-documents {c.update_documents}: must be a multiple of the {world} processes that share them")
+    refuse(c.wandb not in ("disabled", "offline", "online"), f"--wandb {c.wandb}: choose disabled, offline or online")
+    refuse(c.device not in ("auto", "cpu", "cuda"), f"--device {c.device}: choose auto, cpu or cuda")
+    refuse(c.response <= c.memory, f"--response {c.response}: needs --memory {c.memory} and a stop token")
+    need = c.section + c.memory + c.response + 24
+    refuse(c.window < need, f"--window {c.window}: section {c.section} + memory {c.memory} + response {c.response} + "
+                            f"at least 24 for the instruction need {need}; raise --window or lower the parts")
+    refuse(len(c.run) > 100, f"--run {c.run[:20]}...: {len(c.run)} characters; give a name of at most 100")
+    refuse(not c.run.replace("-", "").replace("_", "").replace(".", "").isalnum() or c.run.startswith("."),
+           f"--run {c.run}: use letters, digits, '-', '_' and '.'; runs are folders under runs/")
+    refuse(c.corpus == "miniworld" and bool(c.questions or c.train_questions),
+           "--questions: the mini-world asks its own questions; give --corpus too")
+    wants = c.stages.split(",")
+    refuse(c.corpus != "miniworld" and "eval" in wants and not c.questions,
+           f"--corpus {c.corpus}: evaluation needs --questions FILE, or --stages without eval")
+    refuse(c.corpus != "miniworld" and "memagent" in wants and not c.train_questions,
+           f"--corpus {c.corpus}: the memagent stage needs --train-questions FILE, or --stages without memagent")
+    for f in dataclasses.fields(Config):
+        value = getattr(c, f.name)
+        refuse(f.type == "float" and not math.isfinite(value), f"--{f.name.replace('_', '-')} {value}: must be finite")
+    refuse(c.seed < 0, f"--seed {c.seed}: must not be negative")
+    lengths_of(c)
+
+
+def refusal(error: InputError, argv: Sequence[str]) -> int:
+    """Says in one line what was wrong with `argv` or what it names; returns the exit code."""
+    if "--debug" in argv:
+        raise error
+    print(f"memtrain: {printable(str(error))}", file=sys.stderr)
+    return 2
