@@ -217,7 +217,7 @@ def command_options(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace,
 
 def given_fields(argv: Sequence[str]) -> dict:
     """The fields of Config that a command line names. InputError on an unknown name or a wrong type."""
-    return vars(argument_parser().parse_args([_dashes(a) for a in argv]))
+    return vars(argument_parser().parse_args([dashes(a) for a in argv]))
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -244,7 +244,7 @@ def _truth(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
-def _dashes(argument: str) -> str:
+def dashes(argument: str) -> str:
     """--eval_lengths is the same as --eval-lengths."""
     name, eq, value = argument.partition("=")
     return name.replace("_", "-") + eq + value if name.startswith("--") else argument

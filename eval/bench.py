@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import memtrain
 from data import InputError
+from data.config import dashes
 from data.files import output, write_json
 from data.terminal import printable
 from eval import plain
@@ -657,7 +658,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; {self.prog} --help lists the options")
 
     def read(self, argv: Sequence[str], at_least_one: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        options, fields = self.parse_known_args([memtrain._dashes(a) for a in argv])
+        options, fields = self.parse_known_args([dashes(a) for a in argv])
         for name in at_least_one:
             if getattr(options, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
