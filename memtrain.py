@@ -450,6 +450,8 @@ class Sampler:
                  stops: Sequence[int]) -> list[Turn]:
         """One response of at most `limit` tokens, the stop token included, to each (prefix, given) prompt; equal
         prefixes are shared. keys: what each response's random numbers follow from. Turns in the order of prompts."""
+        if not prompts:
+            return []
         with self.model.merged():
             while True:
                 try:
@@ -491,8 +493,8 @@ class Sampler:
         """Sizes cache and buffers; returns the queue: groups of prompts with equal prefixes, in parts that fit."""
         m, groups = self.model.c, group_by_prefix([p for p, _ in prompts])
         # in steps of 16, so that a few shapes serve all turns
-        suffix = -(-(self.limit + max((len(given) for _, given in prompts), default=0)) // 16) * 16
-        prefix = -(-max(1, *(len(p) for p, _ in prompts)) // 16) * 16 if prompts else 16
+        suffix = -(-(self.limit + max(len(given) for _, given in prompts)) // 16) * 16
+        prefix = -(-max(1, *(len(p) for p, _ in prompts)) // 16) * 16
         bytes_ = 2 * m.layers * m.key_heads * m.head_size * self.dtype.itemsize  # of a token's keys and values
         budget = int(self.share * self.c.cache_gb * 1e9 / bytes_)
         rows = count = 0
@@ -501,7 +503,7 @@ class Sampler:
             if fits < len(members) and count:
                 break
             rows, count = rows + min(fits, len(members)), count + 1
-        if groups and rows < 1:
+        if rows < 1:
             raise InputError(f"--cache-gb {self.c.cache_gb}: too little for one turn of {prefix + suffix} tokens; "
                              f"raise it, or lower --section or --response")
         shape = (m.layers, m.key_heads, m.head_size, rows, count, suffix, prefix)
@@ -518,7 +520,7 @@ class Sampler:
             self.graphs.clear()
             self._buffers(rows, m.width)
         self.cache.clear()
-        self.most = max((min(len(g), rows) for g in groups), default=1)
+        self.most = max(min(len(g), rows) for g in groups)
         return deque(g[i:i + rows] for g in groups for i in range(0, len(g), rows))
 
     def _buffers(self, rows: int, width: int) -> None:

@@ -92,6 +92,7 @@ def test_a_response_ends_with_its_first_stop_or_at_the_limit(tiny, decoder):
         assert len(t.logprobs) == len(t.sampled) <= 8
         assert STOP not in t.sampled[:-1] and (t.sampled[-1] == STOP or len(t.sampled) == 8)
     assert {True, False} == {t.sampled[-1] == STOP for t in turns}, "the case has to reach both ends"
+    assert Sampler(decoder(vocab=9))(tiny(), [], [], 8, [STOP]) == [], "no recall in documents of one section"
 
 
 @pytest.mark.parametrize("rows", ["1024", "4", "1"])
@@ -317,6 +318,52 @@ def test_micro_batches_hold_every_turn_once_within_the_limit(reading):
             total = sum(len(turns[g[0]].prefix) + sum(map(size, g)) for g in b)
             assert total <= limit or sum(map(len, b)) == 1
     assert len(batches) == 1 and len(batches[0]) == len({tuple(t.prefix) for t in turns})
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora-rank", "2"]], ids=["all weights", "LoRA"])
+def test_recomputing_activations_changes_nothing_but_the_memory(lora, tiny, decoder, reading):
+    a, _, batch = reading
+    entries, kept, gradients = set(batch.entry), [], []
+    for recompute in ("false", "true"):
+        c = tiny(*lora, "--recompute", recompute, "--grad-clip", "1e9", "--kl", "0")
+        model = decoder(c, a.tokenizer.size)
+        caught, sizes = Catch(model), {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        packed, _ = packed_of(batch.turns)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            score(model, packed)
+        update(model, None, caught, c, batch, entries)
+        kept.append(sum(sizes.values()))
+        gradients.append(caught.steps[-1])
+    close(gradients[1], gradients[0], 1e-6)
+    assert kept[1] < 0.6 * kept[0]
+
+
+def test_out_of_memory_halves_the_micro_batches_once(decoder, reading, monkeypatch):
+    a, _, batch = reading
+    entries, score_, limits = set(batch.entry), memtrain.score, []
+    model = decoder(dataclasses.replace(a.c, kl=0.0), a.tokenizer.size)
+    caught, c = Catch(model), dataclasses.replace(a.c, kl=0.0, micro_tokens=2000)
+    update(model, None, caught, c, batch, entries)
+
+    def too_much(model, packed, *rest):
+        limits.append(packed.layout.total)
+        if packed.layout.total > limit:
+            raise torch.OutOfMemoryError
+        return score_(model, packed, *rest)
+
+    monkeypatch.setattr(memtrain, "score", too_much)
+    limit = 1000
+    row = update(model, None, caught, c, batch, entries)
+    close(caught.steps[-1], caught.steps[0], 2e-6)
+    assert max(limits) > 1000 >= limits[-1] and row["skipped"] == 0 and model.share == 0.5
+    limit = 100
+    with pytest.raises(InputError, match="out of memory while training with half of --micro-tokens 2000"):
+        update(model, None, caught, c, batch, entries)
 
 
 def test_poisoned_steps_are_skipped_and_counted(reading, decoder):
