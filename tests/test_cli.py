@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import resource
 import shutil
@@ -272,6 +273,39 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(room, folder, ba
     assert line.startswith("memtrain: runs/t") and "make room" in line
     assert not list(folder.rglob("*.tmp"))
     assert main(command) == 0 and Path("runs/t/report.md").exists()
+
+
+@pytest.fixture
+def small_disk(folder):
+    """small_disk(kilobytes): a file system of that size is mounted as runs/, or resized."""
+    Path("runs").mkdir()
+
+    def size(kilobytes: int) -> None:
+        option = "remount," * os.path.ismount("runs") + f"size={kilobytes}k"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tmpfs", "runs"], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip("no right to mount a file system here")
+
+    yield size
+    subprocess.run(["umount", str(folder / "runs")], capture_output=True, check=False)
+
+
+@pytest.mark.skipif(not shutil.which("mount"), reason="there is no mount")
+@pytest.mark.parametrize("room", [200, 600, 1000])  # fills up with the first checkpoint, the second stage, later
+def test_a_disk_that_fills_up(room, small_disk, base_checkpoint, capsys, monkeypatch):
+    """A real one: what was saved stays whole, and the run goes on once there is room."""
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    small_disk(room)
+    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--memtrain-steps", "2", "--memagent-steps", "1",
+               "--save-every", "1"]
+    assert main(command) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("memtrain: runs/t") and "make room" in line
+    for path in Path("runs").glob("t/*/*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["digest"]
+    small_disk(60_000)
+    assert main(command) == 0 and Path("runs/t/report.md").exists() and not list(Path("runs").rglob("*.tmp"))
 
 
 def test_a_run_folder_of_another_configuration(folder, base_checkpoint, capsys, monkeypatch):
