@@ -53,6 +53,8 @@ from data.config import (
     FREE_FIELDS,
     PRESETS,
     Config,
+    as_evaluated,
+    cache_slots,
     check,
     command_options,
     given_fields,
@@ -492,21 +494,10 @@ class Sampler:
     def _reserve(self, prompts) -> deque[list[int]]:
         """Sizes cache and buffers; returns the queue: groups of prompts with equal prefixes, in parts that fit."""
         m, groups = self.model.c, group_by_prefix([p for p, _ in prompts])
-        # in steps of 16, so that a few shapes serve all turns
-        suffix = -(-(self.limit + max(len(given) for _, given in prompts)) // 16) * 16
-        prefix = -(-max(1, *(len(p) for p, _ in prompts)) // 16) * 16
-        bytes_ = 2 * m.layers * m.key_heads * m.head_size * self.dtype.itemsize  # of a token's keys and values
-        budget = int(self.share * self.c.cache_gb * 1e9 / bytes_)
-        rows = count = 0
-        for members in groups:
-            fits = min(self.c.sample_rows, (budget - (count + 1) * prefix) // suffix) - rows
-            if fits < len(members) and count:
-                break
-            rows, count = rows + min(fits, len(members)), count + 1
-        if rows < 1:
-            raise InputError(f"--cache-gb {self.c.cache_gb}: too little for one turn of {prefix + suffix} tokens; "
-                             f"raise it, or lower --section or --response")
-        shape = (m.layers, m.key_heads, m.head_size, rows, count, suffix, prefix)
+        token_bytes = 2 * m.layers * m.key_heads * m.head_size * self.dtype.itemsize
+        slots = cache_slots(self.c, map(len, groups), max(len(given) for _, given in prompts),
+                            max(len(p) for p, _ in prompts), self.limit, token_bytes, self.share)
+        shape, rows = (m.layers, m.key_heads, m.head_size, *slots), slots[0]
         size = Cache.elements(*shape)
         if self.storage is None or size > len(self.storage) or self.storage.dtype != self.dtype:
             self.caches.clear()
@@ -993,9 +984,7 @@ class Run:
         self.c, self.tokenizer, self.model = self.policy.c, self.policy.tokenizer, self.policy.model
         c, self.data = self.c, Data(self.c, self.tokenizer)
         self.agent = Agent(self.model, self.tokenizer, c)
-        as_evaluated = dataclasses.replace(c, temperature=c.eval_temperature, top_p=c.eval_top_p)
-        # the same loop, sampled with less noise
-        self.evaluated = Agent(self.model, self.tokenizer, as_evaluated, self.agent.sampler)
+        self.evaluated = Agent(self.model, self.tokenizer, as_evaluated(c), self.agent.sampler)
         longest = max([MASK_PROBLEM, *(q.question for q in self.data.questions)], key=len)
         if (need := self.agent.prompts.overhead(longest) + c.section + c.memory + c.response) > c.window:
             if c.corpus == "miniworld":
@@ -1006,8 +995,9 @@ class Run:
         stages = c.stages.split(",")
         if "base" not in stages and {"memtrain", "memagent", "eval"}.intersection(stages):
             self.load("base")  # a checkpoint that does not fit is refused before anything is written
-            for name in filter(self.folder.finished, ("memtrain", "memagent", "memtrain+memagent")):
-                self.load(name)
+            if c.lora_rank:  # so are adapters of another base; whole weights would be read twice for nothing
+                for name in filter(self.folder.finished, ("memtrain", "memagent", "memtrain+memagent")):
+                    self.load(name)
         if ranks.FIRST:
             self.folder.claim(dataclasses.asdict(c))
             self.log = Log(self.folder.path, dataclasses.asdict(c))
@@ -1319,8 +1309,7 @@ def open_checkpoint(options: argparse.Namespace, fields: Sequence[str]) -> Polic
     if not path.is_file():
         raise InputError(f"--checkpoint {options.checkpoint}: there is no {path}; {remedy}")
     theirs = read_json(stage.parent / "config.json", remedy)
-    known = {f.name: f for f in dataclasses.fields(Config)}
-    if odd := theirs.keys() - known.keys():
+    if odd := theirs.keys() - {f.name for f in dataclasses.fields(Config)}:
         raise InputError(f"{stage.parent / 'config.json'}: {min(odd)} is no field of this version; {remedy}")
     given = given_fields(fields)
     if fixed := given.keys() - FREE_FIELDS - {"seed", "eval_temperature", "eval_top_p"}:
@@ -1339,7 +1328,7 @@ def read_command(argv: Sequence[str]) -> None:
 
     options, fields = command_options("read", argv)
     policy = open_checkpoint(options, fields)
-    c = dataclasses.replace(policy.c, temperature=policy.c.eval_temperature, top_p=policy.c.eval_top_p)
+    c = as_evaluated(policy.c)
     torch.set_num_threads(c.threads or os.cpu_count() or 1)
     read(Agent(policy.model, policy.tokenizer, c), options.file, options.question, options.out, Interrupt())
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -271,6 +271,29 @@ def rope_scaling(c: Config) -> tuple[float, ...]:
     if len(numbers) not in (0, 4) or not all(x > 0 for x in numbers):
         raise InputError(f"--rope-scaling {c.rope_scaling}: expected factor,low,high,original length, like 8,1,4,8192")
     return numbers
+
+
+def as_evaluated(c: Config) -> Config:
+    """The same loop, sampled with less noise."""
+    return dataclasses.replace(c, temperature=c.eval_temperature, top_p=c.eval_top_p)
+
+
+def cache_slots(c: Config, members: Iterable[int], given: int, prefix: int, limit: int, token_bytes: int,
+                share: float = 1.0) -> tuple[int, int, int, int]:
+    """(rollouts, prefixes, room of a suffix, room of a prefix) of the cache that --cache-gb and --sample-rows leave to
+    prompts of groups of `members`, at most `given` tokens behind a prefix and `limit` sampled. token_bytes: keys and
+    values of one token; share: of --cache-gb. InputError where not even one turn fits."""
+    suffix, prefix = (-(-n // 16) * 16 for n in (limit + given, max(1, prefix)))  # so that few shapes serve all turns
+    budget, rows, count = int(share * c.cache_gb * 1e9 / token_bytes), 0, 0
+    for size in members:
+        fits = min(c.sample_rows, (budget - (count + 1) * prefix) // suffix) - rows
+        if fits < size and count:
+            break
+        rows, count = rows + min(fits, size), count + 1
+    if rows < 1:
+        raise InputError(f"--cache-gb {c.cache_gb:g}: too little for one turn of {prefix + suffix} tokens; "
+                         f"raise it, or lower --section or --response")
+    return rows, count, suffix, prefix
 
 
 def check(c: Config) -> None:

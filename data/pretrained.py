@@ -31,6 +31,7 @@ FAMILIES = {  # model_type: what such a decoder has, and its class in transforme
     "qwen2": ({"qk_norm": False, "bias": True}, "Qwen2ForCausalLM"),
     "qwen3": ({"qk_norm": True, "bias": False}, "Qwen3ForCausalLM"),
 }
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of Llama 3
 NAMES = {"embed": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "output": "lm_head.weight"}
 PARTS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "q": "self_attn.q_proj",
          "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "q_norm": "self_attn.q_norm",
@@ -77,8 +78,7 @@ def read_shape(folder: Path) -> dict[str, Any]:
     refuse(kind not in ("default", "llama3"), f"rope scaling {kind!r}")
     refuse(rope.get("partial_rotary_factor", 1) != 1, "partial rotary positions")
     try:
-        scaling = ",".join(f"{rope[k]:g}" for k in ("factor", "low_freq_factor", "high_freq_factor",
-                                                    "original_max_position_embeddings")) if kind == "llama3" else ""
+        scaling = ",".join(f"{rope[k]:g}" for k in SCALING) if kind == "llama3" else ""
         heads = int(raw["num_attention_heads"])
         shape = {"width": int(raw["hidden_size"]), "layers": int(raw["num_hidden_layers"]), "heads": heads,
                  "key_heads": int(raw.get("num_key_value_heads") or heads),
@@ -331,8 +331,7 @@ def describe(model, tied: bool) -> dict[str, Any]:
     family = next(name for name, (has, _) in FAMILIES.items() if has == {"qk_norm": c.qk_norm, "bias": c.bias})
     rope: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_type": "default"}
     if c.rope_scaling:
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        rope |= dict(zip(keys, map(float, c.rope_scaling.split(",")), strict=True)) | {"rope_type": "llama3"}
+        rope |= dict(zip(SCALING, map(float, c.rope_scaling.split(",")), strict=True)) | {"rope_type": "llama3"}
     return {"architectures": [FAMILIES[family][1]], "model_type": family, "hidden_size": c.width,
             "num_hidden_layers": c.layers, "num_attention_heads": c.heads, "num_key_value_heads": c.key_heads,
             "head_dim": c.head_size, "intermediate_size": c.hidden, "rms_norm_eps": c.norm_eps, "hidden_act": "silu",

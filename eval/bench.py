@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import memtrain
 from data import InputError
-from data.config import dashes
+from data.config import as_evaluated, dashes
 from data.files import output, write_json
 from data.terminal import printable
 from eval import plain
@@ -615,7 +615,7 @@ def evaluated_at(c: memtrain.Config, device, n: int) -> dict:
     tokenizer = memtrain.load_tokenizer()
     data, model = memtrain.Data(c, tokenizer), memtrain.Decoder(c, tokenizer.size).to(device)
     weights = load_weights(c, model, tokenizer)
-    agent = memtrain.Agent(model, tokenizer, replace(c, temperature=c.eval_temperature, top_p=c.eval_top_p))
+    agent = memtrain.Agent(model, tokenizer, as_evaluated(c))
 
     def row(length_: int) -> dict:
         problems = (data.evaluation_question(i, length_) for i in range(len(data.questions)))

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import InputError
+from data.config import cache_slots
 from data.files import output, write_json
 
 GB = 1e9
@@ -224,22 +225,10 @@ def training(calls: tuple[Call, ...], limit: int) -> Passes:
 
 
 def slots(c, calls: Sequence[Call]) -> list[tuple[int, int, int, int]]:
-    """(rows, groups, suffix room, prefix room) of the cache in each of these calls: the rule of Sampler._reserve on
-    lengths (a test compares them). InputError where a single turn doesn't fit."""
-    made, budget = [], int(c.cache_gb * GB / token_bytes(c))
-    for x in calls:
-        suffix, prefix = (-(-n // 16) * 16 for n in (c.response + x.given, x.prefix))
-        rows = count = 0
-        while count < x.groups:
-            fits = min(c.sample_rows, (budget - (count + 1) * prefix) // suffix) - rows
-            if fits < x.members and count:
-                break
-            rows, count = rows + min(fits, x.members), count + 1
-        if rows < 1:
-            raise InputError(f"--cache-gb {c.cache_gb:g}: too little for one turn of {prefix + suffix} tokens; "
-                             f"raise it, or lower --section or --response")
-        made.append((rows, count, suffix, prefix))
-    return made
+    """(rows, groups, suffix room, prefix room) of the cache in each of these calls, as the Sampler will have it.
+    InputError where a single turn doesn't fit."""
+    return [cache_slots(c, itertools.repeat(x.members, x.groups), x.given, x.prefix, c.response, token_bytes(c))
+            for x in calls]
 
 
 def cache_bytes(c, made: Sequence[tuple[int, int, int, int]]) -> float:
