@@ -20,6 +20,7 @@ from typing import Any
 
 from data import InputError, hub
 from data.nfc import nfc
+from data.retrieval import Retriever, top
 
 WIKIPEDIA = hub.Source(
     "wikimedia/wikipedia", "20231101.en", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", ("title", "text"),
@@ -93,14 +94,13 @@ class Corpus:
         if not 0 <= k <= len(self) - 1:
             have = f"corpus {self.name}: {k} related passages wanted, {len(self)} passages in all"
             raise InputError(f"{have}; give a larger corpus or ask for fewer")
-        scores = self._scores(self.passages[index].rendered)  # [passages]
+        scores = self.retriever.scores(self.passages[index].rendered)  # [passages]
         scores[index] = float("-inf")
-        return _top(scores, k)
+        return top(scores, k)
 
     def search(self, query: str, k: int) -> list[int]:
         """At most k passages for `query`, best first; those without a word of the query are left out."""
-        scores = self._scores(query)  # [passages]
-        return [i for i in _top(scores, min(k, len(self))) if scores[i] > 0]
+        return self.retriever.search([query], k)[0]
 
     def split(self, held_out: float = 0.1, seed: int = 0) -> "tuple[Corpus, Corpus]":
         """(training part, held-out part), about `held_out` of the titles in the second.
@@ -129,38 +129,9 @@ class Corpus:
         return digest.hexdigest()[:16]
 
     @cached_property
-    def _index(self) -> Any:
-        import bm25s
-
-        index = bm25s.BM25(backend="numpy")
-        words = bm25s.tokenize([p.rendered for p in self.passages], show_progress=False)
-        index.index(words, show_progress=False)
-        return index
-
-    def _scores(self, query: str) -> Any:
-        """BM25 of every passage for `query`: float32 array [passages]."""
-        import bm25s
-        import numpy as np
-
-        words = bm25s.tokenize([query], return_ids=False, show_progress=False)[0]
-        return self._index.get_scores(words) if words else np.zeros(len(self), np.float32)
-
-
-def _top(scores: Any, k: int) -> list[int]:
-    """Indices of the k highest scores, highest first, lower index first on ties."""
-    import numpy as np
-
-    if k <= 0:
-        return []
-    # Most passages share no word with the query, and so many equal scores slow the partition down: of 300,000
-    # passages, one masked document in ten took 40 ms with them and takes 16 without.
-    some = np.flatnonzero(scores > 0)
-    if len(some) < k:
-        some = np.arange(len(scores))
-    # Only those that reach the k-th score are sorted: a full sort of a million passages would take 0.1 s.
-    threshold = np.partition(scores[some], len(some) - k)[len(some) - k]
-    candidates = some[scores[some] >= threshold]
-    return candidates[np.argsort(-scores[candidates], kind="stable")[:k]].tolist()
+    def retriever(self) -> Retriever:
+        """BM25 over the passages, in memory, built when it is first needed."""
+        return Retriever(self)
 
 
 def load_passages(spec: str, *, limit: int | None = None, max_words: int = 180) -> Corpus:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from data import InputError
-from data.corpus import HOTPOTQA, WIKIPEDIA, Corpus, Passage, _top, load_passages, load_questions, split_text
+from data.corpus import HOTPOTQA, WIKIPEDIA, Corpus, Passage, load_passages, load_questions, split_text
 from data.hub import cached
+from data.retrieval import top
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"the sample data sets are not in {DATA}")
@@ -68,13 +69,13 @@ def test_related_and_search_break_ties_by_index():
 
 
 def test_top_agrees_with_a_full_sort(small):
-    scores = small._scores("iron river bridge town known 7")
+    scores = small.retriever.scores("iron river bridge town known 7")
     order = sorted(range(40), key=lambda i: (-scores[i], i))
     assert small.search("iron river bridge town known 7", 25) == [i for i in order[:25] if scores[i] > 0]
     for level in sorted(scores):  # however many of them are zero
         some = scores * (scores > level)
         order = sorted(range(40), key=lambda i: (-some[i], i))
-        assert all(_top(some, k) == order[:k] for k in (0, 1, 7, 39, 40))
+        assert all(top(some, k) == order[:k] for k in (0, 1, 7, 39, 40))
 
 
 def test_retrieval_prints_nothing(capfd):

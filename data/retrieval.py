@@ -1,0 +1,189 @@
+"""BM25 over the passages of a corpus: the one place that searches.
+
+    Retriever(corpus)          an index in memory
+    Retriever(corpus, folder)  the index that `folder` keeps; built and kept there if the folder is absent or empty
+
+A kept index is one file, written under a temporary name and renamed: a build that was killed leaves nothing that is
+later taken for an index. The file says which corpus it is of. Loads bm25s and numpy only where something is searched.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data import InputError
+from data.files import replacing, writing
+from data.nfc import nfc
+
+if TYPE_CHECKING:
+    from data.corpus import Corpus
+
+# A passage is searched by its rendered form: the words of its title count like those of its text.
+SETTINGS = {"method": "lucene", "k1": 1.5, "b": 0.75, "stopwords": "english", "text": "title: text"}
+INDEX, LOCK = "index.npz", ".lock"
+OWN = {INDEX, INDEX + ".tmp", LOCK}  # the second is what a killed build leaves
+ARRAYS = ("data", "indices", "indptr")
+LONGEST_QUERY = 10_000  # characters; a question has about 100, a page of text 3,000
+
+
+class Retriever:
+    """BM25 index of `corpus`, a data.corpus.Corpus; its passages are numbered as there.
+
+    Raises InputError if `folder` holds the index of another corpus, one of other settings or another bm25s, a damaged
+    one, or other files; nothing in it is changed then. Two processes may start on one empty folder: the second waits.
+    """
+
+    def __init__(self, corpus: Corpus, folder: Path | None = None):
+        self.size = len(corpus)
+        self.index = _build(corpus) if folder is None else _keep(corpus, Path(folder))
+
+    def search(self, queries: Sequence[str], k: int = 3) -> list[list[int]]:
+        """For each query at most k passages, best first, ties to the lower index; passages that share no word with it
+        are left out. Single letters and English stop words are no words; of a long query the first 10,000 characters
+        are searched for, so that no query takes longer than those do."""
+        if isinstance(queries, str):  # a string is a sequence too: its letters would become the queries
+            raise TypeError("queries must be a list of strings, not one string")
+        found = []
+        for words in _words([nfc(query[:LONGEST_QUERY]) for query in queries]):
+            scores = self._scores(words)  # (passages,)
+            found.append([i for i in top(scores, min(k, self.size)) if scores[i] > 0])
+        return found
+
+    def scores(self, text: str) -> Any:
+        """BM25 of every passage for `text`, however long: float32 array (passages,)."""
+        return self._scores(_words([text])[0])
+
+    def _scores(self, words: list[str]) -> Any:
+        import numpy as np
+
+        known = self.index.get_tokens_ids(words)
+        return self.index.get_scores_from_ids(known) if known else np.zeros(self.size, np.float32)
+
+
+def top(scores: Any, k: int) -> list[int]:
+    """Indices of the k highest scores, highest first, lower index first on ties."""
+    import numpy as np
+
+    if k <= 0:
+        return []
+    # Most passages share no word with the query, and so many equal scores slow the partition down: of 300,000
+    # passages, one masked document in ten took 40 ms with them and takes 16 without.
+    some = np.flatnonzero(scores > 0)
+    if len(some) < k:
+        some = np.arange(len(scores))
+    # Only those that reach the k-th score are sorted: a full sort of a million passages would take 0.1 s.
+    threshold = np.partition(scores[some], len(some) - k)[len(some) - k]
+    candidates = some[scores[some] >= threshold]
+    return candidates[np.argsort(-scores[candidates], kind="stable")[:k]].tolist()
+
+
+def _words(texts: list[str]) -> list[list[str]]:
+    import bm25s
+
+    return bm25s.tokenize(texts, stopwords=SETTINGS["stopwords"], return_ids=False, show_progress=False)
+
+
+def _empty() -> Any:
+    import bm25s
+
+    return bm25s.BM25(method=SETTINGS["method"], k1=SETTINGS["k1"], b=SETTINGS["b"], backend="numpy")
+
+
+def _build(corpus: Corpus) -> Any:
+    import bm25s
+    import numpy as np
+
+    index = _empty()
+    words = bm25s.tokenize([p.rendered for p in corpus.passages], stopwords=SETTINGS["stopwords"], show_progress=False)
+    if words.vocab:
+        index.index(words, show_progress=False)
+    else:  # a corpus without a single word, in which nothing is found; bm25s stumbles over it
+        _fill(index, [], {"data": np.zeros(0, np.float32), "indices": np.zeros(0, np.int32),
+                          "indptr": np.zeros(1, np.int64)}, len(corpus))
+    return index
+
+
+def _fill(index: Any, words: list[str], arrays: dict[str, Any], size: int) -> None:
+    """Gives `index` what BM25.load would: word k has the columns indptr[k] to indptr[k + 1] of data and indices."""
+    index.vocab_dict = {word: k for k, word in enumerate(words)}
+    index.scores = arrays | {"num_docs": size}
+    index.nonoccurrence_array = None  # of BM25 variants that score absent words
+
+
+# ---- an index on disk
+
+
+def _keep(corpus: Corpus, folder: Path) -> Any:
+    """The index in `folder`, which is built if nothing is there."""
+    path = folder / INDEX
+    if path.exists():
+        return _load(path, corpus)
+    with writing(folder):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: a file, and an index needs a folder; give a new or an empty one")
+        if strangers := sorted({p.name for p in folder.glob("*")} - OWN):
+            raise InputError(f"{folder}: holds other files ({strangers[0]}) and no index; give a new or an empty folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w", encoding="utf-8")  # ends with its process, however that ends
+    with lock:
+        with writing(folder):
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        if path.exists():  # another process has built it meanwhile
+            return _load(path, corpus)
+        index = _build(corpus)
+        _save(index, path, corpus)
+    return index
+
+
+def _about(corpus: Corpus) -> dict[str, Any]:
+    """What must agree between a kept index and the corpus and program that want to use it (all but the name)."""
+    import bm25s
+
+    return {"form": 1, "corpus": corpus.name, "passages": len(corpus), "fingerprint": corpus.fingerprint,
+            "bm25s": bm25s.__version__, "settings": SETTINGS}
+
+
+def _save(index: Any, path: Path, corpus: Corpus) -> None:
+    import numpy as np
+
+    words = sorted(index.vocab_dict, key=index.vocab_dict.__getitem__)  # the k-th has the number k
+    parts = {name: np.frombuffer(json.dumps(value).encode(), np.uint8)
+             for name, value in (("about", _about(corpus)), ("words", words))}
+    parts |= {name: index.scores[name] for name in ARRAYS}
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **parts)  # a zip archive: each part has a checksum
+
+
+def _load(path: Path, corpus: Corpus) -> Any:
+    """The index in a file; InputError if it is damaged, of another corpus, or made otherwise."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            kept, mine = json.loads(file["about"].tobytes()), _about(corpus)
+            if isinstance(kept, dict) and isinstance(kept["fingerprint"], str):  # else it is damaged
+                _compare(path, kept, mine)
+            index = _empty()
+            arrays = {name: file[name] for name in ARRAYS}
+            _fill(index, json.loads(file["words"].tobytes()), arrays, len(corpus))
+    except InputError:
+        raise
+    except Exception as error:  # a damaged zip archive raises many classes, and there is one thing to do
+        why = type(error).__name__
+        raise InputError(f"{path}: damaged or unreadable ({why}); delete it, and it is built again") from error
+    return index
+
+
+def _compare(path: Path, kept: dict[str, Any], mine: dict[str, Any]) -> None:
+    if kept["fingerprint"] != mine["fingerprint"]:
+        theirs = f"{kept['corpus']} with {kept['passages']:,} passages"
+        raise InputError(f"{path}: the index of another corpus ({theirs}) than {mine['corpus']} with "
+                         f"{mine['passages']:,}; give another folder, or delete this one to have it built anew")
+    for name in ("form", "bm25s", "settings"):
+        if kept[name] != mine[name]:
+            raise InputError(f"{path}: made with {name} {kept[name]}, here it is {mine[name]}; give another folder, or "
+                             f"delete this one to have it built anew")
