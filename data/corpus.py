@@ -11,7 +11,7 @@ InputError: one line with the path, the line (or record, or row), and what to do
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -260,8 +260,16 @@ def load_questions(spec: str, limit: int | None = None) -> list[Question]:
             raise InputError(f"{spec}: no such split; use {' or '.join(f'{name}:{s}' for s in HOTPOTQA_SPLITS)}")
         records = hub.rows(HOTPOTQA, split, limit or HOTPOTQA_QUESTIONS)
     else:
-        records = _question_file(Path(spec))
-    questions: dict[str, Question] = {}
+        records = question_records(Path(spec))
+    questions = [question for _, question in parse_questions(records)]
+    if not questions:
+        raise InputError(f"{spec}: empty, not one question in it; {QUESTION_FORMS}")
+    return questions[:limit]
+
+
+def parse_questions(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Question]]:
+    """(where, Question) of each (where, parsed JSON). InputError as in `load_questions`."""
+    ids: set[str] = set()
     for where, record in records:
         try:
             question = _question(record)
@@ -269,15 +277,14 @@ def load_questions(spec: str, limit: int | None = None) -> list[Question]:
             raise InputError(f"{where}: `{error.args[0]}` is missing; {QUESTION_FORMS}") from error
         except (TypeError, ValueError, LookupError) as error:
             raise InputError(f"{where}: malformed record ({error}); {QUESTION_FORMS}") from error
-        if question.id in questions:
+        if question.id in ids:
             raise InputError(f"{where}: the id {question.id!r} occurs twice; give every question its own")
-        questions[question.id] = question
-    if not questions:
-        raise InputError(f"{spec}: empty, not one question in it; {QUESTION_FORMS}")
-    return list(questions.values())[:limit]
+        ids.add(question.id)
+        yield where, question
 
 
-def _question_file(path: Path) -> Iterator[tuple[str, Any]]:
+def question_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """("path, line k" or "path, record k", parsed JSON) of a file of questions."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a .json or .jsonl file of questions, or hotpotqa")
     if path.suffix.lower() not in (".json", ".jsonl"):

@@ -125,8 +125,8 @@ def _keep(corpus: Corpus, folder: Path) -> Any:
     with writing(folder):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: a file, and an index needs a folder; give a new or an empty one")
-        if strangers := sorted({p.name for p in folder.glob("*")} - OWN):
-            raise InputError(f"{folder}: holds other files ({strangers[0]}) and no index; give a new or an empty folder")
+        if folder.exists() and (strangers := sorted({p.name for p in folder.iterdir()} - OWN)):
+            raise InputError(f"{folder}: holds no index but other files ({strangers[0]}); give a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("w", encoding="utf-8")  # ends with its process, however that ends
     with lock:
@@ -180,9 +180,9 @@ def _load(path: Path, corpus: Corpus) -> Any:
 
 def _compare(path: Path, kept: dict[str, Any], mine: dict[str, Any]) -> None:
     if kept["fingerprint"] != mine["fingerprint"]:
-        theirs = f"{kept['corpus']} with {kept['passages']:,} passages"
-        raise InputError(f"{path}: the index of another corpus ({theirs}) than {mine['corpus']} with "
-                         f"{mine['passages']:,}; give another folder, or delete this one to have it built anew")
+        theirs, ours = (f"{x['corpus']} with {x['passages']:,} passages, {x['fingerprint']}" for x in (kept, mine))
+        raise InputError(f"{path}: the index of another corpus ({theirs}) than this one ({ours}); give another "
+                         f"folder, or delete this one to have it built anew")
     for name in ("form", "bm25s", "settings"):
         if kept[name] != mine[name]:
             raise InputError(f"{path}: made with {name} {kept[name]}, here it is {mine[name]}; give another folder, or "

@@ -1,0 +1,142 @@
+"""Retrieval judged on its own: how many of the passages that hold the evidence does a search for the question return?
+
+    python -m eval.retrieval --corpus FILE --questions FILE [FILE ...] [--index DIR] [--out FILE]
+
+Searched is the corpus together with all passages that came with the questions of all files, gold and distractors, so
+that what is asked for is there, among what was made to be mistaken for it. The query is the question. Recall at k is
+the share of gold passages, over all questions, among the first k found; a repeated paragraph of another title is none.
+
+Beside it stands what looking up titles would find at the same k: the passages whose title occurs in the question word
+for word (case and punctuation aside), longer titles first, then in the order of the corpus. A gold passage that is not
+named in the question, the second hop of a bridge question, is out of reach of any lookup.
+
+Intervals are Wilson's, 95%, over gold passages as if those of one question were independent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data import InputError
+from data.corpus import Corpus, Question, load_passages, load_questions
+from data.files import output, write_json
+from data.retrieval import Retriever
+from data.terminal import printable
+from eval.metrics import wilson_interval
+
+DEPTHS = (3, 10)  # 3 is what a search returns in search QA
+WORD = re.compile(r"\w+")
+
+
+def with_contexts(corpus: Corpus, questions: Sequence[Question]) -> Corpus:
+    """The corpus and behind it the questions' own passages that it lacks."""
+    own = (p for q in questions for p in (*q.gold, *q.distractors))
+    return Corpus(list(dict.fromkeys([*corpus.passages, *own])), f"{corpus.name} and contexts")
+
+
+class Titles:
+    """A lookup of passages by the titles that a question names."""
+
+    def __init__(self, corpus: Corpus):
+        self.passages: dict[tuple[str, ...], list[int]] = {}
+        for i, passage in enumerate(corpus.passages):
+            self.passages.setdefault(words(passage.title), []).append(i)
+        self.passages.pop((), None)  # a title of punctuation alone
+        self.longest = max(map(len, self.passages), default=0)
+
+    def search(self, question: str, k: int) -> list[int]:
+        """At most k passages, those of longer titles first, then those of lower index."""
+        asked, found = words(question), {}
+        for length in range(min(self.longest, len(asked)), 0, -1):
+            spans = {asked[start:start + length] for start in range(len(asked) - length + 1)}
+            found |= dict.fromkeys(sorted(i for span in spans for i in self.passages.get(span, ())))
+            if len(found) >= k:
+                break
+        return list(found)[:k]
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(WORD.findall(text.casefold()))
+
+
+def judge(name: str, questions: Sequence[Question], corpus: Corpus, retriever: Retriever, titles: Titles) -> dict:
+    """One row: recall of BM25 and of the lookup at each depth, each with its interval and the counts behind it.
+
+    InputError if no passage is marked as gold.
+    """
+    number = {p: i for i, p in enumerate(corpus.passages)}
+    gold = [{number[p] for p in q.gold} for q in questions]
+    asked = sum(map(len, gold))
+    if not asked:
+        raise InputError(f"{name}: no question has gold passages; give HotpotQA, 2WikiMultiHopQA or MuSiQue records")
+    texts = [q.question for q in questions]
+    found = {"bm25": retriever.search(texts, max(DEPTHS)), "titles": [titles.search(t, max(DEPTHS)) for t in texts]}
+    row = {"questions": name, "n": len(questions), "gold": asked, "passages": len(corpus)}
+    for method, lists in found.items():
+        for k in DEPTHS:
+            hits = [len(want & set(some[:k])) for want, some in zip(gold, lists, strict=True)]
+            low, high = wilson_interval(sum(hits), asked)
+            complete = sum(n == len(want) for n, want in zip(hits, gold, strict=True) if want)
+            row[f"{method}@{k}"] = {"found": sum(hits), "recall": sum(hits) / asked, "low": low, "high": high,
+                                    "all_gold": complete}
+    return row
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Markdown: a row for each file; in the brackets the interval, and behind it the questions with all their gold."""
+    columns = [(method, k) for method in ("bm25", "titles") for k in DEPTHS]
+    heads = [f"{ {'bm25': 'BM25', 'titles': 'exact title'}[method]} @{k}" for method, k in columns]
+    lines = ["| " + " | ".join(["questions", "n", "gold passages", "searched", *heads]) + " |",
+             "|---|" + "---:|" * (3 + len(heads))]
+    for row in rows:
+        cells = [printable(row["questions"]).replace("|", "\\|"), f"{row['n']:,}", f"{row['gold']:,}",
+                 f"{row['passages']:,}"]
+        for method, k in columns:
+            one = row[f"{method}@{k}"]
+            cells.append(f"{100 * one['recall']:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]; "
+                         f"{one['all_gold']}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "Recall of gold passages in %, its 95% interval; questions with all of their gold."])
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(f"{message}; {self.prog} --help lists the options")
+
+
+def run(argv: Sequence[str]) -> None:
+    parser = Parser(prog="python -m eval.retrieval", allow_abbrev=False,
+                    description="Recall of gold passages by BM25, beside a lookup of titles.")
+    parser.add_argument("--corpus", required=True, metavar="FILE", help="passages, as for memtrain.py")
+    parser.add_argument("--questions", required=True, nargs="+", metavar="FILE", help="questions with their passages")
+    parser.add_argument("--index", type=Path, metavar="DIR", help="keeps the BM25 index (default: memory only)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures there, as JSON")
+    options = parser.parse_args(argv)
+    for place in filter(None, (options.out, options.index)):
+        output(place)
+    corpus = load_passages(options.corpus)
+    questions = {file: load_questions(file) for file in options.questions}
+    searched = with_contexts(corpus, [q for some in questions.values() for q in some])
+    retriever, titles = Retriever(searched, options.index), Titles(searched)
+    rows = [judge(Path(file).name, some, searched, retriever, titles) for file, some in questions.items()]
+    print(table(rows))
+    if options.out:
+        write_json(options.out, {"command": " ".join(["python -m eval.retrieval", *argv]), "corpus": corpus.name,
+                                 "fingerprint": searched.fingerprint, "rows": rows})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        run(sys.argv[1:] if argv is None else list(argv))
+    except InputError as error:
+        print(printable(f"retrieval: {error}"), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
