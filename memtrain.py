@@ -52,6 +52,7 @@ from data.config import (
     COMMANDS,
     FREE_FIELDS,
     PRESETS,
+    TRAINED,
     Config,
     as_evaluated,
     cache_slots,
@@ -93,14 +94,25 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import ranks
+from data.benchmarks import load_benchmarks
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.corpus import Question, load_passages, load_questions
 from data.entities import make_finder
 from data.files import output, read_json
 from data.folder import Interrupt, Log, RunFolder, Stopped, deaf
-from data.miniwiki import MiniWorld
+from data.miniwiki import FAMILIES, MiniWorld
 from data.pretrained import export_adapter, export_weights, load_adapter, load_weights, locate, read_shape
 from data.prompts import FULL, MASK_PROBLEM, SHORT, Prompts
+from data.retrieval import Retriever
+from data.search import (
+    CORRECTION,
+    Action,
+    SearchProblem,
+    observation,
+    parse_action,
+    search_problem,
+    split_response,
+)
 from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, sections
 from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from eval.metrics import exact_match, extract_boxed
@@ -630,6 +642,37 @@ class Rollout:
     def correct(self) -> float:
         return exact_match(self.answer, self.problem.answers)
 
+    def opening(self, prompts: Prompts) -> tuple[list[int], list[int]]:
+        """What every turn shows, whatever was read: instruction and problem."""
+        return prompts.update(self.problem.question, [], [])
+
+
+@dataclass
+class Search:
+    """One episode of search QA. memories[t]: tokens of the state after turn t; actions[t]: what it did then;
+    returned[t]: the passages that its query found."""
+
+    problem: SearchProblem
+    turns: list[Turn]
+    memories: list[list[int]]
+    actions: list[Action]
+    returned: list[list[str]]
+    shown: list[int]  # ids of what came back last
+    finished: int = 0  # turns that ended with the stop token
+
+    @property
+    def hits(self) -> list[float]:
+        """Exact match of each question; nothing counts but the answers of the last turn."""
+        answers = self.actions[-1].answers or [None] * len(self.problem.answers)
+        return [exact_match(a, gold) for a, gold in zip(answers, self.problem.answers, strict=True)]
+
+    @property
+    def correct(self) -> float:
+        return sum(self.hits) / len(self.hits)
+
+    def opening(self, prompts: Prompts) -> tuple[list[int], list[int]]:
+        return prompts.search(self.problem.questions, "", [], [], False)
+
 
 class Agent:
     """A policy with its prompts: the one memory loop that training and evaluation share."""
@@ -639,8 +682,8 @@ class Agent:
         self.sampler = sampler or Sampler(model)
         self.prompts = Prompts(tokenizer, c.prompt_order, FULL if c.prompts == "full" else SHORT, c.memory)
 
-    def sample(self, prompts, keys) -> list[Turn]:
-        return self.sampler(self.c, prompts, keys, self.c.response, self.tokenizer.stops)
+    def sample(self, prompts, keys, limit: int = 0) -> list[Turn]:
+        return self.sampler(self.c, prompts, keys, limit or self.c.response, self.tokenizer.stops)
 
     def written(self, turn: Turn) -> list[int]:
         """What a turn wrote, without its stop token."""
@@ -680,7 +723,39 @@ class Agent:
             r.answer = self.boxed(turn)
         return rollouts
 
-    def _note(self, rollout: Rollout, turn: Turn, keep: bool) -> None:
+    def search(self, problems: Sequence[SearchProblem], keys: Sequence[tuple], retriever: Retriever) -> list[Search]:
+        """MEM1's loop: each turn rewrites the state and searches or answers; everything older is gone. A turn that does
+        neither is shown a correction. An episode ends with its answers, or after --turns turns. keys: as in read."""
+        c, encode = self.c, self.tokenizer.encode
+        episodes = [Search(p, [], [], [], [], self.prompts.no_result) for p in problems]
+        for t in range(c.turns):
+            going = [i for i, e in enumerate(episodes) if not (e.actions and e.actions[-1].answers)]
+            if not going:
+                break
+            prompts = [self._search_prompt(episodes[i], t == c.turns - 1) for i in going]
+            for i, turn in zip(going, self.sample(prompts, [(*keys[i], t) for i in going], c.memory + c.act),
+                               strict=True):
+                state, text = split_response(self.written(turn), self.tokenizer)
+                episodes[i].memories.append(state[:c.memory])
+                episodes[i].actions.append(parse_action(text, len(problems[i].questions)))
+                self._note(episodes[i], turn, True)
+            asking = [i for i in going if episodes[i].actions[-1].query]
+            for i in going:
+                episodes[i].shown = encode(CORRECTION)
+                episodes[i].returned.append([])
+            found = retriever.search([episodes[i].actions[-1].query for i in asking], c.hits)
+            for i, indices in zip(asking, found, strict=True):
+                episodes[i].returned[-1] = [retriever.corpus.passages[p].rendered for p in indices]
+                episodes[i].shown = observation(episodes[i].returned[-1], self.tokenizer, c.result)
+        return episodes
+
+    def _search_prompt(self, e: Search, last: bool) -> tuple[list[int], list[int]]:
+        query = " ".join(self.tokenizer.decode(self.tokenizer.encode(e.actions[-1].query)[:self.c.act]).split()) if (
+            e.actions) else ""
+        memory = (e.memories[-1] if e.memories else []) or self.prompts.no_memory
+        return self.prompts.search(e.problem.questions, query, e.shown, memory, last)
+
+    def _note(self, rollout: Rollout | Search, turn: Turn, keep: bool) -> None:
         rollout.finished += turn.sampled[-1] in self.tokenizer.stops
         if keep:
             rollout.turns.append(turn)
@@ -746,14 +821,16 @@ class Batch:
 
 
 def collect(agent: Agent, data: Data, stage: str, step: int) -> Batch:
-    """Samples one step: G1 rollouts a document and, in MemTrain, G2 recalls a rollout; rewards of equations 1-2."""
+    """Samples one step: G1 rollouts a document (in MEM1: a pair of questions) and, in MemTrain, G2 recalls a rollout;
+    rewards of equations 1-2."""
     c = agent.c
     masked = stage == "memtrain"
     mine = range(ranks.RANK, c.documents, ranks.WORLD)  # one process reads them all
-    problem = data.masked_problem if masked else data.training_question
+    problem = {"memtrain": data.masked_problem, "memagent": data.training_question, "mem1": data.training_pair}[stage]
     problems = {d: problem(step * c.documents + d) for d in mine}
     keys = [(c.seed, stage, step, d, g) for d in mine for g in range(c.group)]
-    rollouts = agent.read([problems[d] for _, _, _, d, _ in keys], keys)
+    given = [problems[d] for _, _, _, d, _ in keys], keys
+    rollouts = agent.search(*given, data.retriever(held_out=False)) if stage == "mem1" else agent.read(*given)
     rewards = [r.correct for r in rollouts]
     turns = [t for r in rollouts for t in r.turns]
     entry = [i for i, r in enumerate(rollouts) for _ in r.turns]
@@ -890,33 +967,55 @@ class Data:
 
     def __init__(self, c: Config, tokenizer: Tokenizer):
         self.c, self.tokenizer, self.finder = c, tokenizer, make_finder(c.entities)
-        self.world = None
+        self.world, self._retrievers = None, {}
         stages = c.stages.split(",")
         if c.corpus == "miniworld":
             self.world, held_out = MiniWorld(c.people, 0, "train"), MiniWorld(c.people, 0, "eval")
             self.train, self.held_out = self.world.corpus(), held_out.corpus()
+            self.searched = self.train, self.held_out
             self.questions = [held_out.question(i) for i in range(c.eval_questions)]
             self.train_questions: list[Question] = []
+            self.benchmarks = {family: [world_pair(held_out, family, 2 * i) for i in range(c.eval_pairs)]
+                               for family in FAMILIES}
         else:
-            self.train, self.held_out = load_passages(c.corpus).split()
+            whole = load_passages(c.corpus)
+            self.train, self.held_out = whole.split()
+            self.searched = whole, whole
             self.questions = load_questions(c.questions, c.eval_questions) if c.questions else []
             self.train_questions = load_questions(c.train_questions) if c.train_questions else []
-            self._refuse_leaks()
+            asked = {Path(c.questions).stem: self.questions[:2 * c.eval_pairs]}  # unless there are benchmarks
+            if c.benchmarks:
+                asked = load_benchmarks(c.benchmarks, 2 * c.eval_pairs)
+            self.benchmarks = {name: [search_problem(pair, name) for pair in zip(q[::2], q[1::2], strict=False)]
+                               for name, q in asked.items()}
+            self._refuse_leaks({q.question: q.id for q in itertools.chain(self.questions, *asked.values())})
         # a corpus that can't do what the stages need is refused before anything is trained or written
         if "memtrain" in stages:
             self.masked_problem(0)
-        if "memagent" in stages:
+        if {"memagent", "memtrain+memagent"}.intersection(stages):
             self.training_question(0)
+        if {"mem1", "memtrain+mem1"}.intersection(stages):
+            self.training_pair(0)
         if "eval" in stages:
             self.evaluation_question(0, max(lengths_of(c)))
             if c.eval_masked:
                 self.masked_problem(0, held_out=True)
+        if c.index and Path(c.index).exists():
+            self.retriever()
 
-    def _refuse_leaks(self) -> None:
-        seen = {q.question for q in self.train_questions}
-        if leak := next((q for q in self.questions if q.question in seen), None):
-            raise InputError(f"--questions {self.c.questions}: question {leak.id} is also in --train-questions; "
-                             f"give files without a question in common")
+    def _refuse_leaks(self, asked: dict[str, str]) -> None:
+        """asked: the evaluation's questions with their ids."""
+        if leak := next((q for q in self.train_questions if q.question in asked), None):
+            raise InputError(f"--train-questions {self.c.train_questions}: question {leak.id} is also question "
+                             f"{asked[leak.question]} of the evaluation; give files without a question in common")
+
+    def retriever(self, held_out: bool = True) -> Retriever:
+        """The search tool over the passages that the evaluation's (or the training) questions are asked of."""
+        corpus = self.searched[held_out]
+        if corpus not in self._retrievers:
+            folder = None if self.world else Path(self.c.index or f"runs/{self.c.run}/index")
+            self._retrievers[corpus] = Retriever(corpus, folder)
+        return self._retrievers[corpus]
 
     def masked_problem(self, index: int, held_out: bool = False) -> Problem:
         """Masked document `index` of the training (or held-out) passages; differs by --seed in training only."""
@@ -933,8 +1032,24 @@ class Data:
         tokens = self.c.train_sections * self.c.section
         return qa_document(question, self.train.passages, self.tokenizer, tokens, self.c.seed)
 
+    def training_pair(self, index: int) -> SearchProblem:
+        """Two training questions; in the mini-world of the families that stand for HotpotQA and NQ, which MEM1 was
+        trained on."""
+        rng = random.Random(f"pair:{self.c.seed}:{index}")
+        if self.world:
+            return world_pair(self.world, rng.choice(("hotpotqa", "nq")), 2 * index, self.c.seed)
+        return search_problem(rng.sample(self.train_questions, 2), "train")
+
     def evaluation_question(self, index: int, length: int) -> Problem:
         return qa_document(self.questions[index], self.held_out.passages, self.tokenizer, length * self.c.section, 0)
+
+
+def world_pair(world: MiniWorld, family: str, index: int, seed: int = -1) -> SearchProblem:
+    """Questions `index` and `index` + 1 of a family, with every passage that states their facts."""
+    pair = [world.family_facts(family, index + i, seed) for i in range(2)]
+    gold = tuple(tuple(tuple(world.passages[p].rendered for p in world.where[fact]) for fact in facts)
+                 for _, facts in pair)
+    return search_problem([question for question, _ in pair], family, gold)
 
 
 # ---- A run -------------------------------------------------------------------------------------------------------
@@ -993,10 +1108,10 @@ class Run:
             tqdm.write(f"note: some questions make a turn of {need} tokens, more than --window {c.window}")
         self.folder.compare(dataclasses.asdict(c), FREE_FIELDS, dataclasses.asdict(Config()))
         stages = c.stages.split(",")
-        if "base" not in stages and {"memtrain", "memagent", "eval"}.intersection(stages):
+        if "base" not in stages and {*TRAINED, "eval"}.intersection(stages):
             self.load("base")  # a checkpoint that does not fit is refused before anything is written
             if c.lora_rank:  # so are adapters of another base; whole weights would be read twice for nothing
-                for name in filter(self.folder.finished, ("memtrain", "memagent", "memtrain+memagent")):
+                for name in filter(self.folder.finished, TRAINED):
                     self.load(name)
         if ranks.FIRST:
             self.folder.claim(dataclasses.asdict(c))
@@ -1147,11 +1262,16 @@ RECENT = 5  # steps whose mean reward decides which checkpoint is the best: one 
 
 
 def train_policy(run: Run, name: str, start: str) -> None:
-    """One stage of reinforcement learning: `name` is memtrain, memagent or memtrain+memagent, from system `start`."""
+    """One stage of reinforcement learning, from system `start`: memtrain, or memagent or mem1, which are called
+    memtrain+... where they start from it."""
     c, model, path = run.c, run.model, run.folder.checkpoint(name)
-    kind, steps = (name, c.memtrain_steps) if name == "memtrain" else ("memagent", c.memagent_steps)
+    kind = name.rpartition("+")[2]
+    steps = {"memtrain": c.memtrain_steps, "memagent": c.memagent_steps, "mem1": c.mem1_steps}[kind]
     if run.folder.finished(name):
         return
+    if start != "base" and not run.folder.finished(start):
+        raise InputError(f"--stages {c.stages}: {name} starts from {start}, which this run has not trained; put "
+                         f"{start} before it")
     run.load(start)
     reference = None
     if c.kl and not c.lora_rank:
@@ -1228,10 +1348,12 @@ def run_stages(run: Run) -> None:
             train_base(run)
         elif stage == "memtrain":
             train_policy(run, "memtrain", "base")
-        elif stage == "memagent":
-            train_policy(run, "memagent", "base")
+        elif stage in ("memagent", "mem1"):
+            train_policy(run, stage, "base")
             if run.folder.finished("memtrain"):
-                train_policy(run, "memtrain+memagent", "memtrain")
+                train_policy(run, f"memtrain+{stage}", "memtrain")
+        elif stage in ("memtrain+memagent", "memtrain+mem1"):
+            train_policy(run, stage, "memtrain")
         elif not ranks.FIRST:
             continue
         elif stage == "eval":

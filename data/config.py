@@ -34,9 +34,10 @@ class Config:
                         "tokenizer), or its name on the hub; its shape replaces the fields of the group model")
     revision: str = option("main", "run", "branch, tag or commit of --model on the hub")
     run: str = option("", "run", "name of the folder under runs/; the preset's name if empty")
-    stages: str = option("memtrain,memagent,eval,report", "run",
+    stages: str = option("memtrain,memagent,mem1,eval,report", "run",
                          "what to do, in order: base (train the stand-in for an instruct model), memtrain, memagent "
-                         "(from the base and, where memtrain was run, from it too), eval, report")
+                         "and mem1 (from the base and, where memtrain was run, from it too; memtrain+memagent, "
+                         "memtrain+mem1: from it alone), eval, report")
     seed: int = option(0, "run", "seed of documents, rollouts and evaluation")
     init: str = option("", "run", "checkpoint instead of the shipped base, which the base stage trains on from; with "
                        "--model the folder of a PEFT adapter")
@@ -59,6 +60,11 @@ class Config:
     masked_sections: int = option(8, "data", "longest masked document, in sections; long passages are fewer (paper: 8)")
     train_sections: int = option(4, "data", "tokens of a training question's document, in sections; passages are "
                                        "not cut, so that it has about one more (paper: 5-8)")
+
+    benchmarks: str = option("", "data", "search QA: comma-separated NAME of the hub (triviaqa, bamboogle, hotpotqa, nq, "
+                                      "popqa, 2wikimultihopqa, musique; all), FILE or NAME=FILE of questions; the "
+                                      "mini-world asks seven families of its own")
+    index: str = option("", "data", "folder of the search index, built where it is not there; runs/RUN/index if empty")
 
     width: int = option(128, "model", "C, size of the hidden state")
     layers: int = option(4, "model", "number of blocks")
@@ -88,11 +94,16 @@ class Config:
     section: int = option(160, "window", "tokens of a section (paper: 5120)")
     memory: int = option(40, "window", "tokens of the memory (paper: 1024)")
     response: int = option(41, "window", "sampled tokens of a turn, stop included (paper: 1024)")
+    turns: int = option(6, "window", "turns of search QA, the last of which has to answer (paper: 6)")
+    hits: int = option(3, "window", "passages that a search returns (paper: 3)")
+    result: int = option(64, "window", "tokens of them, at most (paper: 1024)")
+    act: int = option(28, "window", "sampled tokens of a turn of search QA behind the memory, stop included")
     prompt_order: str = option("section-first", "window", "section-first or paper: where the memory stands")
     prompts: str = option("short", "window", "short, as the base was taught, or full, for instruct models")
 
     memtrain_steps: int = option(60, "GRPO", "steps of MemTrain (paper: 300)")
     memagent_steps: int = option(15, "GRPO", "steps of MemAgent (paper: 500)")
+    mem1_steps: int = option(15, "GRPO", "steps of MEM1 (paper: 200)")
     documents: int = option(12, "GRPO", "documents sampled a step (paper: 32)")
     update_documents: int = option(12, "GRPO", "documents per optimiser step (paper: 32; MemAgent: 8)")
     group: int = option(8, "GRPO", "G1, rollouts a document")
@@ -122,6 +133,7 @@ class Config:
     base_sharpen: float = option(2.0, "base", "factor on all logits at the end: demonstrations that differ leave a "
                                               "policy flatter than an instruct model's")
     base_answers: int = option(32, "base", "answers from a sufficient memory a step")
+    base_searches: int = option(14, "base", "pairs of questions answered with the search tool a step")
     base_recalls: int = option(48, "base", "recalls of what a memory holds a step")
     base_directs: int = option(12, "base", "answers straight from a section a step")
 
@@ -129,6 +141,7 @@ class Config:
     eval_questions: int = option(200, "evaluation", "questions, the same at every length")
     eval_temperature: float = option(0.7, "evaluation", "of sampling in evaluation (MemAgent's evaluation script: 0.7)")
     eval_top_p: float = option(0.95, "evaluation", "nucleus of sampling in evaluation (MemAgent's: 0.95)")
+    eval_pairs: int = option(64, "evaluation", "pairs of questions a search benchmark")
     eval_masked: int = option(100, "evaluation", "held-out masked documents for recall and reconstruction")
 
 
@@ -160,7 +173,8 @@ QWEN = {  # as in their published config.json
 REAL = {"paper": PAPER} | {name: PAPER | shape for name, shape in QWEN.items()}
 PRESETS: dict[str, dict] = {"nano": {}} | REAL | {
     f"{name}-consumer": p | CONSUMER | TIGHT.get(name, {}) for name, p in REAL.items()}
-STAGES = ("base", "memtrain", "memagent", "eval", "report")
+TRAINED = ("memtrain", "memagent", "memtrain+memagent", "mem1", "memtrain+mem1")  # stages of reinforcement learning
+STAGES = ("base", *TRAINED, "eval", "report")
 COMMANDS = ("plan", "read", "export")  # besides training and evaluation; the plain command takes options only
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths, and one

@@ -250,7 +250,8 @@ class Demonstrator:
         return demos
 
 
-WEIGHTS = {"update": 2.0, "answer": 2.0, "recall": 3.0, "direct": 2.0}  # answers are few tokens among many
+# answers are few tokens among many
+WEIGHTS = {"update": 2.0, "answer": 2.0, "recall": 3.0, "direct": 2.0, "search": 2.0}
 
 
 class DemoSteps:
@@ -262,20 +263,27 @@ class DemoSteps:
 
     def __init__(self, config, first: int = 0):
         self.config, self.first = config, max(0, first)
-        self.prompts = Prompts(load_tokenizer(), config.prompt_order)
+        tokenizer, orders = load_tokenizer(), sorted(("section-first", "paper"), key=config.prompt_order.__ne__)
+        self.prompts = [Prompts(tokenizer, order) for order in orders]  # its own order, and the other one
 
     def __len__(self) -> int:
         return self.config.base_steps - self.first
 
     def __getitem__(self, i: int) -> list[tuple]:
+        from data.search_demonstrations import Searcher  # it builds on this file
+
         if i >= len(self):
             raise IndexError(i)
         c, step = self.config, i + self.first
         # world 0 is the one reinforcement learning reads, 99 the gates'
         world = MiniWorld(c.base_people, 1_000_000 * (c.seed + 1) + step, "train")
-        demonstrator = Demonstrator(world, self.prompts, c.section, c.memory)
+        # every fifth step in the other order, so that the two can be compared
+        demonstrator = Demonstrator(world, self.prompts[step % 5 == 4], c.section, c.memory)
         demos = demonstrator.batch(c.seed, step, c.base_documents, c.base_answers, c.base_recalls,
                                    c.base_directs)
+        searcher = Searcher(demonstrator, c.turns, c.result, c.act)
+        rng = random.Random(f"search:{c.seed}:{step}")
+        demos += [searcher.episode(c.seed, rng.randrange(1 << 30), rng) for _ in range(c.base_searches)]
         return [(d.prefix, [(g, r, WEIGHTS[d.kind]) for g, r in d.suffixes]) for d in demos]
 
 

@@ -140,6 +140,11 @@ CLUES = {"person": ("parent", "namesake"), "town": ("founder", "landscape"), "co
          "work": ("genre", "setting"), "river": ("explorer",)}
 
 QUESTION_KINDS = {"bridge": 0.35, "inverse": 0.25, "date": 0.1, "number": 0.1, "comparison": 0.1, "three-hop": 0.1}
+# What the search benchmarks of the paper's Table 2 ask, as question kinds of this world: TriviaQA, NQ and PopQA one
+# fact, Bamboogle and HotpotQA two in a row, 2WikiMultiHopQA a comparison, MuSiQue three in a row.
+FAMILIES = {"triviaqa": ("one-hop inverse",), "bamboogle": ("date", "number"), "hotpotqa": ("bridge", "inverse"),
+            "nq": ("one-hop value",), "popqa": ("one-hop",), "2wikimultihopqa": ("comparison",),
+            "musique": ("three-hop",)}
 COMPARED = {"birth_year": "Who was born earlier", "founding_year": "Which was founded earlier",
             "publication": "Which was printed earlier", "population": "Which has fewer inhabitants"}
 ASKING = ("What is {}?", "Name {}.", "Tell me {}.")
@@ -323,10 +328,10 @@ class MiniWorld:
         return rng.choice(options) if options else None
 
     def _chain(self, kind: str, rng: random.Random):
-        ends = {"date": ("year",), "number": ("number",)}.get(kind)
+        ends = {"date": ("year",), "number": ("number",), "one-hop value": ("year", "number")}.get(kind)
         entity = start = rng.choice(list(self.kind_of))
         phrase, facts, seen = "{}", [], [start]
-        hops = 3 if kind == "three-hop" else 2
+        hops = 3 if kind == "three-hop" else 1 if kind.startswith("one-hop") else 2
         for hop in range(hops):
             step = self._step(entity, rng, ends if hop == hops - 1 else None)
             if step is None or step[2] in seen:
@@ -336,7 +341,7 @@ class MiniWorld:
             facts.append(fact)
             seen.append(entity)
         inverse = any(f.object == before for f, before in zip(facts, seen, strict=False))
-        if kind in ("bridge", "inverse") and inverse != (kind == "inverse"):
+        if kind in ("bridge", "inverse", "one-hop", "one-hop inverse") and inverse != kind.endswith("inverse"):
             return None
         return rng.choice(ASKING).format(phrase.format(start)), entity, facts, seen[:-1]
 
@@ -354,13 +359,22 @@ class MiniWorld:
         """Question number `index` and the facts of its chain in order: a function of (world, seed, index)."""
         rng = random.Random(f"question:{self.people}:{self.seed}:{self.split}:{seed}:{index}")
         kind = rng.choices(list(QUESTION_KINDS), list(QUESTION_KINDS.values()))[0]
+        return self._question(kind, rng, f"{self.split}-{self.seed}-{seed}-{index}")
+
+    def family_facts(self, family: str, index: int, seed: int = 0) -> tuple[Question, list[Fact]]:
+        """The same of question number `index` of one of the FAMILIES."""
+        rng = random.Random(f"{family}:{self.people}:{self.seed}:{self.split}:{seed}:{index}")
+        kind = rng.choice(FAMILIES[family])
+        return self._question(kind, rng, f"{family}-{self.split}-{self.seed}-{seed}-{index}")
+
+    def _question(self, kind: str, rng: random.Random, id_: str) -> tuple[Question, list[Fact]]:
         made = None
         while made is None:
             made = self._comparison(rng) if kind == "comparison" else self._chain(kind, rng)
         text, answer, facts, visited = made
         gold = tuple(next(self.passages[i] for i in self.where[fact] if self.passages[i].title == name)
                      for fact, name in zip(facts, visited, strict=True))
-        return Question(f"{self.split}-{self.seed}-{seed}-{index}", text, (answer,), gold, (), kind), facts
+        return Question(id_, text, (answer,), gold, (), kind), facts
 
     def question(self, index: int, seed: int = 0) -> Question:
         return self.question_facts(index, seed)[0]

@@ -13,16 +13,21 @@ model, "<|im_start|>assistant\n" and the like for a published one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from data.tokenizer import Tokenizer
 
 UPDATE = "Update the memory.\nProblem: {problem}\n"
 ANSWER = "Answer from the memory in \\boxed{{}}.\nProblem: {problem}\n"
 DIRECT = "Answer from the text in \\boxed{{}}.\nProblem: {problem}\n"
 RECALL = "Name [TARGET] from the memory in \\boxed{{}}.\n"
+SEARCH = "Update the memory, then search or answer.\nProblem: {problem}\n"
 MASK_PROBLEM = "Which entity is [MASK] in the whole article?"
 NO_MEMORY = " No memory yet."
+NO_RESULT = " No search yet.\n"
+LAST_TURN = "Answer now.\n"
 
-SHORT = (UPDATE, ANSWER, DIRECT, RECALL)  # the shipped base was taught these
+SHORT = (UPDATE, ANSWER, DIRECT, RECALL, SEARCH)  # the shipped base was taught these
 FULL = (  # instruct models need to be told what the loop is
     """You are reading a long text one section at a time, to solve a problem about the whole of it. You will not see \
 earlier sections again: only what your memory holds goes with you. Rewrite the memory: keep everything in it that may \
@@ -49,6 +54,17 @@ Problem: {problem}
 you kept after reading on. Find out from the memory what [TARGET] stands for. Think briefly, then end your reply with \
 the entity in \\boxed{{}}.
 
+""",
+    """Answer all of the questions below, together. You may search an encyclopaedia, one query a turn. You see your \
+last query, the passages it returned and the memory you wrote before them; everything older is gone, so carry over \
+whatever you still need. First rewrite the memory in at most {words} words: what has been found for each question, what is still \
+missing. Then end your reply with one line, either
+Search: your next query
+or, once all answers are known or you are told to answer now, the shortest exact answers in the order of the questions:
+Answer: \\boxed{{first}} \\boxed{{second}}
+
+Problem: {problem}
+
 """)
 
 Prompt = tuple[list[int], list[int]]
@@ -61,11 +77,12 @@ class Prompts:
     def __init__(self, tokenizer: Tokenizer, order: str = "section-first", wording: tuple[str, ...] = SHORT,
                  memory: int = 0):
         self.tokenizer, self.order, self.words = tokenizer, order, memory * 2 // 3
-        self._update, self._answer, self._direct, self._recall = wording
+        self._update, self._answer, self._direct, self._recall, self._search = wording
         encode = tokenizer.encode
         self.no_memory = encode(NO_MEMORY)
         self._memory, self._section, self._text = encode("Memory:"), encode("Section:\n"), encode("Text:\n")
-        self._newline = encode("\n")
+        self._newline, self._query, self._last = encode("\n"), encode("Query:"), encode(LAST_TURN)
+        self.no_result = encode(NO_RESULT)
 
     def _join(self, head: str, context: list[int], memory_ids: list[int] | None) -> Prompt:
         head_ids = [*self.tokenizer.user, *self.tokenizer.encode(head)]
@@ -89,6 +106,18 @@ class Prompts:
         """One prompt for a whole group of G2 samples: all of it is shared, in either order."""
         prefix, given = self._join(self._recall.format(), self._section + section_ids, memory_ids)
         return prefix + given[:-1], given[-1:]
+
+    def search(self, questions: Sequence[str], query: str, result_ids: list[int], memory_ids: list[int],
+               last: bool) -> Prompt:
+        """A turn of search QA: looks like `update`, with what the last query returned in the section's place. Nothing
+        but instruction and questions is shared; query "": the first turn. last: it has to answer."""
+        head = self._search.format(problem=" ".join(questions), words=self.words)
+        asked = [*self._query, *self.tokenizer.encode(f" {query}"), *self._newline] if query else []
+        result = [*asked, *self._section, *result_ids]
+        memory = [*self._memory, *memory_ids, *self._newline]
+        context = [*result, *memory] if self.order == "section-first" else [*memory, *result]
+        given = [*context, *(self._last if last else []), *self.tokenizer.assistant]
+        return [*self.tokenizer.user, *self.tokenizer.encode(head)], given
 
     def overhead(self, problem: str) -> int:
         """Tokens of an update prompt that are neither section nor memory."""

@@ -38,7 +38,7 @@ class Retriever:
     """
 
     def __init__(self, corpus: Corpus, folder: Path | None = None):
-        self.size = len(corpus)
+        self.corpus, self.size = corpus, len(corpus)
         self.index = _build(corpus) if folder is None else _keep(corpus, Path(folder))
 
     def search(self, queries: Sequence[str], k: int = 3) -> list[list[int]]:

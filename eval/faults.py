@@ -32,6 +32,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import InputError
+from data.config import TRAINED
 from data.files import output, write_json
 from data.terminal import printable
 
@@ -41,10 +42,11 @@ TINY = {  # seconds long, and every stage has steps
     "base-people": 60, "passages": 12, "related": 3, "train-sections": 2, "documents": 2, "update-documents": 2,
     "group": 3, "recall-group": 2, "eval-lengths": "1,2", "eval-questions": 4, "eval-masked": 3,
     "base-copy-steps": 2, "base-steps": 3, "base-documents": 1, "base-answers": 2, "base-recalls": 1,
-    "base-directs": 1, "memtrain-steps": 4, "memagent-steps": 3, "threads": 1, "seed": 3, "kl": "1e-3", "lr":
+    "base-directs": 1, "base-searches": 1,
+    "memtrain-steps": 4, "memagent-steps": 3, "mem1-steps": 2, "eval-pairs": 2, "threads": 1, "seed": 3, "kl": "1e-3", "lr":
     "0.01", "entities": "rules", "save-every": 1, "run": "t"}
-STAGES = "base,memtrain,memagent,eval,report"
-SYSTEMS = ("base", "memtrain", "memagent", "memtrain+memagent")
+STAGES = "base,memtrain,memagent,mem1,eval,report"
+SYSTEMS = ("base", *TRAINED)
 TIMES = {"seconds", "seconds_sampling", "tokens_per_s"}
 # phases in which the step already counts as done
 COMMITTED = {"checkpoint.safetensors renamed", "before checkpoint.json", "results.json renamed"}

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data.search import boxes
+
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
 
-_BOX = "\\boxed{"
-_BRACE = re.compile(r"[{}]")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PLACEHOLDER = re.compile(r"\[\s*(mask|target)\s*\]", re.IGNORECASE)
@@ -32,26 +32,9 @@ def normalize(text: str) -> str:
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""Content of the last complete, outermost `\boxed{...}`; None where there is none or it is empty.
-
-    Boxes do not nest: what is inside a box is content, so `\boxed{a \boxed{b}}` yields `a \boxed{b}`, which
-    equals neither answer. After a box that never closes nothing counts, not even a box inside it. Every
-    character is visited a bounded number of times: the search continues behind a closed box, and ends at an
-    open one.
-    """
-    last, start = None, text.find(_BOX)
-    while start >= 0:
-        begin, depth, end = start + len(_BOX), 1, -1
-        for brace in _BRACE.finditer(text, begin):
-            depth += 1 if brace.group() == "{" else -1
-            if depth == 0:
-                end = brace.start()
-                break
-        if end < 0:
-            break
-        last = text[begin:end]
-        start = text.find(_BOX, end)
-    return (last or "").strip() or None
+    r"""Content of the last complete, outermost `\boxed{...}` (data.search.boxes); None where there is none or it is
+    empty. So `\boxed{a \boxed{b}}` yields `a \boxed{b}`, which equals neither answer."""
+    return (boxes(text) or [""])[-1] or None
 
 
 def _prepared(prediction: str | None, answers: Sequence[str]) -> tuple[str, list[str]]:

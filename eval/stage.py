@@ -16,8 +16,10 @@ import torch
 from tqdm import tqdm
 
 from data import InputError
+from data.config import TRAINED
 from data.files import read_json, write_json
 from eval.longqa import held_out_rows, long_qa_row
+from eval.searchqa import search_row
 from kernels import kernels_in_use
 
 
@@ -50,26 +52,31 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     as training does. Returns whether the evaluation is complete; False where it was interrupted after a row.
     """
     c, results = run.c, Results(run)
-    systems = ["base", *(s for s in ("memtrain", "memagent", "memtrain+memagent") if run.folder.finished(s))]
-    jobs = [(s, n) for s in systems for n in lengths]
-    jobs += [("base-one-window", n) for n in lengths] + [(s, 0) for s in systems if c.eval_masked]
+    trained = [s for s in TRAINED if run.folder.finished(s)]
+    readers = ["base", *(s for s in trained if "mem1" not in s)]
+    searchers = ["base", *(s for s in trained if "memagent" not in s)] if any("mem1" in s for s in trained) else []
+    jobs = [(s, n) for s in readers for n in lengths] + [("base-one-window", n) for n in lengths]
+    jobs += [(s, 0) for s in readers if c.eval_masked] + [(s, name) for s in searchers for name in run.data.benchmarks]
     jobs = [j for j in jobs if not results.has(*j)]
-    # the bar counts sections read: that is what takes the time
-    bar = tqdm(total=sum(n if s != "base-one-window" else 1 for s, n in jobs), desc="eval", unit="section")
+    # the bar counts sections read, and turns of search for as many: that is what takes the time
+    bar = tqdm(total=sum(effort(c, *j) for j in jobs), desc="eval", unit="section")
     loaded = None
-    for system, length in sorted(jobs, key=lambda j: (j[0].split("-")[0], j[1])):
+    for system, job in sorted(jobs, key=lambda j: (j[0].split("-")[0], str(j[1]).rjust(3))):
         if loaded != (wanted := system.split("-")[0]):
             run.load(wanted)
             loaded = wanted
-        bar.set_postfix_str(f"{system} {length}x")
-        if length:
-            problems = [run.data.evaluation_question(i, length) for i in range(len(run.data.questions))]
-            results.add(long_qa=long_qa_row(run.evaluated, system, c.seed, length, problems))
+        bar.set_postfix_str(f"{system} {job}")
+        if isinstance(job, str):
+            results.add(search_qa=search_row(run.evaluated, run.data.retriever(), system, c.seed,
+                                             run.data.benchmarks[job]))
+        elif job:
+            problems = [run.data.evaluation_question(i, job) for i in range(len(run.data.questions))]
+            results.add(long_qa=long_qa_row(run.evaluated, system, c.seed, job, problems))
         else:
             problems = [run.data.masked_problem(i, held_out=True) for i in range(c.eval_masked)]
             recall, masked = held_out_rows(run.evaluated, system, c.seed, problems, run.data.finder, recall_probe)
             results.add(masked=masked, recall=recall)
-        bar.update(length if system != "base-one-window" else 1)
+        bar.update(effort(c, system, job))
         if run.interrupt.asked:
             bar.close()
             return False
@@ -78,22 +85,31 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     return True
 
 
+def effort(c, system: str, job: int | str) -> int:
+    """About how many sections' worth of turns a job is, for the progress bar."""
+    if isinstance(job, str):
+        return -(-c.eval_pairs * c.turns // c.eval_questions)
+    return job if job and system != "base-one-window" else 1
+
+
 class Results:
     """results.json, saved after every row, so that an interrupted evaluation goes on where it stopped."""
 
     def __init__(self, run):
         self.run, self.path = run, run.folder.path / "results.json"
         self.value = {"environment": environment(run), "config": dataclasses.asdict(run.c),
-                      "long_qa": [], "recall": [], "masked": [], "stages": []}
+                      "long_qa": [], "recall": [], "masked": [], "search_qa": [], "stages": []}
         if self.path.exists():
             old = read_json(self.path, "delete it to evaluate anew")
-            if not all(isinstance(old.get(k), list) for k in ("long_qa", "recall", "masked")):
+            if not all(isinstance(old.get(k), list) for k in ("long_qa", "recall", "masked", "search_qa")):
                 raise InputError(f"{self.path}: its rows are not those of an evaluation; delete it to evaluate anew")
-            self.value |= {k: old[k] for k in ("long_qa", "recall", "masked")}
+            self.value |= {k: old[k] for k in ("long_qa", "recall", "masked", "search_qa")}
 
-    def has(self, system: str, length: int) -> bool:
-        rows = self.value["long_qa"] if length else self.value["recall"]
-        return any(r["system"] == system and r.get("length", 0) == length for r in rows)
+    def has(self, system: str, job: int | str) -> bool:
+        """job: a length in sections, 0 for the held-out masked documents, or the name of a benchmark."""
+        section, key = ("search_qa", "benchmark") if isinstance(job, str) else (
+            "long_qa" if job else "recall", "length")
+        return any(r["system"] == system and r.get(key, 0) == job for r in self.value[section])
 
     def add(self, **rows: dict) -> None:
         for section, row in rows.items():
@@ -102,7 +118,7 @@ class Results:
 
     def finish(self) -> None:
         stages = []
-        for name in ("base", "memtrain", "memagent", "memtrain+memagent"):
+        for name in ("base", *TRAINED):
             if state := self.run.folder.finished(name):
                 rewards = state.get("rewards", [])
                 few = max(1, min(5, len(rewards) // 2))  # one step's reward is noisy: means of five

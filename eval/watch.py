@@ -50,7 +50,7 @@ def signs(agent, rollouts, rewards: Sequence[float], turns) -> dict[str, float]:
         problem = r.problem
         by_document.setdefault(problem.id, []).append((reward, r.correct))
         if problem.question not in shown:
-            prefix, given = agent.prompts.update(problem.question, [], [])
+            prefix, given = r.opening(agent.prompts)
             shown[problem.question] = {*grams(prefix), *grams(given)}
         for memory in r.memories:
             own = grams(memory)

@@ -23,7 +23,7 @@ TINY = {"width": 24, "hidden": 40, "layers": 2, "heads": 4, "key-heads": 2, "hea
         "base-people": 60, "passages": 12, "related": 3, "train-sections": 2, "documents": 2, "update-documents": 2,
         "group": 3, "recall-group": 2, "eval-lengths": "1,2", "eval-questions": 4, "eval-masked": 3,
         "base-copy-steps": 2, "base-steps": 3, "base-documents": 1, "base-answers": 2, "base-recalls": 1,
-        "base-directs": 1, "threads": 1, "seed": 3, "kl": 1e-3}
+        "base-directs": 1, "base-searches": 1, "mem1-steps": 2, "eval-pairs": 2, "threads": 1, "seed": 3, "kl": 1e-3}
 TINY = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
 
 

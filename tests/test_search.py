@@ -1,0 +1,219 @@
+"""Search QA: what a response means, what each turn shows, what is rewarded and trained, what the base is shown."""
+
+import random
+
+import pytest
+import torch
+
+import memtrain
+from data.corpus import Corpus, Passage, Question
+from data.demonstrations import Demonstrator, sentences
+from data.miniwiki import FAMILIES, MiniWorld
+from data.prompts import Prompts
+from data.retrieval import Retriever
+from data.search import CORRECTION, NOTHING_FOUND, boxes, parse_action, search_problem, split_response
+from data.search_demonstrations import HITS, Searcher
+from eval.searchqa import search_row
+
+PASSAGES = [Passage("Kovemgate", "Kovemgate was built by Mobrin Kovem."),
+            Passage("Mobrin Kovem", "Mobrin Kovem came of age after 1714."),
+            Passage("Zafolt River", "Zafolt River is 312 miles long.")]
+PAIR = search_problem([Question("a", "Who built Kovemgate?", ("Mobrin Kovem",), (PASSAGES[0],), ()),
+                       Question("b", "How long is Zafolt River?", ("312",), (PASSAGES[2],), ())], "made up")
+
+
+@pytest.mark.parametrize("text, state, query, answers", [
+    (" Kovemgate is old.\nSearch: Kovemgate built", " Kovemgate is old.", "Kovemgate built", ()),
+    ("Search:  Kovemgate\n built by", "", "Kovemgate", ()),
+    (" One.\nAnswer:\\boxed{ Mobrin Kovem}\\boxed{ 312}", " One.", "", ("Mobrin Kovem", "312")),
+    (" One.\n\n  Answer: \\boxed{x} and\n\\boxed{y}", " One.", "", ("x", "y")),
+    (" One.\nAnswer:\\boxed{ x}", " One.", "", ()),  # one of two
+    (" One.\nAnswer:\\boxed{ x}\\boxed{ y}\\boxed{ z}", " One.", "", ()),  # a guess too many
+    (" One.\nAnswer:\\boxed{ x}\\boxed{ }", " One.", "", ()),
+    (" One.\nAnswer:\\boxed{ x}\\boxed{ y", " One.", "", ()),
+    (" One.\nSearch:", " One.", "", ()),
+    (" I Search: nothing", " I Search: nothing", "", ()),  # in the middle of a line it is text
+    (" One.\nSearch: a\nAnswer:\\boxed{ x}\\boxed{ y}", " One.", "a", ()),  # the first action counts
+    ("", "", "", ()),
+])
+def test_a_response_is_a_state_and_an_action(tokenizer, text, state, query, answers):
+    ids = tokenizer.encode(text)
+    kept, action = split_response(ids, tokenizer)
+    assert tokenizer.decode(kept) == state and kept == ids[:len(kept)]
+    parsed = parse_action(action, 2)
+    assert (parsed.query, parsed.answers) == (query, answers)
+    assert parsed.malformed == (not query and not answers)
+
+
+def test_the_state_keeps_its_very_tokens(tokenizer):
+    """Sampled tokens need not be those that encoding their text would give: they go on as they are."""
+    odd = [tokenizer.encode(x)[0] for x in " Kov"] + [i for x in "emé" for i in tokenizer.encode(x)]
+    kept, action = split_response([*odd, *tokenizer.encode("\nSearch: é")], tokenizer)
+    assert kept == odd and action == "Search: é"
+
+
+def test_boxes_is_linear_and_takes_the_outermost():
+    assert boxes("\\boxed{a \\boxed{b}} \\boxed{ c }") == ["a \\boxed{b}", "c"]
+    assert boxes("\\boxed{a} \\boxed{b \\boxed{c}") == ["a"]
+    assert boxes("\\boxed{" * 200_000) == [] and boxes("\\boxed{x}" * 50_000) == ["x"] * 50_000
+
+
+class Scripted:
+    """Samples what a script says, and remembers the prompts."""
+
+    def __init__(self, agent, monkeypatch, *responses: str, stop: bool = True):
+        self.prompts = []
+        tokenizer = agent.tokenizer
+
+        def sample(prompts, keys, limit=0):
+            self.prompts.append([tokenizer.decode([*p, *g]) for p, g in prompts])
+            ids = [*tokenizer.encode(responses[len(self.prompts) - 1]), *([tokenizer.end] if stop else [])]
+            assert len(ids) <= limit + 40
+            return [memtrain.Turn(p, g, ids, [-1.0] * len(ids)) for p, g in prompts]
+        monkeypatch.setattr(agent, "sample", sample)
+
+
+def play(agent, monkeypatch, *responses: str):
+    script = Scripted(agent, monkeypatch, *responses)
+    (episode,) = agent.search([PAIR], [("k", 0)], Retriever(Corpus(PASSAGES, "three")))
+    return episode, [p for (p,) in script.prompts]
+
+
+def test_a_turn_sees_the_last_state_query_and_result_alone(agent, monkeypatch):
+    episode, prompts = play(agent(), monkeypatch, " Nothing.\nSearch: Kovemgate built",
+                            " Kovemgate was built by Mobrin Kovem.\nSearch: Zafolt River miles",
+                            " Mobrin Kovem. 312.\nAnswer:\\boxed{ Mobrin Kovem}\\boxed{ 312}")
+    first, second, third = prompts
+    assert "Query:" not in first and "No search yet." in first and "No memory yet." in first
+    assert "Query: Kovemgate built\n" in second and PASSAGES[0].rendered in second and "Memory: Nothing.\n" in second
+    assert "Zafolt River miles" in third and PASSAGES[2].rendered in third
+    assert "Memory: Kovemgate was built by Mobrin Kovem.\n" in third
+    assert PASSAGES[0].rendered not in third and "Nothing." not in third and "Kovemgate built" not in third
+    assert all(PAIR.question in p for p in prompts) and not any("Answer now." in p for p in prompts)
+    assert episode.hits == [1.0, 1.0] and episode.correct == 1.0 and len(episode.turns) == 3
+    assert episode.finished == 3
+
+
+def test_a_malformed_action_is_corrected_and_costs_a_turn(agent, monkeypatch):
+    episode, prompts = play(agent("--turns", "3"), monkeypatch, " I think.", " Still.\nAnswer:\\boxed{ 312}",
+                            " Now.\nAnswer:\\boxed{ 312}\\boxed{ 312}")
+    assert CORRECTION.strip() in prompts[1] and CORRECTION.strip() in prompts[2] and "Memory: I think." in prompts[1]
+    assert "Answer now." in prompts[2] and "Answer now." not in prompts[1]
+    assert [a.malformed for a in episode.actions] == [True, True, False]
+    assert episode.hits == [0.0, 1.0] and episode.correct == 0.5
+
+
+def test_the_last_turn_has_to_answer(agent, monkeypatch):
+    episode, prompts = play(agent("--turns", "2"), monkeypatch, " A.\nSearch: Kovemgate", " A.\nSearch: Zafolt")
+    assert len(prompts) == 2 and episode.hits == [0.0, 0.0]
+
+
+def test_a_query_without_a_known_word_finds_nothing_and_long_ones_are_cut(agent, monkeypatch):
+    a = agent("--turns", "3")
+    long = "Kovemgate " + "tower " * 60
+    _, prompts = play(a, monkeypatch, " A.\nSearch: qqq", f" A.\nSearch: {long}", " A.")
+    assert NOTHING_FOUND.strip() in prompts[1]
+    assert len(a.tokenizer.encode(prompts[2])) < a.c.window and PASSAGES[0].rendered in prompts[2]
+
+
+@pytest.mark.parametrize("order", ["section-first", "paper"])
+def test_prompt_orders_hold_the_same_parts(tokenizer, order):
+    prefix, given = Prompts(tokenizer, order).search(["A?", "B?"], "q", tokenizer.encode("R.\n"),
+                                                     tokenizer.encode(" M."), True)
+    text = tokenizer.decode(given)
+    assert tokenizer.decode(prefix).endswith("A? B?\n")
+    assert (text.index("Memory: M.") < text.index("Query: q\nSection:\nR.")) == (order == "paper")
+    assert text.endswith("Answer now.\n<|assistant|>")
+
+
+def test_a_step_trains_every_turn_of_every_episode(agent, tiny):
+    """Each turn is a sequence of its own, its reward its episode's; recomputed log-probs equal the recorded ones."""
+    a = agent("--documents", "2", "--update-documents", "2")
+    data = memtrain.Data(a.c, a.tokenizer)
+    batch = memtrain.collect(a, data, "mem1", 0)
+    assert len(batch.rewards) == 2 * a.c.group and set(batch.entry) == set(range(len(batch.rewards)))
+    assert batch.group == [0] * a.c.group + [1] * a.c.group
+    assert set(batch.rewards) <= {0.0, 0.5, 1.0}
+    turns = batch.turns[:6]
+    assert all(len(t.sampled) <= a.c.memory + a.c.act and len(t.sampled) == len(t.logprobs) for t in batch.turns)
+    assert all(len(t.prefix) + len(t.given) + len(t.sampled) <= a.c.window for t in batch.turns)
+    packed = memtrain.pack([(t.prefix, [(t.given, t.sampled)]) for t in turns])
+    again, _ = memtrain.score(a.model, packed, a.c.temperature)
+    torch.testing.assert_close(again, torch.tensor([x for t in turns for x in t.logprobs]), atol=1e-5, rtol=0)
+
+
+def test_training_pairs_differ_by_seed_and_index_and_not_between_calls(agent):
+    a = agent()
+    data = memtrain.Data(a.c, a.tokenizer)
+    pairs = [data.training_pair(i) for i in range(20)]
+    assert pairs == [data.training_pair(i) for i in range(20)] and len({p.id for p in pairs}) == 20
+    assert {p.kind for p in pairs} == {"hotpotqa", "nq"}
+    asked = {q for p in pairs for q in p.questions}
+    assert not asked & {q for ps in data.benchmarks.values() for p in ps for q in p.questions}
+
+
+def test_every_family_can_be_answered_by_searching(world):
+    """For each fact of each question there is a query that returns a passage which states it."""
+    retriever = Retriever(world.corpus())
+    for family, kinds in FAMILIES.items():
+        for i in range(12):
+            question, facts = world.family_facts(family, i)
+            assert question.kind in kinds and question.answers
+            for fact in facts:
+                (found,) = retriever.search([f"{fact.subject} {fact.relation} {fact.object}"], 3)
+                assert set(found) & set(world.where[fact])
+
+
+def test_row_of_results(agent, monkeypatch):
+    a = agent()
+    Scripted(a, monkeypatch, " A.\nSearch: Kovemgate built", " A.\nAnswer:\\boxed{ Mobrin Kovem}\\boxed{ 9}")
+    row = search_row(a, Retriever(Corpus(PASSAGES, "three")), "mem1", 4, [PAIR, PAIR])
+    assert row["benchmark"] == "made up" and row["n"] == 2 and row["correct"] == [1, 0, 1, 0] and row["em"] == 0.5
+    assert (row["turns"], row["searches"], row["answered"], row["malformed"], row["found"]) == (2, 1, 1, 0, 0.5)
+    assert row["em_low"] < 0.5 < row["em_high"] and row["memory_tokens"] > 0
+
+
+# ---- demonstrations ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def searcher(tokenizer):
+    c = memtrain.parse([])
+    demo = Demonstrator(MiniWorld(120, 3, "train"), Prompts(tokenizer), c.section, c.memory)
+    return Searcher(demo, c.turns, c.result, c.act), c
+
+
+def test_demonstrated_episodes_are_valid(searcher, tokenizer):
+    """Every state holds only what the old one or the result says, every action is well formed, every turn fits, and
+    answers other than `unknown` are right."""
+    search, c = searcher
+    given_answers = 0
+    for i in range(60):
+        demo = search.episode(5, 2 * i, random.Random(i))
+        assert 1 <= len(demo.suffixes) <= c.turns
+        for n, (given, response) in enumerate(demo.suffixes):
+            assert len(demo.prefix) + len(given) + c.memory + c.act <= c.window
+            assert response[-1] == tokenizer.end and len(response) <= c.memory + c.act
+            shown = tokenizer.decode(given)
+            state, text = split_response(response[:-1], tokenizer)
+            action = parse_action(text, 2)
+            assert not action.malformed and bool(action.answers) == (n == len(demo.suffixes) - 1)
+            written = tokenizer.decode(state)
+            if written != " No memory yet.":
+                assert all(s in shown for s in sentences(written.strip()))
+            for answer, asked in zip(action.answers, answers_of(search, demo), strict=bool(action.answers)):
+                assert answer in (asked, "unknown")
+                given_answers += answer == asked
+    assert given_answers > 20
+
+
+def answers_of(search, demo):
+    """Answers of the two questions in a demonstration's prompt, looked up in the world."""
+    text = search.demo.tokenizer.decode(demo.prefix)
+    known = {q.question: q.answers[0] for f in FAMILIES for i in range(120)
+             for q in [search.demo.world.family_facts(f, i, 5)[0]]}
+    return [a for q, a in sorted(known.items(), key=lambda item: text.find(item[0])) if q in text]
+
+
+def test_the_searcher_asks_for_as_many_passages_as_the_policy_gets():
+    assert memtrain.parse([]).hits == HITS
