@@ -61,9 +61,9 @@ class Config:
     train_sections: int = option(4, "data", "tokens of a training question's document, in sections; passages are "
                                        "not cut, so that it has about one more (paper: 5-8)")
 
-    benchmarks: str = option("", "data", "search QA: comma-separated NAME of the hub (triviaqa, bamboogle, hotpotqa, nq, "
-                                      "popqa, 2wikimultihopqa, musique; all), FILE or NAME=FILE of questions; the "
-                                      "mini-world asks seven families of its own")
+    benchmarks: str = option("", "data", "search QA: comma-separated NAME of the hub (triviaqa, bamboogle, hotpotqa, "
+                                      "nq, popqa, 2wikimultihopqa, musique; all), FILE or NAME=FILE of questions; "
+                                      "--questions if empty; the mini-world asks seven families of its own")
     index: str = option("", "data", "folder of the search index, built where it is not there; runs/RUN/index if empty")
 
     width: int = option(128, "model", "C, size of the hidden state")

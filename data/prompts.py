@@ -57,8 +57,8 @@ the entity in \\boxed{{}}.
 """,
     """Answer all of the questions below, together. You may search an encyclopaedia, one query a turn. You see your \
 last query, the passages it returned and the memory you wrote before them; everything older is gone, so carry over \
-whatever you still need. First rewrite the memory in at most {words} words: what has been found for each question, what is still \
-missing. Then end your reply with one line, either
+whatever you still need. First rewrite the memory in at most {words} words: what has been found for each question, \
+what is still missing. Then end your reply with one line, either
 Search: your next query
 or, once all answers are known or you are told to answer now, the shortest exact answers in the order of the questions:
 Answer: \\boxed{{first}} \\boxed{{second}}

@@ -22,8 +22,8 @@ DILIGENT_SEARCH = 0.5  # share of turns that copy the old state
 QUERIES = {"passages' words": 0.4, "question's words": 0.4, "name": 0.2}
 SLIPS = 0.06  # share of turns after which a correction is shown instead of passages: they teach to go on
 UNKNOWN = "unknown"  # what is answered in the last turn where nothing was found
-SMALL_WORDS = {"a", "after", "at", "been", "by", "for", "from", "has", "have", "in", "is", "its", "of", "on", "out", "the",
-               "to", "up", "was"}
+SMALL_WORDS = {"a", "after", "at", "been", "by", "for", "from", "has", "have", "in", "is", "its", "of", "on", "out",
+               "the", "to", "up", "was"}
 HITS = 3  # passages that a search returns
 
 

@@ -43,8 +43,8 @@ TINY = {  # seconds long, and every stage has steps
     "group": 3, "recall-group": 2, "eval-lengths": "1,2", "eval-questions": 4, "eval-masked": 3,
     "base-copy-steps": 2, "base-steps": 3, "base-documents": 1, "base-answers": 2, "base-recalls": 1,
     "base-directs": 1, "base-searches": 1,
-    "memtrain-steps": 4, "memagent-steps": 3, "mem1-steps": 2, "eval-pairs": 2, "threads": 1, "seed": 3, "kl": "1e-3", "lr":
-    "0.01", "entities": "rules", "save-every": 1, "run": "t"}
+    "memtrain-steps": 4, "memagent-steps": 3, "mem1-steps": 2, "eval-pairs": 2, "threads": 1, "seed": 3,
+    "kl": "1e-3", "lr": "0.01", "entities": "rules", "save-every": 1, "run": "t"}
 STAGES = "base,memtrain,memagent,mem1,eval,report"
 SYSTEMS = ("base", *TRAINED)
 TIMES = {"seconds", "seconds_sampling", "tokens_per_s"}
