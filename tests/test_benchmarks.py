@@ -38,6 +38,8 @@ def test_the_seven_come_from_the_hub(hub):
     assert found["nq"][4].question == "who is nr 4?" and found["nq"][4].answers == ("Ann",)
     assert asked == [((HUB, name), {"revision": REVISION, "split": SPLITS[name], "streaming": True}) for name in SEVEN]
     assert {name for name in SEVEN if SPLITS[name] == "dev"} == {"hotpotqa", "2wikimultihopqa", "musique"}
+    hub([{"id": f"q{i}", "question": "Etymology", "golden_answers": ["Ann"]} for i in range(2)])
+    assert load_benchmarks("popqa", 2)["popqa"][0].question == "Etymology?", "nobody here could mend the hub's"
     hub(ConnectionError("none"))
     refuses(lambda: load_benchmarks("popqa", 7), HUB, "hub", "popqa=FILE")
 
@@ -59,6 +61,7 @@ def test_marks(folder, capsys):
 @pytest.mark.parametrize(("name", "questions", "parts"), [
     ("mine_dev.jsonl", ["Who?", "who sang"], ["mine_dev.jsonl, line 2", "'q1'", "no question mark in 'who sang'",
                                               "NAME=FILE"]),
+    ("mine.jsonl", ["Who?", "Where?", "who sang"], ["mine.jsonl, line 3"]),  # behind the limit of 2 as well
     ("mine.jsonl", ["who " * 50, "Who?"], ["mine.jsonl, line 1", "'q0'", "..."]),
     ("nq.jsonl", ["who sang it", "Paris"], ["nq.jsonl, line 2", "'q1'", "'Paris'", "ask a question"]),
     ("mine.jsonl", ["Who?"], ["mine.jsonl", "1 question", "two"]),
@@ -88,7 +91,8 @@ def test_broken_records(folder, change, part):
 
 @pytest.mark.parametrize(("spec", "parts"), [
     ("", ["empty item", "NAME=FILE"]), ("nq,,popqa", ["empty item"]), ("nq,", ["empty item"]),
-    ("=f.jsonl", ["=f.jsonl"]), ("mine=", ["mine="]), ("NQ", ["NQ", "none of the seven"]), ("squad", ["squad", "none of the seven"]),
+    ("=f.jsonl", ["=f.jsonl"]), ("mine=", ["mine="]), ("NQ", ["NQ", "none of the seven"]),
+    ("squad", ["squad", "none of the seven"]),
     ("none.jsonl", ["none.jsonl", "no such file"]), ("nq=none.jsonl", ["none.jsonl", "no such file"]),
     ("f.csv", ["f.csv", "'.csv'"]), ("nq,all", ["nq is given twice"]), ("all,all", ["triviaqa is given twice"]),
     ("f.jsonl,f=f.jsonl", ["f is given twice", "NAME=FILE"]), ("f_dev.jsonl,f_test.jsonl", ["f is given twice"]),
