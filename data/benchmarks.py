@@ -27,12 +27,12 @@ from data import InputError, hub
 from data.corpus import Question, parse_questions, question_records
 from data.terminal import printable
 
-# In the order of the paper's Table 2. Splits as search agents are commonly evaluated: test where the collection has one,
+# In the order of the paper's Table 2. Splits as search agents are commonly evaluated: test where there is one,
 # else dev.
 SPLITS = {"triviaqa": "test", "bamboogle": "test", "hotpotqa": "dev", "nq": "test", "popqa": "test",
           "2wikimultihopqa": "dev", "musique": "dev"}
 FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
-REVISION = "4086cd004e8433a77d553754be40fa2b76655a09"  # of its main branch; no hub was in reach to try it
+REVISION = "4086cd004e8433a77d553754be40fa2b76655a09"  # a commit by its maintainers; no hub was in reach to try it
 NAME = re.compile(r"[A-Za-z0-9._-]{1,40}")
 QUESTIONS = 20_000  # more than any of the seven has (PopQA: 14,267)
 FORM = f"give NAME, NAME=FILE or FILE, NAMEs from the hub being all or {', '.join(SPLITS)}"
