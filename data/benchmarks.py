@@ -9,8 +9,8 @@ those of HotpotQA, 2WikiMultiHopQA and MuSiQue (data/corpus.py).
 Question marks. A record without one is refused: most often its columns are swapped, or its text was cut. The seven sets
 are the exception, from the hub or from a file under their name, for their authors publish such questions: all of the
 100 of NQ in our sample have no mark, 7 of 100 of TriviaQA, 4 of 100 of HotpotQA. Each of those gets a mark here, as in
-MEM1's own preparation, unless it ends as a sentence does ("Name one of the mascots."); how many is printed. Under their
-names, too, a single word in a file is refused.
+the public preparations of these sets for search agents, unless it ends as a sentence does ("Name one of the mascots.");
+how many is printed. Under their names, too, a single word in a file is refused.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from data import InputError, hub
 from data.corpus import Question, parse_questions, question_records
 from data.terminal import printable
 
-# In the order of the paper's Table 2. The split is the one that FlashRAG, Search-R1 and MEM1 evaluate on: the test set
-# where its answers are public, else the development set.
+# In the order of the paper's Table 2. Splits as search agents are commonly evaluated: test where there is one,
+# else dev.
 SPLITS = {"triviaqa": "test", "bamboogle": "test", "hotpotqa": "dev", "nq": "test", "popqa": "test",
           "2wikimultihopqa": "dev", "musique": "dev"}
 FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
-REVISION = "4086cd004e8433a77d553754be40fa2b76655a09"  # by the data set's authors; no hub was in reach to fetch it
+REVISION = "4086cd004e8433a77d553754be40fa2b76655a09"  # a commit by its maintainers; no hub was in reach to try it
 NAME = re.compile(r"[A-Za-z0-9._-]{1,40}")
 QUESTIONS = 20_000  # more than any of the seven has (PopQA: 14,267)
 FORM = f"give NAME, NAME=FILE or FILE, NAMEs from the hub being all or {', '.join(SPLITS)}"

@@ -92,14 +92,14 @@ SOURCE = {"memtrain.py", "data", "kernels", "eval", "tests", "README.md", "LICEN
           "requirements.txt", ".git", ".gitignore", ".ci"}
 
 
-def output(path: Path) -> Path:
-    """`path`, as a place to write results to. InputError if it is part of this repository's own source.
+def output(path: Path, option: str = "--out") -> Path:
+    """`path`, given by `option`, as a place to write to. InputError if it is part of this repository's own source.
 
     Links are resolved first. Inside the repository, eval/results, runs and what is not source are fine.
     """
     place = path.resolve()
     if place == ROOT or (place.is_relative_to(ROOT) and place.relative_to(ROOT).parts[0] in SOURCE
                          and not place.is_relative_to(ROOT / "eval" / "results")):
-        raise InputError(f"--out {path}: that is where the source of memtrain lies; write to runs/, eval/results/ or "
-                         f"outside the repository")
+        raise InputError(f"{option} {path}: that is where the source of memtrain lies; write to runs/, eval/results/ "
+                         f"or outside the repository")
     return path

@@ -9,6 +9,8 @@
         every kernel compiled for six GPU generations, without a GPU: shared memory, registers, spills
     python -m eval.bench documents [--tokenizer FILE] [--repeats 50] [--out FILE] [any field of memtrain.Config]
         masked documents of --corpus, built one after the other: milliseconds, tokens, passages, memory
+    python -m eval.bench retrieval [--repeats 5] [--out FILE] [any field of memtrain.Config]
+        BM25 over --corpus: seconds to build the index and to read it back; milliseconds a query of --questions
     python -m eval.bench sample [--repeats 5] [--shape tiny|0.6b] [--device cpu|cuda] [--out FILE]
         tokens/s of our sampler beside transformers' generate, on the same random Qwen3; share of the bandwidth limit
     python -m eval.bench trl [--repeats 5] [--shape tiny|0.6b] [--device cpu|cuda] [--out FILE]
@@ -47,7 +49,9 @@ from tqdm import tqdm
 import memtrain
 from data import InputError
 from data.config import as_evaluated, dashes
+from data.corpus import load_passages, load_questions
 from data.files import output, write_json
+from data.miniwiki import MiniWorld
 from data.terminal import printable
 from eval import plain
 from eval.longqa import long_qa_row
@@ -478,6 +482,25 @@ def documents_table(result: dict) -> str:
     return "\n".join([*lines, f"\nbuilding them took at most {result['extra_mb']:.1f} MB more than before"])
 
 
+# ---- retrieval: the search of search QA -----------------------------------------------------------------------------
+
+
+def retrieval(argv: Sequence[str]) -> int:
+    from eval import bench_retrieval
+
+    parser = Parser("retrieval", "BM25 over a corpus: building, loading, searching")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each is timed (default: 5)")
+    options, fields = parser.read(argv, at_least_one=("repeats",))
+    refuse_own(fields, "stages", "run")
+    c = memtrain.parse(["--stages", "memtrain", *fields])
+    corpus = MiniWorld(c.people, 0, "train").corpus() if c.corpus == "miniworld" else load_passages(c.corpus)
+    queries = ([q.question for q in load_questions(c.questions)] if c.questions
+               else bench_retrieval.queries_of(corpus))
+    result = bench_retrieval.run(corpus, queries, options.repeats)
+    finish("retrieval", argv, options.out, torch.device("cpu"), result, bench_retrieval.table(result))
+    return 0
+
+
 # ---- time: the whole command ---------------------------------------------------------------------------------------
 
 
@@ -689,7 +712,7 @@ def finish(name: str, argv: Sequence[str], out: Path | None, device, result: dic
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": step, "kernels": kernels, "compile": compile_kernels,
                                                         "sample": sample, "trl": trl, "documents": documents,
-                                                        "time": time_runs, "length": length}
+                                                        "retrieval": retrieval, "time": time_runs, "length": length}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -116,8 +116,10 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--index", type=Path, metavar="DIR", help="keeps the BM25 index (default: memory only)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures there, as JSON")
     options = parser.parse_args(argv)
-    for place in filter(None, (options.out, options.index)):
-        output(place)
+    if options.out:
+        output(options.out)
+    if options.index:
+        output(options.index, "--index")
     corpus = load_passages(options.corpus)
     questions = {file: load_questions(file) for file in options.questions}
     searched = with_contexts(corpus, [q for some in questions.values() for q in some])

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -103,3 +104,27 @@ def base_checkpoint(tmp_path_factory, tiny, decoder, tokenizer):
         memtrain.save_checkpoint(path, decoder(c, tokenizer.size), tokenizer, state)
         return str(path)
     return build
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """hub(rows or an exception) -> list of what load_dataset is asked for; nothing is cached yet."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+
+    def serve(rows):
+        asked = []
+
+        def load_dataset(*args, **options):
+            asked.append((args, options))
+            if isinstance(rows, Exception):
+                raise rows
+            return iter(rows)
+
+        def api():
+            return types.SimpleNamespace(dataset_info=lambda name, revision, timeout: None)
+
+        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+        monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=api))
+        return asked
+
+    return serve

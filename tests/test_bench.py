@@ -165,7 +165,7 @@ def test_documents_command(tmp_path, capsys):
 
 @pytest.mark.parametrize(("argv", "says"), [
     (["speed"], "speed: unknown benchmark; choose one of step, kernels, compile, sample, trl, documents, "
-     "time"),
+     "retrieval, time, length"),
     (["step", "--repeats", "0"], "--repeats 0: must be at least 1"),
     (["step", "--repeats", "x"], "--repeats"), (["step", "--grup", "4"], "--grup"),
     (["step", "--group", "1"], "--group 1"), (["step", "--update-documents", "2"], "leave it out"),
@@ -174,6 +174,7 @@ def test_documents_command(tmp_path, capsys):
     (["step", "--out", "nowhere/x.json"], "--out nowhere/x.json"), (["time", "--run", "mine"], "leave it out"),
     (["documents", "--tokenizer", "no.tiktoken"], "no.tiktoken"), (["documents", "--repeats", "0"], "--repeats 0"),
     (["documents", "--corpus", "none.txt"], "none.txt"), (["documents", "--related", "99"], "--related 99"),
+    (["retrieval", "--repeats", "0"], "--repeats 0"), (["retrieval", "--corpus", "none.txt"], "none.txt"),
     (["sample", "--shape", "7b"], "--shape 7b: choose tiny or 0.6b"), (["sample", "--response", "0"], "--response 0"),
     (["sample", "--device", "tpu"], "--device tpu"), (["sample", "--lora-rank", "4"], "--lora-rank: unknown option"),
     (["sample", "--vocabulary", "9"], "--vocabulary 9"), (["trl", "--lora-rank", "-1"], "--lora-rank -1"),

@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -246,30 +245,6 @@ def test_split_text():
 
 
 # ---- data sets from the hub, with stand-ins for `datasets` and `huggingface_hub`
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """hub(rows or an exception) -> list of what load_dataset is asked for; nothing is cached yet."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-
-    def serve(rows):
-        asked = []
-
-        def load_dataset(*args, **options):
-            asked.append((args, options))
-            if isinstance(rows, Exception):
-                raise rows
-            return iter(rows)
-
-        def api():
-            return types.SimpleNamespace(dataset_info=lambda name, revision, timeout: None)
-
-        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-        monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=api))
-        return asked
-
-    return serve
 
 
 def articles(count: int):
