@@ -984,7 +984,7 @@ class Data:
             self.questions = load_questions(c.questions, c.eval_questions) if c.questions else []
             self.train_questions = load_questions(c.train_questions) if c.train_questions else []
             asked = {Path(c.questions).stem: self.questions[:2 * c.eval_pairs]}  # unless there are benchmarks
-            if c.benchmarks:
+            if c.benchmarks and "eval" in stages and {"mem1", "memtrain+mem1"}.intersection(stages):
                 asked = load_benchmarks(c.benchmarks, 2 * c.eval_pairs)
             self.benchmarks = {name: [search_problem(pair, name) for pair in zip(q[::2], q[1::2], strict=False)]
                                for name, q in asked.items()}
@@ -1013,7 +1013,9 @@ class Data:
         """The search tool over the passages that the evaluation's (or the training) questions are asked of."""
         corpus = self.searched[held_out]
         if corpus not in self._retrievers:
-            folder = None if self.world else Path(self.c.index or f"runs/{self.c.run}/index")
+            folder = None  # the mini-world's is built faster than it could be read
+            if not self.world:
+                folder = output(Path(self.c.index), "--index") if self.c.index else Path("runs", self.c.run, "index")
             self._retrievers[corpus] = Retriever(corpus, folder)
         return self._retrievers[corpus]
 

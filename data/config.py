@@ -150,7 +150,8 @@ class Config:
 PAPER = {"corpus": "wikipedia", "questions": "hotpotqa", "train_questions": "hotpotqa:train", "passages": 150,
          "related": 29, "masked_sections": 8, "train_sections": 6, "embed_norm": False, "dtype": "bfloat16",
          "prompts": "full", "window": 8192, "section": 5120, "memory": 1023, "response": 1024,
-         "memtrain_steps": 300, "memagent_steps": 500, "documents": 32, "update_documents": 32, "kl": 1e-3,
+         "benchmarks": "all", "result": 1024, "act": 128, "memtrain_steps": 300, "memagent_steps": 500,
+         "mem1_steps": 200, "documents": 32, "update_documents": 32, "kl": 1e-3,
          "lr": 2e-5, "lora_rank": 32, "lora_alpha": 64.0, "recompute": True, "micro_tokens": 65_536,
          "sample_rows": 256, "cache_gb": 24.0, "eval_questions": 128, "eval_lengths": "1,2,4,8,16,32,64,128"}
 # Batches for 24 GB, and smaller ones where the weights leave little. These sizes, as those of PAPER for 80 GB, are what
@@ -240,6 +241,8 @@ def parse(argv: Sequence[str]) -> Config:
     preset = given.setdefault("preset", "paper" if "model" in given else "nano")
     if preset not in PRESETS:
         raise InputError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
+    if "questions" in given:  # those of one's own are for search, too, unless there are others
+        given.setdefault("benchmarks", "")
     config = dataclasses.replace(Config(), **({"run": preset} | PRESETS[preset] | given))
     if config.model:
         shape = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model"}
@@ -321,14 +324,16 @@ def check(c: Config) -> None:
                           f"choose from {','.join(STAGES)}")
     refuse(c.group < 2, f"--group {c.group}: a group of one has no mean to compare with; use at least 2")
     refuse(c.recall_group == 1, "--recall-group 1: a group of one has no mean to compare with; use 0 or at least 2")
-    for name in ("people", "passages", "train_sections", "masked_sections", "width", "layers", "heads", "key_heads",
+    for name in ("people", "passages", "train_sections", "masked_sections", "turns", "hits", "result", "eval_pairs",
+                 "width", "layers", "heads", "key_heads",
                  "head_size", "hidden", "documents", "update_documents", "save_every", "eval_questions",
                  "micro_tokens", "sample_rows"):
         refuse(getattr(c, name) < 1, f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
     for name in ("lr", "temperature", "eval_temperature", "grad_clip", "rope_theta", "base_lr", "base_sharpen",
                  "lora_alpha", "cache_gb", "norm_eps"):
         refuse(not getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be above 0")
-    for name in ("memtrain_steps", "memagent_steps", "recall_group", "recall_weight", "kl", "lora_rank", "related",
+    for name in ("memtrain_steps", "memagent_steps", "mem1_steps", "base_searches", "recall_group", "recall_weight",
+                 "kl", "lora_rank", "related",
                  "eval_masked", "warmup", "threads", "base_copy_steps", "base_steps", "vocab"):
         refuse(getattr(c, name) < 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
     refuse(c.documents % c.update_documents > 0,
@@ -362,19 +367,22 @@ def check(c: Config) -> None:
     refuse(c.wandb not in ("disabled", "offline", "online"), f"--wandb {c.wandb}: choose disabled, offline or online")
     refuse(c.device not in ("auto", "cpu", "cuda"), f"--device {c.device}: choose auto, cpu or cuda")
     refuse(c.response <= c.memory, f"--response {c.response}: needs --memory {c.memory} and a stop token")
+    refuse(c.act < 8, f"--act {c.act}: too few tokens for a line with a query or answers; give at least 8")
     need = c.section + c.memory + c.response + 24
     refuse(c.window < need, f"--window {c.window}: section {c.section} + memory {c.memory} + response {c.response} + "
                             f"at least 24 for the instruction need {need}; raise --window or lower the parts")
     refuse(len(c.run) > 100, f"--run {c.run[:20]}...: {len(c.run)} characters; give a name of at most 100")
     refuse(not c.run.replace("-", "").replace("_", "").replace(".", "").isalnum() or c.run.startswith("."),
            f"--run {c.run}: use letters, digits, '-', '_' and '.'; runs are folders under runs/")
-    refuse(c.corpus == "miniworld" and bool(c.questions or c.train_questions),
-           "--questions: the mini-world asks its own questions; give --corpus too")
+    for name in ("questions", "train_questions", "benchmarks", "index"):
+        refuse(c.corpus == "miniworld" and bool(getattr(c, name)),
+               f"--{name.replace('_', '-')}: the mini-world asks and searches its own pages; give --corpus too")
     wants = c.stages.split(",")
     refuse(c.corpus != "miniworld" and "eval" in wants and not c.questions,
            f"--corpus {c.corpus}: evaluation needs --questions FILE, or --stages without eval")
-    refuse(c.corpus != "miniworld" and "memagent" in wants and not c.train_questions,
-           f"--corpus {c.corpus}: the memagent stage needs --train-questions FILE, or --stages without memagent")
+    for stage in TRAINED[1:]:
+        refuse(c.corpus != "miniworld" and stage in wants and not c.train_questions,
+               f"--corpus {c.corpus}: the {stage} stage needs --train-questions FILE, or --stages without {stage}")
     for f in dataclasses.fields(Config):
         value = getattr(c, f.name)
         refuse(f.type == "float" and not math.isfinite(value), f"--{f.name.replace('_', '-')} {value}: must be finite")
