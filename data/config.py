@@ -319,7 +319,8 @@ def check(c: Config) -> None:
         if bad:
             raise InputError(message)
 
-    unknown = [s for s in c.stages.split(",") if s not in STAGES]
+    wants = c.stages.split(",")
+    unknown = [s for s in wants if s not in STAGES]
     refuse(bool(unknown), f"--stages {c.stages}: unknown stage {unknown and unknown[0]!r}; "
                           f"choose from {','.join(STAGES)}")
     refuse(c.group < 2, f"--group {c.group}: a group of one has no mean to compare with; use at least 2")
@@ -371,13 +372,16 @@ def check(c: Config) -> None:
     need = c.section + c.memory + c.response + 24
     refuse(c.window < need, f"--window {c.window}: section {c.section} + memory {c.memory} + response {c.response} + "
                             f"at least 24 for the instruction need {need}; raise --window or lower the parts")
+    need = c.result + 2 * c.memory + 2 * c.act + 24
+    refuse(not {"mem1", "memtrain+mem1"}.isdisjoint(wants) and c.window < need,
+           f"--window {c.window}: a search's result {c.result} + memory {c.memory} twice + query and action, {c.act} "
+           f"each + at least 24 for the instruction need {need}; raise --window or lower the parts")
     refuse(len(c.run) > 100, f"--run {c.run[:20]}...: {len(c.run)} characters; give a name of at most 100")
     refuse(not c.run.replace("-", "").replace("_", "").replace(".", "").isalnum() or c.run.startswith("."),
            f"--run {c.run}: use letters, digits, '-', '_' and '.'; runs are folders under runs/")
     for name in ("questions", "train_questions", "benchmarks", "index"):
         refuse(c.corpus == "miniworld" and bool(getattr(c, name)),
                f"--{name.replace('_', '-')}: the mini-world asks and searches its own pages; give --corpus too")
-    wants = c.stages.split(",")
     refuse(c.corpus != "miniworld" and "eval" in wants and not c.questions,
            f"--corpus {c.corpus}: evaluation needs --questions FILE, or --stages without eval")
     for stage in TRAINED[1:]:

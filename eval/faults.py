@@ -112,6 +112,7 @@ def announced_run(target: Moment | None, trace: Path, fields: Sequence[str]) -> 
     # A random policy earns no reward, so that nothing would be learned or told apart: a hash of what it wrote decides.
     memtrain.Agent.boxed = lambda agent, turn: agent.tokenizer.decode(turn.sampled)
     memtrain.exact_match = longqa.exact_match = lambda text, answers: float(zlib.crc32(text.encode()) % 2)
+    memtrain.Search.hits = property(lambda e: [float(zlib.crc32(repr(e.turns[-1].sampled).encode()) % 2)] * 2)
     here, real_gates, save, replace = Announcer(target, trace), gates.gates, checkpoint.save_file, os.replace
     wrap(memtrain, "train_policy", lambda run, name, start: here.enter(name, -1))
     wrap(memtrain, "train_step", lambda run, kind, step, *_: here.enter(here.stage, step))

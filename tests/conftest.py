@@ -85,6 +85,11 @@ def lottery(monkeypatch):
     """A random policy never earns a reward, so no gradient would flow: here a hash of what it wrote decides."""
     monkeypatch.setattr(memtrain.Agent, "boxed", lambda self, turn: self.tokenizer.decode(turn.sampled))
     monkeypatch.setattr(memtrain, "exact_match", lambda text, answers: float(zlib.crc32(text.encode()) % 2))
+    monkeypatch.setattr(memtrain.Search, "hits", property(drawn_hits))
+
+
+def drawn_hits(episode) -> list[float]:
+    return [float(zlib.crc32(repr(episode.turns[-1].sampled).encode()) % 2)] * len(episode.problem.answers)
 
 
 @pytest.fixture
