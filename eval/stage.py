@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data import InputError
 from data.files import read_json, write_json
 from eval.longqa import held_out_rows, long_qa_row
+from eval.memory import Memories
 from kernels import kernels_in_use
 
 
@@ -44,7 +45,8 @@ def command() -> str:
 
 
 def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
-    """Every trained system on the same questions at every length, and on held-out masked documents.
+    """Every trained system on the same questions at every length, and on held-out masked documents; what their memories
+    held of these is counted on the way.
 
     run: folder, configuration, data and the agent as evaluated (memtrain.Run). recall_probe: draws a recall prompt
     as training does. Returns whether the evaluation is complete; False where it was interrupted after a row.
@@ -53,7 +55,8 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     systems = ["base", *(s for s in ("memtrain", "memagent", "memtrain+memagent") if run.folder.finished(s))]
     jobs = [(s, n) for s in systems for n in lengths]
     jobs += [("base-one-window", n) for n in lengths] + [(s, 0) for s in systems if c.eval_masked]
-    jobs = [j for j in jobs if not results.has(*j)]
+    memories = Memories(run, lengths, results.value["memory"])
+    jobs = [j for j in jobs if not (results.has(*j) and memories.has(*j))]
     # the bar counts sections read: that is what takes the time
     bar = tqdm(total=sum(n if s != "base-one-window" else 1 for s, n in jobs), desc="eval", unit="section")
     loaded = None
@@ -62,13 +65,16 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
             run.load(wanted)
             loaded = wanted
         bar.set_postfix_str(f"{system} {length}x")
+        rollouts: list = []
         if length:
             problems = [run.data.evaluation_question(i, length) for i in range(len(run.data.questions))]
-            results.add(long_qa=long_qa_row(run.evaluated, system, c.seed, length, problems))
+            rows = {"long_qa": long_qa_row(run.evaluated, system, c.seed, length, problems, rollouts)}
         else:
             problems = [run.data.masked_problem(i, held_out=True) for i in range(c.eval_masked)]
-            recall, masked = held_out_rows(run.evaluated, system, c.seed, problems, run.data.finder, recall_probe)
-            results.add(masked=masked, recall=recall)
+            recall, masked = held_out_rows(run.evaluated, system, c.seed, problems, run.data.finder, recall_probe,
+                                           rollouts)
+            rows = {"masked": masked, "recall": recall}
+        results.add(**rows, **memories.note(system, length, problems, rollouts))
         bar.update(length if system != "base-one-window" else 1)
         if run.interrupt.asked:
             bar.close()
@@ -84,20 +90,23 @@ class Results:
     def __init__(self, run):
         self.run, self.path = run, run.folder.path / "results.json"
         self.value = {"environment": environment(run), "config": dataclasses.asdict(run.c),
-                      "long_qa": [], "recall": [], "masked": [], "stages": []}
+                      "long_qa": [], "recall": [], "masked": [], "memory": [], "stages": []}
         if self.path.exists():
             old = read_json(self.path, "delete it to evaluate anew")
-            if not all(isinstance(old.get(k), list) for k in ("long_qa", "recall", "masked")):
+            old = {"memory": []} | old  # of an evaluation that did not measure it: it is read once more
+            if not all(isinstance(old.get(k), list) for k in ("long_qa", "recall", "masked", "memory")):
                 raise InputError(f"{self.path}: its rows are not those of an evaluation; delete it to evaluate anew")
-            self.value |= {k: old[k] for k in ("long_qa", "recall", "masked")}
+            self.value |= {k: old[k] for k in ("long_qa", "recall", "masked", "memory")}
 
     def has(self, system: str, length: int) -> bool:
         rows = self.value["long_qa"] if length else self.value["recall"]
         return any(r["system"] == system and r.get("length", 0) == length for r in rows)
 
     def add(self, **rows: dict) -> None:
+        """A row that is there already stays: its job was done again for another's sake, with the same result."""
         for section, row in rows.items():
-            self.value[section].append(row)
+            if not any(all(r.get(k) == row.get(k) for k in ("system", "length", "task")) for r in self.value[section]):
+                self.value[section].append(row)
         write_json(self.path, self.value)
 
     def finish(self) -> None:
