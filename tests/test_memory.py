@@ -200,6 +200,9 @@ def test_a_second_evaluation_adds_what_is_missing(stand_in, tmp_path):
     memories, *_ = stand_in(rows)  # as a new process finds it
     assert memories.has("base", 4) and memories.has("base-one-window", 4) and not memories.has("memtrain", 4)
     assert memories.note("base", 4, problems, rollouts) == {}
+    memories, *_ = stand_in([*rows, rows[0] | {"system": "memtrain"}])
+    assert not memories.has("memtrain", 4), "its row is there, its reading is not"
+    memories, *_ = stand_in(rows)
     assert memories.note("memtrain", 4, problems, rollouts)["memory"]["system"] == "memtrain"
     (document,) = load_readings(tmp_path / "readings.json")
     assert list(document["systems"]) == ["base", "memtrain"]
