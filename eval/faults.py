@@ -197,7 +197,7 @@ class Victim:
         return found
 
     def outcome(self) -> dict:
-        """What must not depend on kills: digests of weights with their states, metrics, results, readings, leftovers."""
+        """What must not depend on kills: weights (digests) with their states, metrics, results, readings, leftovers."""
         run = self.folder / "runs" / "t"
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
         del results["environment"]
