@@ -967,10 +967,11 @@ class Data:
 
     def __init__(self, c: Config, tokenizer: Tokenizer):
         self.c, self.tokenizer, self.finder = c, tokenizer, make_finder(c.entities)
-        self.world, self._retrievers = None, {}
+        self.world, self.held_out_world, self._retrievers = None, None, {}
         stages = c.stages.split(",")
         if c.corpus == "miniworld":
-            self.world, held_out = MiniWorld(c.people, 0, "train"), MiniWorld(c.people, 0, "eval")
+            self.world = MiniWorld(c.people, 0, "train")
+            self.held_out_world = held_out = MiniWorld(c.people, 0, "eval")
             self.train, self.held_out = self.world.corpus(), held_out.corpus()
             self.searched = self.train, self.held_out
             self.questions = [held_out.question(i) for i in range(c.eval_questions)]

@@ -200,7 +200,7 @@ class Victim:
         return found
 
     def outcome(self) -> dict:
-        """What must not depend on kills: digests of weights with their states, metrics, results, leftovers."""
+        """What must not depend on kills: weights (digests) with their states, metrics, results, readings, leftovers."""
         run = self.folder / "runs" / "t"
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
         del results["environment"]
@@ -208,7 +208,9 @@ class Victim:
         return {"weights": {str(p.relative_to(run)): tensors(p) for p in sorted(run.glob("*/*.safetensors"))
                             if p.name != "previous.safetensors"},  # that may be the last one twice
                 "states": {p.parent.name: timeless(json.loads(p.read_bytes())) for p in run.glob("*/checkpoint.json")},
-                "metrics": timeless(rows), "results": timeless(results), "report": (run / "report.md").exists(),
+                "metrics": timeless(rows), "results": timeless(results),
+                "readings": json.loads((run / "readings.json").read_text(encoding="utf-8")),
+                "report": (run / "report.md").exists(),
                 "leftovers": [str(p.relative_to(run)) for p in run.rglob("*.tmp")]}
 
 

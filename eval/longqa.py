@@ -9,8 +9,12 @@ from data.tasks import Problem
 from eval.metrics import exact_match, f1, sub_exact_match, wilson_interval
 
 
-def long_qa_row(agent, system: str, seed: int, length: int, problems: Sequence[Problem]) -> dict:
-    """One row of results.json: `system` on these problems, documents of `length` sections' worth of tokens."""
+def long_qa_row(agent, system: str, seed: int, length: int, problems: Sequence[Problem],
+                read: list | None = None) -> dict:
+    """One row of results.json: `system` on these problems, documents of `length` sections' worth of tokens.
+
+    read: gets the rollouts, without turns and sections; none come from one window.
+    """
     keys = [("eval", seed, system, length, p.id) for p in problems]
     row = {"system": system, "seed": seed, "length": length, "n": len(problems)}
     sizes = [[len(s) for s in agent.sections(p)] for p in problems]  # one document's tokens at a time
@@ -20,6 +24,8 @@ def long_qa_row(agent, system: str, seed: int, length: int, problems: Sequence[P
         answers = agent.answer_in_one_window(problems, keys)
     else:
         rollouts = agent.read(problems, keys, keep_turns=False)
+        if read is not None:
+            read += rollouts
         answers = [r.answer for r in rollouts]
         lengths = [len(m) for r in rollouts for m in r.memories]
         row["memory_tokens"] = sum(lengths) / len(lengths)
@@ -41,12 +47,16 @@ def scores(answers: Sequence[str | None], problems: Sequence[Problem]) -> dict:
             "sub_em": mean(sub_exact_match), "correct": correct, "kinds": kinds}
 
 
-def held_out_rows(agent, system: str, seed: int, problems: Sequence[Problem], finder, probe) -> tuple[dict, dict]:
+def held_out_rows(agent, system: str, seed: int, problems: Sequence[Problem], finder, probe,
+                  read: list | None = None) -> tuple[dict, dict]:
     """(recall row, masked row) of results.json on held-out masked documents.
 
     probe(agent, finder, rollout, rng): draws a recall prompt as training does, here the same for all systems.
+    read: gets the rollouts.
     """
     rollouts = agent.read(problems, [("held-out", seed, system, p.id) for p in problems])
+    if read is not None:
+        read += rollouts
     drawn = [probe(agent, finder, r, random.Random(f"held-out:{r.problem.id}")) for r in rollouts]
     drawn = [d for d in drawn if d]
     row = {"system": system, "seed": seed}

@@ -19,6 +19,7 @@ from data import InputError
 from data.config import TRAINED
 from data.files import read_json, write_json
 from eval.longqa import held_out_rows, long_qa_row
+from eval.memory import Memories
 from eval.searchqa import search_row
 from kernels import kernels_in_use
 
@@ -46,7 +47,8 @@ def command() -> str:
 
 
 def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
-    """Every trained system on the same questions at every length, and on held-out masked documents.
+    """Every trained system on the same questions at every length, and on held-out masked documents; what their memories
+    held of these is counted on the way.
 
     run: folder, configuration, data and the agent as evaluated (memtrain.Run). recall_probe: draws a recall prompt
     as training does. Returns whether the evaluation is complete; False where it was interrupted after a row.
@@ -57,9 +59,10 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     searchers = ["base", *(s for s in trained if "memagent" not in s)] if any("mem1" in s for s in trained) else []
     jobs = [(s, n) for s in readers for n in lengths] + [("base-one-window", n) for n in lengths]
     jobs += [(s, 0) for s in readers if c.eval_masked] + [(s, name) for s in searchers for name in run.data.benchmarks]
-    jobs = [j for j in jobs if not results.has(*j)]
+    memories = Memories(run, lengths, results.value["memory"])
+    jobs = [j for j in jobs if not (results.has(*j) and memories.has(*j))]
     # the bar counts sections read, and turns of search for as many: that is what takes the time
-    bar = tqdm(total=sum(effort(c, *j) for j in jobs), desc="eval", unit="section")
+    bar = tqdm(total=sum(effort(run, *j) for j in jobs), desc="eval", unit="section")
     loaded = None
     for system, job in sorted(jobs, key=lambda j: (j[0].split("-")[0], str(j[1]).rjust(3))):
         if loaded != (wanted := system.split("-")[0]):
@@ -69,14 +72,9 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
         if isinstance(job, str):
             results.add(search_qa=search_row(run.evaluated, run.data.retriever(), system, c.seed,
                                              run.data.benchmarks[job]))
-        elif job:
-            problems = [run.data.evaluation_question(i, job) for i in range(len(run.data.questions))]
-            results.add(long_qa=long_qa_row(run.evaluated, system, c.seed, job, problems))
         else:
-            problems = [run.data.masked_problem(i, held_out=True) for i in range(c.eval_masked)]
-            recall, masked = held_out_rows(run.evaluated, system, c.seed, problems, run.data.finder, recall_probe)
-            results.add(masked=masked, recall=recall)
-        bar.update(effort(c, system, job))
+            results.add(**reading_rows(run, system, job, memories, recall_probe))
+        bar.update(effort(run, system, job))
         if run.interrupt.asked:
             bar.close()
             return False
@@ -85,10 +83,26 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     return True
 
 
-def effort(c, system: str, job: int | str) -> int:
+ROW_KEYS = ("system", "length", "task", "benchmark")  # what tells the rows of one run apart
+
+
+def reading_rows(run, system: str, length: int, memories: Memories, recall_probe) -> dict[str, dict]:
+    """Rows of results.json on questions about documents of `length` sections; 0: on held-out masked documents."""
+    c, rollouts = run.c, []
+    if length:
+        problems = [run.data.evaluation_question(i, length) for i in range(len(run.data.questions))]
+        rows = {"long_qa": long_qa_row(run.evaluated, system, c.seed, length, problems, rollouts)}
+    else:
+        problems = [run.data.masked_problem(i, held_out=True) for i in range(c.eval_masked)]
+        recall, masked = held_out_rows(run.evaluated, system, c.seed, problems, run.data.finder, recall_probe, rollouts)
+        rows = {"masked": masked, "recall": recall}
+    return rows | memories.note(system, length, problems, rollouts)
+
+
+def effort(run, system: str, job: int | str) -> int:
     """About how many sections' worth of turns a job is, for the progress bar."""
     if isinstance(job, str):
-        return -(-c.eval_pairs * c.turns // c.eval_questions)
+        return -(-len(run.data.benchmarks[job]) * run.c.turns // max(1, len(run.data.questions)))
     return job if job and system != "base-one-window" else 1
 
 
@@ -98,12 +112,14 @@ class Results:
     def __init__(self, run):
         self.run, self.path = run, run.folder.path / "results.json"
         self.value = {"environment": environment(run), "config": dataclasses.asdict(run.c),
-                      "long_qa": [], "recall": [], "masked": [], "search_qa": [], "stages": []}
+                      "long_qa": [], "recall": [], "masked": [], "memory": [], "search_qa": [], "stages": []}
         if self.path.exists():
             old = read_json(self.path, "delete it to evaluate anew")
-            if not all(isinstance(old.get(k), list) for k in ("long_qa", "recall", "masked", "search_qa")):
+            rows = ("long_qa", "recall", "masked", "memory", "search_qa")
+            old = {"memory": [], "search_qa": []} | old  # of an evaluation that did not measure them
+            if not all(isinstance(old.get(k), list) for k in rows):
                 raise InputError(f"{self.path}: its rows are not those of an evaluation; delete it to evaluate anew")
-            self.value |= {k: old[k] for k in ("long_qa", "recall", "masked", "search_qa")}
+            self.value |= {k: old[k] for k in rows}
 
     def has(self, system: str, job: int | str) -> bool:
         """job: a length in sections, 0 for the held-out masked documents, or the name of a benchmark."""
@@ -112,8 +128,10 @@ class Results:
         return any(r["system"] == system and r.get(key, 0) == job for r in self.value[section])
 
     def add(self, **rows: dict) -> None:
+        """A row that is there already stays: its job was done again for another's sake, with the same result."""
         for section, row in rows.items():
-            self.value[section].append(row)
+            if not any(all(r.get(k) == row.get(k) for k in ROW_KEYS) for r in self.value[section]):
+                self.value[section].append(row)
         write_json(self.path, self.value)
 
     def finish(self) -> None:

@@ -18,7 +18,8 @@ FIELDS = {"corpus": "c.jsonl", "questions": "q.jsonl", "train-questions": "t.jso
           "window": 1024, "section": 100, "memory": 11, "response": 12, "train-sections": 2, "masked-sections": 3,
           "documents": 2, "update-documents": 2, "group": 3, "recall-group": 2, "memtrain-steps": 2,
           "memagent-steps": 1, "mem1-steps": 1, "result": 300, "act": 60, "eval-lengths": "1,2",
-          "eval-questions": 2, "eval-masked": 2, "lora-rank": 3, "lora-alpha": 6, "lr": 0.01, "save-every": 1, "device": "cpu", "threads": 1}
+          "eval-questions": 2, "eval-masked": 2, "lora-rank": 3, "lora-alpha": 6, "lr": 0.01, "save-every": 1,
+          "device": "cpu", "threads": 1}
 FIELDS = [text for name, value in FIELDS.items() for text in (f"--{name}", str(value))]
 
 
@@ -51,7 +52,8 @@ def test_from_a_folder_to_an_adapter(model, lottery, monkeypatch, capsys, folder
     results = json.loads(Path("runs/t/results.json").read_text())
     assert {r["system"] for r in results["long_qa"]} >= {"base", "memtrain", "memagent", "memtrain+memagent"}
     rows = [json.loads(line) for line in Path("runs/t/metrics.jsonl").read_text().splitlines()]
-    assert [r["stage"] for r in rows] == ["memtrain"] * 2 + ["memagent", "memtrain+memagent", "mem1", "memtrain+mem1"]
+    others = ["memagent", "memtrain+memagent", "mem1", "memtrain+mem1"]
+    assert [r["stage"] for r in rows] == ["memtrain"] * 2 + others
     assert rows[1]["kl"] > 0 and rows[0]["kl"] == pytest.approx(0, abs=1e-6), "the reference has its adapters off"
     size = Path("runs/t/memtrain/checkpoint.safetensors").stat().st_size
     assert size < Path(model, "model.safetensors").stat().st_size, "adapters only"
