@@ -72,8 +72,9 @@ def option(default, group: str, text: str):
 class Config:
     """The whole configuration, flat. The command line is generated from it; a preset only changes values."""
 
-    preset: str = option("nano", "run", "set of defaults: nano (two CPU cores, twenty minutes); small (one "
-                         "GPU of 8 GB or more, its base is trained in the same run); qwen3-0.6b, qwen2.5-1.5b, qwen3-4b, qwen2.5-7b (real weights on one GPU); paper, the same for "
+    preset: str = option("nano", "run", "set of defaults: nano (two CPU cores, twenty minutes); small (one GPU "
+                         "of 8 GB or more, its base is trained in the same run); qwen3-0.6b, qwen2.5-1.5b, qwen3-4b, "
+                         "qwen2.5-7b (real weights on one GPU); paper, the same for "
                          "any other --model; each of them with -consumer (batches for 24 GB)")
     model: str = option("", "run", "real weights instead of our own: a folder as published (config.json, safetensors, "
                         "tokenizer), or its name on the hub; its shape replaces the fields of the group model")
@@ -168,6 +169,8 @@ class Config:
     save_every: int = option(20, "GRPO", "steps between checkpoints")
 
     base_steps: int = option(6000, "base", "steps on text and demonstrations after the copy warm-up")
+    adapt_steps: int = option(300, "base", "steps of a study that teach the base prompts in the paper's order, for the "
+                              "arm paper-order")
     base_copy_steps: int = option(200, "base", "warm-up steps on copying random tokens")
     base_lr: float = option(0.02, "base", "learning rate of Muon and of the embedding")
     base_people: int = option(200, "base", "size of the worlds that demonstrations are drawn from")
@@ -229,7 +232,7 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths, and one
 # that ran out of memory goes on in smaller batches.
 FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset", "eval_lengths", "eval_base",
-               "lora_merge", "recompute", "micro_tokens", "sample_rows", "cache_gb"} | set(STUDY)
+               "adapt_steps", "lora_merge", "recompute", "micro_tokens", "sample_rows", "cache_gb"} | set(STUDY)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -291,8 +294,8 @@ def parse(argv: Sequence[str]) -> Config:
     if preset not in PRESETS:
         raise InputError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
     if "seed" in given and given.get("seeds"):
-        raise InputError(f"--seed {given['seed']}: --seeds {given['seeds']} names the seeds of a study; give one of the "
-                         f"two")
+        raise InputError(f"--seed {given['seed']}: --seeds {given['seeds']} names the seeds of a study; give one of "
+                         f"the two")
     name = {"run": preset + "-study" * bool(given.keys() & set(STUDY) and any(map(given.get, STUDY)))}
     config = dataclasses.replace(Config(), **(name | PRESETS[preset] | given))
     if config.model:
@@ -399,7 +402,7 @@ def check(c: Config) -> None:
                  "lora_alpha", "cache_gb", "norm_eps"):
         refuse(not getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be above 0")
     for name in ("memtrain_steps", "memagent_steps", "recall_group", "recall_weight", "kl", "lora_rank", "related",
-                 "eval_masked", "warmup", "threads", "base_copy_steps", "base_steps", "vocab"):
+                 "eval_masked", "warmup", "threads", "adapt_steps", "base_copy_steps", "base_steps", "vocab"):
         refuse(getattr(c, name) < 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
     refuse(c.documents % c.update_documents > 0,
            f"--update-documents {c.update_documents}: must divide --documents {c.documents}")
@@ -421,6 +424,8 @@ def check(c: Config) -> None:
     refuse(not set(c.lora_targets.split(",")) <= set(PROJECTIONS),
            f"--lora-targets {c.lora_targets}: choose from {','.join(PROJECTIONS)}")
     refuse(bool(c.model) and "base" in c.stages.split(","), f"--stages {c.stages}: --model is the base; leave base out")
+    refuse("base" in c.stages.split(",") and c.base_steps < 1 and c.base_copy_steps < 1,
+           f"--base-steps {c.base_steps}: the base stage has nothing to do; give it steps, or leave it out")
     refuse(bool(c.lora_rank) and "base" in c.stages.split(","),
            f"--lora-rank {c.lora_rank}: the base stage trains all weights; run it without adapters first")
     refuse(bool(c.model and c.init) and not c.lora_rank,

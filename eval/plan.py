@@ -249,6 +249,75 @@ def prefill(c, calls: Sequence[Call], made: Sequence[tuple[int, int, int, int]])
     return total
 
 
+# ---- What a run does -------------------------------------------------------------------------------------------------
+
+# Of the demonstrations of data/demonstrations.py, counted: how many of a document's sections are shown, to how many
+# readers that differ, how long their notes are and what they write, and an answer.
+SHOWN, READERS, HELD, WRITTEN, SAID = 0.68, 2.5, 24, 16, 6
+COPIED = 64 * 64  # tokens of a step of copying: memtrain.copying_rows
+
+
+def demonstrated(c) -> Passes:
+    """The micro-batches of one step of the base stage, about: rows of data.demonstrations, a fifth of their prefixes
+    scored beside the responses."""
+    update, answer, recall, direct = WORDS["short"]
+    section = 0.73 * c.section  # LENGTHS are 0.75 in the mean, and a section ends with its last whole passage
+    rows = [(c.base_documents * 2.5 * SHOWN, update + section, READERS * HELD, READERS * WRITTEN),
+            (c.base_answers + c.base_documents * 0.9, answer, HELD, SAID),
+            (c.base_recalls + c.base_documents * 0.25, recall + section, 1, SAID),
+            (c.base_directs, direct + section, 1, SAID)]
+    tokens = sum(n * (prefix + given + sampled) for n, prefix, given, sampled in rows)
+    scored = sum(n * (0.2 * prefix + sampled) for n, prefix, given, sampled in rows)
+    pairs = sum(n * _pairs(round(prefix), round(given + sampled), 1) for n, prefix, given, sampled in rows)
+    passes = max(1, round(tokens / c.micro_tokens))
+    return Passes(passes, round(tokens), round(scored), round(pairs), min(round(tokens), c.micro_tokens),
+                  round(min(1, c.micro_tokens / tokens) * scored))
+
+
+def trainings(c) -> dict[str, int]:
+    """What a run trains, in order: name -> steps."""
+    wanted, steps = c.stages.split(","), {}
+    for stage in wanted:
+        if stage == "base":
+            steps["base"] = c.base_copy_steps + c.base_steps
+        elif stage == "memtrain":
+            steps["memtrain"] = c.memtrain_steps
+        elif stage == "memagent":  # from the base and, where memtrain was trained, from it too
+            steps |= {"memagent": c.memagent_steps} | (
+                {"memtrain+memagent": c.memagent_steps} if "memtrain" in steps else {})
+        elif stage == "memtrain+memagent":
+            steps["memtrain+memagent"] = c.memagent_steps
+    return steps
+
+
+def evaluated(c) -> list[str]:
+    """The systems whose memory loop a run evaluates, if it evaluates at all."""
+    return ["base"] * c.eval_base + [name for name in trainings(c) if name != "base"]
+
+
+def packed_tokens(c, stage: str) -> int:
+    """Of one step, through forward and backward."""
+    if stage == "base":
+        return demonstrated(c).tokens
+    return training(step(c, "memtrain" if stage == "memtrain" else "memagent"), c.micro_tokens).tokens
+
+
+def work(c) -> dict[str, float]:
+    """Of each stage of a run, in units of one packed token forward and backward: for how long it takes, beside other
+    stages and runs of the same model."""
+    done: dict[str, float] = {}
+    for name, steps in trainings(c).items():
+        done[name] = float(steps * packed_tokens(c, name))
+        if name == "base":
+            done[name] -= c.base_copy_steps * (packed_tokens(c, name) - COPIED)
+        elif name == "memtrain":
+            done[name] *= 0.55  # most recall groups have no signal and are not trained on
+    if "eval" in c.stages.split(","):  # forward alone is about 2.5 times faster
+        lengths = sum(int(n) for n in c.eval_lengths.split(","))
+        done["eval"] = len(evaluated(c)) * lengths * c.eval_questions * (c.section + 110) / 2.5
+    return done
+
+
 # ---- Memory --------------------------------------------------------------------------------------------------------
 
 

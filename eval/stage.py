@@ -50,9 +50,10 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     as training does. Returns whether the evaluation is complete; False where it was interrupted after a row.
     """
     c, results = run.c, Results(run)
-    systems = ["base", *(s for s in ("memtrain", "memagent", "memtrain+memagent") if run.folder.finished(s))]
+    trained = [s for s in ("memtrain", "memagent", "memtrain+memagent") if run.folder.finished(s)]
+    systems = ["base"] * c.eval_base + trained
     jobs = [(s, n) for s in systems for n in lengths]
-    jobs += [("base-one-window", n) for n in lengths] + [(s, 0) for s in systems if c.eval_masked]
+    jobs += [("base-one-window", n) for n in lengths if c.eval_base] + [(s, 0) for s in systems if c.eval_masked]
     jobs = [j for j in jobs if not results.has(*j)]
     # the bar counts sections read: that is what takes the time
     bar = tqdm(total=sum(n if s != "base-one-window" else 1 for s, n in jobs), desc="eval", unit="section")
