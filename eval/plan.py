@@ -1,12 +1,13 @@
 """What a configuration will need, before anything is downloaded or run: memory by part, tokens, FLOPs, hours, kWh.
 
     python memtrain.py plan --preset qwen3-4b --gpu H100 [--gpu-memory 80] [--tflops 900] [--mfu 0.35] [any field]
+    python memtrain.py plan --preset small --seeds 0,1,2 --ablations --scaling
 
 Arithmetic on a Config alone, without torch. What it takes for granted, as an upper estimate: documents of as many
 sections as the configuration allows, each section, memory and rewritten memory as long as it may be, answers of an
 eighth of the response, and a signal in every group (groups without one are not trained on, mostly half and more).
 Parameters, cache and saved activations are exact and tested against the decoder; times rest on two shares of the
-card's peak, MFU and BANDWIDTH_SHARE, which are assumptions.
+card's peak, MFU and BANDWIDTH_SHARE, on LAUNCH where a model is small and on START where runs are many: assumptions.
 
 GB are 1e9 bytes. A card sold with 24 GB has 25.8 of them: the difference is left to fragmentation.
 
@@ -693,8 +694,9 @@ def text(c, p: dict) -> str:
     lines += [f"  in all {p['flops'] / 1e18:.3g} EFLOP, {hours} hours{energy}", "",
               f"Assumed: {p['mfu']:.0%} of {p['tflops']:g} TFLOP/s ({products(c)}) in prefill and training, "
               f"{BANDWIDTH_SHARE:.0%} of {p['bandwidth']:g} GB/s in decoding;",
-              f"sections, memories and documents of full length, answers of {answer_tokens(c)} tokens, a signal in every group: an upper "
-              f"estimate, planned and not measured."]
+              f"sections, memories and documents of full length, answers of {answer_tokens(c)} tokens, a signal in "
+              "every group: an upper",
+              "estimate, planned and not measured."]
     return "\n".join(lines)
 
 
