@@ -1,6 +1,6 @@
 """The runs that a study consists of: one of each seed, and one of each seed for every arm of a comparison.
 
-    base                  one for all of them, where --stages has it: like a published model, it is no matter of seeds
+    base                  one for all of them, where --stages has it, of --seed: like a published model
     full, of each seed    the command without --seeds
     an arm, of each seed  the full run but for a few fields (ABLATIONS); it trains and evaluates what it needs alone
 
@@ -64,7 +64,7 @@ def jobs(c: Config) -> list[Job]:
     made, after = [], ""
     if "base" in c.stages.split(","):
         after = f"{c.run}.base"
-        made.append(Job("base", dataclasses.replace(alone, run=after, stages="base", seed=seeds[0]), {}))
+        made.append(Job("base", dataclasses.replace(alone, run=after, stages="base"), {}))
         alone = dataclasses.replace(alone, init=checkpoint(after))
     if wanted:
         own = dataclasses.replace(alone, stages=",".join(wanted))
@@ -73,7 +73,7 @@ def jobs(c: Config) -> list[Job]:
         own, start = alone, after
         if "prompt_order" in change and not c.model:
             start = f"{c.run}.base.{name}"
-            made.append(Job("base", adapted(alone, start, seeds[0], change), change, after))
+            made.append(Job("base", adapted(alone, start, change), change, after))
             own = dataclasses.replace(alone, init=checkpoint(start))
         trains = ["memagent"] if name in SCALING else ["memtrain", "memtrain+memagent"]
         own = dataclasses.replace(own, **change, stages=",".join([*trains, "eval"]), eval_base=name in OTHER_BASE)
@@ -90,9 +90,9 @@ def checkpoint(run: str) -> str:
     return str(Path("runs") / run / "base" / "checkpoint.safetensors")
 
 
-def adapted(c: Config, run: str, seed: int, change: dict) -> Config:
+def adapted(c: Config, run: str, change: dict) -> Config:
     """A short base stage that goes on from the base of all the others, to teach it prompts of another order: judged
     with a base that has never seen them, an order would look worse than it is."""
-    return dataclasses.replace(c, **change, run=run, stages="base", seed=seed, init=c.init or str(SHIPPED_BASE),
+    return dataclasses.replace(c, **change, run=run, stages="base", init=c.init or str(SHIPPED_BASE),
                                base_copy_steps=0, base_steps=c.adapt_steps, base_lr=c.base_lr / 2, lora_rank=0,
                                dtype="float32")

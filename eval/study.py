@@ -44,7 +44,8 @@ from eval.plan import evaluated, trainings, work
 
 SCRIPT = Path(__file__).parents[1] / "memtrain.py"
 POLL = 0.5  # seconds between two looks at the runs
-DECIDES = {"stages", "eval_lengths", "eval_base", "adapt_steps"}  # of the fields that may differ, those that make work
+DECIDES = {"stages": "", "eval_lengths": "eval", "eval_base": "eval"}  # of the fields that may differ, those that make
+#                                                                         work, and for which stage
 STAGE = re.compile(r'^\{"stage": "([^"]+)"', re.MULTILINE)  # of a line of metrics.jsonl
 SHOWN = 4  # runs whose stage the bar names
 
@@ -180,8 +181,9 @@ def did(job: Job) -> bool:
     if not path.exists():
         return False
     theirs = read_json(path, "delete the folder to start it anew")
+    decides = {name for name, stage in DECIDES.items() if stage in job.config.stages}
     return all(theirs.get(k) == v for k, v in json.loads(json_bytes(vars(job.config))).items()
-               if k not in FREE_FIELDS - DECIDES)
+               if k not in FREE_FIELDS - decides)
 
 
 class Study:
@@ -292,7 +294,7 @@ class Study:
         told, self.shown = False, -math.inf
         with tqdm(total=sum(child.total for child in self.children), initial=began, desc="study",
                   smoothing=0, dynamic_ncols=True,
-                  bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}, about {remaining} left  {postfix}") as bar:
+                  bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}, about {remaining} left{postfix}") as bar:
             try:
                 while True:
                     if not told and not interrupt.asked:
