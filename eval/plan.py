@@ -268,8 +268,8 @@ def prefill(c, calls: Sequence[Call], made: Sequence[tuple[int, int, int, int]])
 # ---- What a run does -------------------------------------------------------------------------------------------------
 
 # Of the demonstrations of data/demonstrations.py, counted: how many of a document's sections are shown, to how many
-# readers that differ, how long their notes are and what they write, and an answer.
-SHOWN, READERS, HELD, WRITTEN, SAID = 0.68, 2.5, 24, 16, 6
+# readers that differ; tokens of an answer.
+SHOWN, READERS, SAID = 0.68, 2.5, 6
 COPIED = 64 * 64  # tokens of a step of copying: memtrain.copying_rows
 
 
@@ -277,10 +277,12 @@ def demonstrated(c) -> Passes:
     """The micro-batches of one step of the base stage, about: rows of data.demonstrations, a fifth of their prefixes
     scored beside the responses."""
     update, answer, recall, direct = WORDS["short"]
-    section = 0.73 * c.section  # LENGTHS are 0.75 in the mean, and a section ends with its last whole passage
-    rows = [(c.base_documents * 2.5 * SHOWN, update + section, READERS * HELD, READERS * WRITTEN),
-            (c.base_answers + c.base_documents * 0.9, answer, HELD, SAID),
-            (c.base_recalls + c.base_documents * 0.25, recall + section, 1, SAID),
+    section = 0.72 * c.section  # LENGTHS are 0.75 in the mean, and a section ends with its last whole passage
+    more = max(1.0, c.memory / 40)  # Demonstrator.more: what memories hold, and what is written, in tokens
+    held, written, drawn = 11 + 9 * more, 13 + 3 * more, 22 * more
+    rows = [(c.base_documents * 2.5 * SHOWN, update + section, READERS * held, READERS * written),
+            (c.base_answers + c.base_documents * 0.9, answer, held + 7, SAID),
+            (c.base_recalls + c.base_documents * 0.25, recall + section + drawn, 1, SAID),
             (c.base_directs, direct + section, 1, SAID)]
     tokens = sum(n * (prefix + given + sampled) for n, prefix, given, sampled in rows)
     scored = sum(n * (0.2 * prefix + sampled) for n, prefix, given, sampled in rows)
