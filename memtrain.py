@@ -23,6 +23,7 @@ Differences from the paper, each with its reason, are listed in README.md. Comma
     python memtrain.py --stages base --run mybase        train the stand-in for the instruct model anew
     python memtrain.py --corpus FILE --questions FILE --train-questions FILE --run real
     python memtrain.py plan --preset qwen3-4b            its memory, tokens, hours; nothing is downloaded or run
+    python memtrain.py --seeds 0,1,2 --ablations --scaling   a study: many runs, one report
     python memtrain.py --help                            every field of the configuration
 
 Shape legend, for the whole project: B groups, N rollouts, T packed tokens, P prefix, S suffix, H query heads,
@@ -48,6 +49,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import InputError
+from data.arms import SHIPPED_BASE
 from data.config import (
     COMMANDS,
     FREE_FIELDS,
@@ -59,6 +61,7 @@ from data.config import (
     check,
     command_options,
     given_fields,
+    is_study,
     lengths_of,
     parse,
     refusal,
@@ -74,15 +77,22 @@ def plan(argv: Sequence[str]) -> None:
     main(argv, parse, PRESETS)
 
 
-if __name__ == "__main__":  # --help, typos and plans are answered here, before torch is loaded
+def study(argv: Sequence[str]) -> int:
+    """python memtrain.py --seeds ... --ablations --scaling: several runs, each a process, and one report of them."""
+    from eval.study import main
+
+    return main(argv)
+
+
+if __name__ == "__main__":  # --help, typos, plans and studies are answered here, before torch is loaded
     outlive_terminal()
     try:
         if sys.argv[1:2] == ["plan"]:
             sys.exit(plan(sys.argv[2:]))
         if sys.argv[1:] and sys.argv[1] in COMMANDS:
             command_options(sys.argv[1], sys.argv[2:])
-        else:
-            parse(sys.argv[1:])
+        elif is_study(parse(sys.argv[1:])):
+            sys.exit(study(sys.argv[1:]))
     except InputError as e:
         sys.exit(refusal(e, sys.argv[1:]))
 
@@ -1067,6 +1077,8 @@ class Policy:
 
     def __init__(self, c: Config, device: torch.device):
         self.device, self.source = device, None
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if c.tf32 else "highest")
         if c.model:
             self.source = locate(c.model, c.revision)
             c = dataclasses.replace(c, **read_shape(self.source))
@@ -1111,6 +1123,10 @@ class Run:
             tqdm.write(f"note: some questions make a turn of {need} tokens, more than --window {c.window}")
         self.folder.compare(dataclasses.asdict(c), FREE_FIELDS, dataclasses.asdict(Config()))
         stages = c.stages.split(",")
+        for stage in {"memtrain+memagent", "memtrain+mem1"}.intersection(stages):
+            if not self.folder.finished("memtrain") and "memtrain" not in stages[:stages.index(stage)]:
+                raise InputError(f"--stages {c.stages}: {stage} starts from memtrain, which is not finished in "
+                                 f"{self.folder.path}; give memtrain before it")
         if "base" not in stages and {*TRAINED, "eval"}.intersection(stages):
             self.load("base")  # a checkpoint that does not fit is refused before anything is written
             if c.lora_rank:  # so are adapters of another base; whole weights would be read twice for nothing
@@ -1149,9 +1165,6 @@ class Run:
         return ranks.total([self.interrupt.asked], self.device)[0] > 0
 
 
-SHIPPED_BASE = Path(__file__).parent / "data" / "nano" / "base.safetensors"
-
-
 def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
@@ -1186,15 +1199,18 @@ def train_base(run: Run) -> None:
     state = {"stage": "base", "step": 0, "seconds": 0.0, "tokens": 0}
     if path.exists():
         state = load_checkpoint(path, model, run.tokenizer, optimizers)
-    elif c.init:
-        load_checkpoint(Path(c.init), model, run.tokenizer)
+    elif c.init and load_checkpoint(Path(c.init), model, run.tokenizer).get("done"):
+        with torch.no_grad():  # a finished base was sharpened at its end, as this one will be
+            model.norm.weight.div_(c.base_sharpen)
     run.rewind("base", state["step"])
     steps, total = DemoSteps(c, state["step"] - c.base_copy_steps), c.base_copy_steps + c.base_steps
     # a generator of its own: no run draws from the global ones, so that no checkpoint has to keep their state
-    demos = iter(DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=4, generator=torch.Generator(),
-                            worker_init_fn=deaf))
+    # on a CPU they would take the cores that train; a GPU waits for one of them: 0.5 s a step of preset small, measured
+    workers = 1 if run.device.type == "cpu" else min(8, max(1, (os.cpu_count() or 2) - 1))
+    demos = iter(DataLoader(steps, batch_size=None, num_workers=workers, prefetch_factor=4,
+                            generator=torch.Generator(), worker_init_fn=deaf))
     with ExitStack() as stack:
-        # the worker is told to go: deaf as it is, an exit that only sends it a signal would wait for ever
+        # the workers are told to go: deaf as they are, an exit that only sends it a signal would wait for ever
         stack.callback(demos._shutdown_workers)
         bar = stack.enter_context(tqdm(total=total, initial=state["step"], desc="base", unit="step",
                                        disable=not ranks.FIRST))
@@ -1240,7 +1256,7 @@ def imitate(model: Decoder, rows, c: Config, step: int, device) -> tuple[float, 
     of the prefix tokens is scored too, at weight 0.6. Returns loss and packed tokens."""
     generator = torch.Generator().manual_seed(step)
     batches, total = [], 0.0
-    for micro in bounded(sorted(rows, key=lambda r: len(r[0])), 6000):
+    for micro in bounded(sorted(rows, key=lambda r: len(r[0])), c.micro_tokens):
         packed = pack([(p, [(g, r) for g, r, _ in s]) for p, s in micro], device)
         weight = [torch.full((len(r),), w) for _, s in micro for _, r, w in s]
         ranges = zip(packed.layout.prefix_start.tolist(), packed.layout.prefix_lengths.tolist(), strict=True)
@@ -1272,9 +1288,6 @@ def train_policy(run: Run, name: str, start: str) -> None:
     steps = {"memtrain": c.memtrain_steps, "memagent": c.memagent_steps, "mem1": c.mem1_steps}[kind]
     if run.folder.finished(name):
         return
-    if start != "base" and not run.folder.finished(start):
-        raise InputError(f"--stages {c.stages}: {name} starts from {start}, which this run has not trained; put "
-                         f"{start} before it")
     run.load(start)
     reference = None
     if c.kl and not c.lora_rank:
@@ -1379,6 +1392,8 @@ def header(run: Run) -> None:
     parameters = sum(p.numel() for p in run.model.parameters())
     steps = {"memtrain": c.memtrain_steps, "memagent": c.memagent_steps}
     minutes, per_step = estimate(run)
+    if run.device.type == "cuda" and c.preset == "nano":
+        print("note: the preset nano is made for CPUs; --preset small is the one for a GPU")
     print(printable(
           f"memtrain {commit()}  preset {c.preset}  run {run.folder.path}  seed {c.seed}  stages {c.stages}\n"
           f"  device   {run.device} ({torch.get_num_threads()} threads), kernels: {kernels_in_use(run.device)}\n"
@@ -1395,10 +1410,9 @@ def header(run: Run) -> None:
 
 def estimate(run: Run) -> tuple[float, int]:
     """(minutes, packed tokens of one MemTrain step), from a second of training measured here and now."""
-    from eval.plan import step, training
+    from eval.plan import packed_tokens, work
 
     c = run.c
-    per_step, questions = (training(step(c, kind), c.micro_tokens).tokens for kind in ("memtrain", "memagent"))
     rows = [([5] * c.section, [([6] * c.memory, [7] * 20)] * 8)] * 4
     packed = pack(rows, run.device)
     spent = []
@@ -1407,19 +1421,8 @@ def estimate(run: Run) -> tuple[float, int]:
         (-score(run.model, packed)[0].mean()).backward()
         spent.append(time.perf_counter() - began)
     run.model.zero_grad(set_to_none=True)
-    rate = packed.layout.total / min(spent)  # tokens/s forward and backward; forward alone is about 3 times faster
-    stages = c.stages.split(",")
-    seconds = 0.0
-    if "base" in stages:
-        seconds += (c.base_copy_steps * 64 * 64 + c.base_steps * 19_000) / rate
-    if "memtrain" in stages:
-        seconds += c.memtrain_steps * per_step * 0.55 / rate  # most recall groups have no signal and are not trained on
-    if "memagent" in stages:
-        seconds += (2 if "memtrain" in stages else 1) * c.memagent_steps * questions / rate
-    if "eval" in stages:
-        systems = 1 + sum({"memtrain": 1, "memagent": 2}.get(s, 0) for s in stages)
-        seconds += systems * sum(lengths_of(c)) * len(run.data.questions) * (c.section + 110) / (2.5 * rate)
-    return seconds / 60, per_step
+    rate = packed.layout.total / min(spent)  # tokens/s forward and backward
+    return sum(work(c).values()) / rate / 60, packed_tokens(c, "memtrain")
 
 
 def open_checkpoint(options: argparse.Namespace, fields: Sequence[str]) -> Policy:
@@ -1478,6 +1481,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             {"plan": plan, "read": read_command, "export": export_command}[argv[0]](argv[1:])
             return 0
         c = parse(argv)
+        if is_study(c):
+            return study(argv)
         torch.set_num_threads(c.threads or os.cpu_count() or 1)
         if c.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used

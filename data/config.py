@@ -10,13 +10,58 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import InputError
 from data.pretrained import read_shape
 from data.terminal import printable
+
+
+def memory_times(factor: float):
+    """Overrides that scale the memory, and with it what a turn may write and its window."""
+    def overrides(c: Mapping) -> dict:
+        more = max(1, round(factor * c["memory"])) - c["memory"]
+        return {name: c[name] + share * more for name, share in (("memory", 1), ("response", 1), ("window", 2))}
+
+    return overrides
+
+
+# The arms of a study beside the full run: name -> the fields that differ, or a function of a configuration's fields
+# where they follow from it.
+ABLATIONS: dict[str, dict | Callable[[Mapping], dict]] = {
+    "end-to-end": {"recall_group": 0},  # Figure 3: no IMR at all
+    "decoupled": {"recall_weight": 0.0},  # Figure 3: IMR is trained, and R^E knows nothing of it
+    "shared-probe": {"shared_probe": True},
+    "paper-order": {"prompt_order": "paper"},
+    "std": {"divide_by_std": True},
+    "random-related": {"related": 0},
+    "memory-half": memory_times(0.5),
+    "memory-double": memory_times(2.0),
+    "g2-1": {"recall_group": 1},
+    "g2-4": {"recall_group": 4},
+    "longer-memagent": lambda c: {"memagent_steps": round(1.6 * c["memagent_steps"])},  # Figure 4: 500 + 300 steps
+}
+SCALING = ("longer-memagent",)  # those that --scaling adds; --ablations adds the others
+OTHER_BASE = ("paper-order", "memory-half", "memory-double")  # the base reads and writes otherwise in these
+
+
+def ablations(c: Mapping) -> dict[str, dict]:
+    """{arm: the fields in which it differs from a configuration with the fields `c`}, without arms that are `c`."""
+    made = {name: change(c) if callable(change) else change for name, change in ABLATIONS.items()}
+    return {name: change for name, change in made.items() if any(c[k] != v for k, v in change.items())}
+
+
+def arm_of(full: Mapping, other: Mapping) -> str:
+    """The arm that the configuration `other` is beside `full` (fields by name): "full", a name in ABLATIONS, or the
+    fields that differ, as "lr=0.001,kl=0.01". What a study changes for every run, and where a base lies, is no
+    difference."""
+    change = {k: v for k, v in other.items() if k not in FREE_FIELDS | {"seed", "init"} and full.get(k, v) != v}
+    for name, known in ablations(full).items():
+        if change == {k: v for k, v in known.items() if full[k] != v}:
+            return name
+    return ",".join(f"{k}={v}" for k, v in change.items()) or "full"
 
 
 def option(default, group: str, text: str):
@@ -27,24 +72,33 @@ def option(default, group: str, text: str):
 class Config:
     """The whole configuration, flat. The command line is generated from it; a preset only changes values."""
 
-    preset: str = option("nano", "run", "set of defaults: nano (two CPU cores, twenty minutes); qwen3-0.6b, "
-                         "qwen2.5-1.5b, qwen3-4b, qwen2.5-7b (real weights on one GPU); paper, the same for "
+    preset: str = option("nano", "run", "set of defaults: nano (two CPU cores, twenty minutes); small (one GPU "
+                         "of 8 GB or more, its base is trained in the same run); qwen3-0.6b, qwen2.5-1.5b, qwen3-4b, "
+                         "qwen2.5-7b (real weights on one GPU); paper, the same for "
                          "any other --model; each of them with -consumer (batches for 24 GB)")
     model: str = option("", "run", "real weights instead of our own: a folder as published (config.json, safetensors, "
                         "tokenizer), or its name on the hub; its shape replaces the fields of the group model")
     revision: str = option("main", "run", "branch, tag or commit of --model on the hub")
-    run: str = option("", "run", "name of the folder under runs/; the preset's name if empty")
+    run: str = option("", "run", "name of the folder under runs/; the preset's name if empty, for a study with "
+                      "-study behind it")
     stages: str = option("memtrain,memagent,mem1,eval,report", "run",
                          "what to do, in order: base (train the stand-in for an instruct model), memtrain, memagent "
                          "and mem1 (from the base and, where memtrain was run, from it too; memtrain+memagent, "
                          "memtrain+mem1: from it alone), eval, report")
     seed: int = option(0, "run", "seed of documents, rollouts and evaluation")
+    seeds: str = option("", "run", "a study: one run a seed, like 0,1,2, then one report of them all")
+    ablations: bool = option(False, "run", "a study: also one run a seed for each of " + ", ".join(
+        name for name in ABLATIONS if name not in SCALING))
+    scaling: bool = option(False, "run", "a study: also " + ", ".join(SCALING) + ", MemAgent with as many more steps "
+                           "as the paper's Figure 4")
     init: str = option("", "run", "checkpoint instead of the shipped base, which the base stage trains on from; with "
                        "--model the folder of a PEFT adapter")
     device: str = option("auto", "run", "auto, cpu or cuda")
     threads: int = option(0, "run", "CPU threads; 0: all cores")
     deterministic: bool = option(False, "run", "on a GPU: only operations that give the same result every time, or an "
                                                "error; slower. On a CPU every run is")
+    tf32: bool = option(False, "run", "on a GPU: float32 products with ten bits of mantissa (bfloat16 has seven), "
+                                      "several times faster")
     wandb: str = option("disabled", "run", "disabled, offline or online")
     debug: bool = option(False, "run", "show tracebacks")
 
@@ -125,6 +179,8 @@ class Config:
     save_every: int = option(20, "GRPO", "steps between checkpoints")
 
     base_steps: int = option(6000, "base", "steps on text and demonstrations after the copy warm-up")
+    adapt_steps: int = option(300, "base", "steps of a study that teach the base prompts in the paper's order, for the "
+                              "arm paper-order")
     base_copy_steps: int = option(200, "base", "warm-up steps on copying random tokens")
     base_lr: float = option(0.02, "base", "learning rate of Muon and of the embedding")
     base_people: int = option(200, "base", "size of the worlds that demonstrations are drawn from")
@@ -143,6 +199,7 @@ class Config:
     eval_top_p: float = option(0.95, "evaluation", "nucleus of sampling in evaluation (MemAgent's: 0.95)")
     eval_pairs: int = option(64, "evaluation", "pairs of questions a search benchmark")
     eval_masked: int = option(100, "evaluation", "held-out masked documents for recall and reconstruction")
+    eval_base: bool = option(True, "evaluation", "evaluate the base, too; false: what was trained alone")
 
 
 # The paper's setting for real weights; one GPU learns adapters, whose learning rate is above the paper's 1e-6 for all
@@ -172,16 +229,24 @@ QWEN = {  # as in their published config.json
                    "vocab": 152_064},
 }
 REAL = {"paper": PAPER} | {name: PAPER | shape for name, shape in QWEN.items()}
-PRESETS: dict[str, dict] = {"nano": {}} | REAL | {
+# One GPU: the paper's window, 1 : 5 : 1 : 1, at an eighth of its size, and a base that is trained in the same run.
+# No GPU has run it; `plan --preset small --seeds 0,1,2 --ablations --scaling` says what it should take.
+SMALL = {"stages": "base,memtrain,memagent,eval,report", "people": 2000, "passages": 240, "related": 29,
+         "width": 512, "layers": 8, "heads": 8, "key_heads": 4, "head_size": 64, "hidden": 1408,
+         "window": 1024, "section": 640, "memory": 128, "response": 129, "lr": 1e-4, "tf32": True,
+         "micro_tokens": 8_192, "sample_rows": 512, "cache_gb": 2.0, "base_documents": 12, "base_answers": 16,
+         "base_recalls": 24, "base_directs": 6}
+PRESETS: dict[str, dict] = {"nano": {}, "small": SMALL} | REAL | {
     f"{name}-consumer": p | CONSUMER | TIGHT.get(name, {}) for name, p in REAL.items()}
 TRAINED = ("memtrain", "memagent", "memtrain+memagent", "mem1", "memtrain+mem1")  # stages of reinforcement learning
 STAGES = ("base", *TRAINED, "eval", "report")
+STUDY = ("seeds", "ablations", "scaling")  # fields that ask for a study: its runs are started without them
 COMMANDS = ("plan", "read", "export")  # besides training and evaluation; the plain command takes options only
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths, and one
 # that ran out of memory goes on in smaller batches.
-FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset", "eval_lengths", "lora_merge",
-               "recompute", "micro_tokens", "sample_rows", "cache_gb"}
+FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset", "eval_lengths", "eval_base",
+               "adapt_steps", "lora_merge", "recompute", "micro_tokens", "sample_rows", "cache_gb"} | set(STUDY)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -226,7 +291,8 @@ def command_options(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace,
     parser.add_argument("--checkpoint", type=Path, required=name == "export", metavar="RUN/STAGE",
                         help="like runs/nano/memtrain; read takes the shipped base, or --model's weights, without it")
     options, fields = parser.parse_known_args(argv)
-    given_fields(fields)
+    if study := given_fields(fields).keys() & set(STUDY):
+        raise InputError(f"--{min(study)}: {name} is no study; leave it out")
     return options, fields
 
 
@@ -243,7 +309,11 @@ def parse(argv: Sequence[str]) -> Config:
         raise InputError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
     if "questions" in given:  # those of one's own are for search, too, unless there are others
         given.setdefault("benchmarks", "")
-    config = dataclasses.replace(Config(), **({"run": preset} | PRESETS[preset] | given))
+    if "seed" in given and given.get("seeds"):
+        raise InputError(f"--seed {given['seed']}: --seeds {given['seeds']} names the seeds of a study; give one of "
+                         f"the two")
+    name = {"run": preset + "-study" * bool(given.keys() & set(STUDY) and any(map(given.get, STUDY)))}
+    config = dataclasses.replace(Config(), **(name | PRESETS[preset] | given))
     if config.model:
         shape = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model"}
         if own := shape & given.keys():
@@ -277,6 +347,23 @@ def lengths_of(config: Config) -> list[int]:
         raise InputError(f"--eval-lengths {config.eval_lengths}: expected ascending whole numbers from 1 to 128, "
                          f"like 1,2,4")
     return lengths
+
+
+def is_study(c: Config) -> bool:
+    """Whether a command asks for several runs and one report."""
+    return any(getattr(c, name) for name in STUDY)
+
+
+def seeds_of(c: Config) -> list[int]:
+    """--seeds as ints in the order given; without it --seed alone."""
+    if not c.seeds:
+        return [c.seed]
+    if not all(x.isascii() and x.isdecimal() for x in c.seeds.split(",")):
+        raise InputError(f"--seeds {c.seeds}: expected whole numbers that are not negative, like 0,1,2")
+    seeds = [int(x) for x in c.seeds.split(",")]
+    if twice := [s for s in seeds if seeds.count(s) > 1]:
+        raise InputError(f"--seeds {c.seeds}: {twice[0]} is given twice; each seed is one run")
+    return seeds
 
 
 def rope_scaling(c: Config) -> tuple[float, ...]:
@@ -324,7 +411,6 @@ def check(c: Config) -> None:
     refuse(bool(unknown), f"--stages {c.stages}: unknown stage {unknown and unknown[0]!r}; "
                           f"choose from {','.join(STAGES)}")
     refuse(c.group < 2, f"--group {c.group}: a group of one has no mean to compare with; use at least 2")
-    refuse(c.recall_group == 1, "--recall-group 1: a group of one has no mean to compare with; use 0 or at least 2")
     for name in ("people", "passages", "train_sections", "masked_sections", "turns", "hits", "result", "eval_pairs",
                  "width", "layers", "heads", "key_heads",
                  "head_size", "hidden", "documents", "update_documents", "save_every", "eval_questions",
@@ -335,7 +421,7 @@ def check(c: Config) -> None:
         refuse(not getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be above 0")
     for name in ("memtrain_steps", "memagent_steps", "mem1_steps", "base_searches", "recall_group", "recall_weight",
                  "kl", "lora_rank", "related",
-                 "eval_masked", "warmup", "threads", "base_copy_steps", "base_steps", "vocab"):
+                 "eval_masked", "warmup", "threads", "adapt_steps", "base_copy_steps", "base_steps", "vocab"):
         refuse(getattr(c, name) < 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
     refuse(c.documents % c.update_documents > 0,
            f"--update-documents {c.update_documents}: must divide --documents {c.documents}")
@@ -357,6 +443,8 @@ def check(c: Config) -> None:
     refuse(not set(c.lora_targets.split(",")) <= set(PROJECTIONS),
            f"--lora-targets {c.lora_targets}: choose from {','.join(PROJECTIONS)}")
     refuse(bool(c.model) and "base" in c.stages.split(","), f"--stages {c.stages}: --model is the base; leave base out")
+    refuse("base" in c.stages.split(",") and c.base_steps < 1 and c.base_copy_steps < 1,
+           f"--base-steps {c.base_steps}: the base stage has nothing to do; give it steps, or leave it out")
     refuse(bool(c.lora_rank) and "base" in c.stages.split(","),
            f"--lora-rank {c.lora_rank}: the base stage trains all weights; run it without adapters first")
     refuse(bool(c.model and c.init) and not c.lora_rank,
@@ -391,7 +479,21 @@ def check(c: Config) -> None:
         value = getattr(c, f.name)
         refuse(f.type == "float" and not math.isfinite(value), f"--{f.name.replace('_', '-')} {value}: must be finite")
     refuse(c.seed < 0, f"--seed {c.seed}: must not be negative")
+    check_study(c)
     lengths_of(c)
+
+
+def check_study(c: Config) -> None:
+    """Refuses what can't be a study."""
+    if not is_study(c):
+        return
+    seeds_of(c)
+    stages = c.stages.split(",")
+    for name, wanted in (("ablations", ("memtrain", "memagent", "eval")), ("scaling", ("memagent", "eval"))):
+        if getattr(c, name) and (missing := [s for s in wanted if s not in stages]):
+            raise InputError(f"--{name}: needs the stage {missing[0]}, which --stages {c.stages} leaves out")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("--seeds: a study starts processes of its own; start it without torchrun")
 
 
 def refusal(error: InputError, argv: Sequence[str]) -> int:

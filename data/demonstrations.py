@@ -73,6 +73,7 @@ class Demonstrator:
         self.world, self.prompts, self.tokenizer = world, prompts, prompts.tokenizer
         self.section, self.memory = section, memory
         self.corpus, self.finder = world.corpus(), RuleFinder()
+        self.more = max(1.0, memory / 40)  # a larger memory is shown with as many more sentences that don't matter
 
     # ---- documents ---------------------------------------------------------------------------------------
 
@@ -140,14 +141,15 @@ class Demonstrator:
         return kept
 
     def earlier(self, rng: random.Random) -> list[str]:
-        """What a reader holds before the first section: nothing, or up to three sentences of random pages."""
-        count = rng.choice((0, 0, 1, 2, 3))
+        """What a reader holds before the first section: nothing, or sentences of random pages, up to three in 40
+        tokens."""
+        count = rng.choice((0, 0, *range(1, int(3 * self.more) + 1)))
         return self.fit([sentences(rng.choice(self.world.passages).text)[0] for _ in range(count)])
 
     def random_memory(self, text: str, rng: random.Random) -> list[str]:
-        """Up to four sentences of `text`."""
+        """Up to four sentences of `text` in 40 tokens."""
         lines = sentences(text)
-        return self.fit(rng.sample(lines, min(4, len(lines))))
+        return self.fit(rng.sample(lines, min(int(4 * self.more), len(lines))))
 
     def memory_ids(self, memory: list[str]) -> list[int]:
         return self.tokenizer.encode("".join(" " + s for s in memory)) if memory else self.prompts.no_memory
@@ -212,7 +214,7 @@ class Demonstrator:
             if s in episode.fact_of:
                 said.setdefault(episode.fact_of[s], []).append(s)
         gold = [rng.choice(said[f]) for f in episode.gold if f in said]
-        memory = self.fit(gold + rng.sample(printed, min(rng.randint(0, 3), len(printed))))
+        memory = self.fit(gold + rng.sample(printed, min(rng.randint(0, int(3 * self.more)), len(printed))))
         rng.shuffle(memory)
         return memory
 

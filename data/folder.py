@@ -36,6 +36,8 @@ class RunFolder:
             if entry.is_symlink() and entry.parent.name != "wandb":  # wandb links to its own latest run
                 raise InputError(f"{entry}: a symbolic link, behind which files outside the run would be overwritten; "
                                  f"put a file or folder in its place (the run folder itself may be a link)")
+        if (self.path / "study.json").exists():
+            raise InputError(f"{self.path}: holds the report of a study; choose another --run")
         path = self.path / "config.json"
         theirs = read_json(path, "choose another --run, or delete the folder to start anew") if path.exists() else {}
         for name, mine in config.items():
@@ -44,18 +46,33 @@ class RunFolder:
                                  f"choose another --run, or delete the folder to start anew")
 
     def claim(self, config: dict) -> None:
-        """Creates the folder and writes the configuration. One process a folder: the lock ends with its process,
-        however that ends."""
+        """Creates the folder and writes the configuration. One process a folder."""
+        self.lock()
+        write_json(self.path / "config.json", config)
+        self.tidy()
+
+    def lock(self) -> None:
+        """Creates the folder and keeps others out of it until this process ends, however it ends. InputError where
+        another has."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.path / ".lock").open("w", encoding="utf-8")
+            self.held = (self.path / ".lock").open("w", encoding="utf-8")
         try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{self.path}: another process is at work on it; wait for it or choose another "
                              f"--run") from None
-        write_json(self.path / "config.json", config)
-        self.tidy()
+
+    def locked(self) -> bool:
+        """Whether another process is at work on it."""
+        try:
+            with (self.path / ".lock").open("r+") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
 
     def tidy(self) -> None:
         """Clears up behind a killed process: half written files go, and each .json says what its checkpoint holds."""

@@ -1,12 +1,13 @@
 """What a configuration will need, before anything is downloaded or run: memory by part, tokens, FLOPs, hours, kWh.
 
     python memtrain.py plan --preset qwen3-4b --gpu H100 [--gpu-memory 80] [--tflops 900] [--mfu 0.35] [any field]
+    python memtrain.py plan --preset small --seeds 0,1,2 --ablations --scaling
 
 Arithmetic on a Config alone, without torch. What it takes for granted, as an upper estimate: documents of as many
 sections as the configuration allows, each section, memory and rewritten memory as long as it may be, answers of an
 eighth of the response, and a signal in every group (groups without one are not trained on, mostly half and more).
 Parameters, cache and saved activations are exact and tested against the decoder; times rest on two shares of the
-card's peak, MFU and BANDWIDTH_SHARE, which are assumptions.
+card's peak, MFU and BANDWIDTH_SHARE, on LAUNCH where a model is small and on START where runs are many: assumptions.
 
 GB are 1e9 bytes. A card sold with 24 GB has 25.8 of them: the difference is left to fragmentation.
 
@@ -27,37 +28,52 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import InputError
-from data.config import cache_slots
+from data.arms import jobs
+from data.config import cache_slots, is_study
 from data.files import output, write_json
 
 GB = 1e9
 CONTEXT = 0.5 * GB  # CUDA's context, compiled kernels and the libraries' workspaces: an allowance
 MFU = 0.35  # share of the peak in prefill and training: assumed, usual for LoRA with recomputation on one card
 BANDWIDTH_SHARE = 0.6  # of the peak, in decoding: assumed
+LAUNCH = 3e-6  # seconds that a kernel takes at least, in a captured decoding step: assumed
+KERNELS = 26, 40  # of a block in a decoding step, and outside the blocks: counted in memtrain.Block and Sampler, about
+DEMONSTRATE = 22e-6  # seconds on one core to make a token of demonstrations: 16 to 26, measured on a shared AMD EPYC
+START = 30 / 3600  # hours until a run of a study is at work: libraries, data, kernels compiled, graphs: assumed
+WORKERS = 8  # processes that make them beside a GPU, as in memtrain.train_base
+SINGLE = 1 / 12  # float32 rate without tensor cores, as a share of bfloat16's, of a card that is not named: assumed
 BANDWIDTH = 4  # GB/s for each TFLOP/s of a card that is not named: assumed; 3.4 on H100, 6.5 on A100
 ANSWER_SHARE = 8  # an answer is response / 8 tokens long; with the paper's window 128
 
 
 class Card(NamedTuple):
-    """memory in GB; dense bfloat16 TFLOP/s with fp32 sums, without sparsity; memory bandwidth in GB/s; board watts."""
+    """memory in GB; dense bfloat16 TFLOP/s with fp32 sums, without sparsity; memory bandwidth in GB/s; board watts;
+    float32 TFLOP/s without tensor cores. With --tf32 float32 reaches half of bfloat16, on all of these."""
 
     memory: float
     tflops: float
     bandwidth: float
     watts: float
+    single: float
 
 
 CARDS = {
-    "3090": Card(24, 71, 936, 350),  # NVIDIA, GA102 architecture whitepaper, table of GeForce cards
-    "4090": Card(24, 165.2, 1008, 450),  # NVIDIA, Ada GPU architecture whitepaper, appendix A
-    "5090": Card(32, 209.5, 1792, 575),  # NVIDIA, RTX Blackwell GPU architecture whitepaper, appendix A
-    "L40S": Card(48, 362, 864, 350),  # NVIDIA L40S data sheet (733 with sparsity)
-    "A100-40": Card(40, 312, 1555, 400),  # NVIDIA A100 data sheet, SXM
-    "A100-80": Card(80, 312, 2039, 400),  # the same
-    "H100": Card(80, 989, 3350, 700),  # NVIDIA H100 data sheet, SXM (1,979 with sparsity)
-    "H200": Card(141, 989, 4800, 700),  # NVIDIA H200 data sheet, SXM
-    "B200": Card(180, 2250, 8000, 1000),  # NVIDIA DGX B200 data sheet, an eighth of it (4,500 with sparsity)
+    "3090": Card(24, 71, 936, 350, 35.6),  # NVIDIA, GA102 architecture whitepaper, table of GeForce cards
+    "4090": Card(24, 165.2, 1008, 450, 82.6),  # NVIDIA, Ada GPU architecture whitepaper, appendix A
+    "5090": Card(32, 209.5, 1792, 575, 104.8),  # NVIDIA, RTX Blackwell GPU architecture whitepaper, appendix A
+    "L40S": Card(48, 362, 864, 350, 91.6),  # NVIDIA L40S data sheet (733 with sparsity)
+    "A100-40": Card(40, 312, 1555, 400, 19.5),  # NVIDIA A100 data sheet, SXM
+    "A100-80": Card(80, 312, 2039, 400, 19.5),  # the same
+    "H100": Card(80, 989, 3350, 700, 67),  # NVIDIA H100 data sheet, SXM (1,979 with sparsity)
+    "H200": Card(141, 989, 4800, 700, 67),  # NVIDIA H200 data sheet, SXM
+    "B200": Card(180, 2250, 8000, 1000, 75),  # NVIDIA DGX B200 data sheet, an eighth of it (4,500 with sparsity)
 }
+
+
+def rate(c, card: Card) -> float:
+    """Dense TFLOP/s of the products that a configuration computes."""
+    return card.tflops if c.dtype == "bfloat16" else card.tflops / 2 if c.tf32 else card.single
+
 
 # ---- Parameters ----------------------------------------------------------------------------------------------------
 
@@ -249,6 +265,83 @@ def prefill(c, calls: Sequence[Call], made: Sequence[tuple[int, int, int, int]])
     return total
 
 
+# ---- What a run does -------------------------------------------------------------------------------------------------
+
+# Of the demonstrations of data/demonstrations.py, counted: how many of a document's sections are shown, to how many
+# readers that differ; tokens of an answer.
+SHOWN, READERS, SAID = 0.68, 2.5, 6
+COPIED = 64 * 64  # tokens of a step of copying: memtrain.copying_rows
+
+
+def demonstrated(c) -> Passes:
+    """The micro-batches of one step of the base stage, about: rows of data.demonstrations, a fifth of their prefixes
+    scored beside the responses."""
+    update, answer, recall, direct = WORDS["short"]
+    section = 0.72 * c.section  # LENGTHS are 0.75 in the mean, and a section ends with its last whole passage
+    more = max(1.0, c.memory / 40)  # Demonstrator.more: what memories hold, and what is written, in tokens
+    held, written, drawn = 11 + 9 * more, 13 + 3 * more, 22 * more
+    rows = [(c.base_documents * 2.5 * SHOWN, update + section, READERS * held, READERS * written),
+            (c.base_answers + c.base_documents * 0.9, answer, held + 7, SAID),
+            (c.base_recalls + c.base_documents * 0.25, recall + section + drawn, 1, SAID),
+            (c.base_directs, direct + section, 1, SAID)]
+    tokens = sum(n * (prefix + given + sampled) for n, prefix, given, sampled in rows)
+    scored = sum(n * (0.2 * prefix + sampled) for n, prefix, given, sampled in rows)
+    pairs = sum(n * _pairs(round(prefix), round(given + sampled), 1) for n, prefix, given, sampled in rows)
+    passes = max(1, round(tokens / c.micro_tokens))
+    return Passes(passes, round(tokens), round(scored), round(pairs), min(round(tokens), c.micro_tokens),
+                  round(min(1, c.micro_tokens / tokens) * scored))
+
+
+def trainings(c) -> dict[str, int]:
+    """What a run trains, in order: name -> steps."""
+    wanted, steps = c.stages.split(","), {}
+    for stage in wanted:
+        if stage == "base":
+            steps["base"] = c.base_copy_steps + c.base_steps
+        elif stage == "memtrain":
+            steps["memtrain"] = c.memtrain_steps
+        elif stage == "memagent":  # from the base and, where memtrain was trained, from it too
+            steps |= {"memagent": c.memagent_steps} | (
+                {"memtrain+memagent": c.memagent_steps} if "memtrain" in steps else {})
+        elif stage == "memtrain+memagent":
+            steps["memtrain+memagent"] = c.memagent_steps
+    return steps
+
+
+def kinds_of(c) -> list[str]:
+    """The kinds of GRPO steps among the stages: memtrain (masks) and memagent (questions)."""
+    trained = trainings(c).keys() - {"base"}
+    return ["memtrain"] * ("memtrain" in trained) + ["memagent"] * bool(trained - {"memtrain"})
+
+
+def evaluated(c) -> list[str]:
+    """The systems whose memory loop a run evaluates, if it evaluates at all."""
+    return ["base"] * c.eval_base + [name for name in trainings(c) if name != "base"]
+
+
+def packed_tokens(c, stage: str) -> int:
+    """Of one step, through forward and backward."""
+    if stage == "base":
+        return demonstrated(c).tokens
+    return training(step(c, "memtrain" if stage == "memtrain" else "memagent"), c.micro_tokens).tokens
+
+
+def work(c) -> dict[str, float]:
+    """Of each stage of a run, in units of one packed token forward and backward: for how long it takes, beside other
+    stages and runs of the same model."""
+    done: dict[str, float] = {}
+    for name, steps in trainings(c).items():
+        done[name] = float(steps * packed_tokens(c, name))
+        if name == "base":
+            done[name] -= c.base_copy_steps * (packed_tokens(c, name) - COPIED)
+        elif name == "memtrain":
+            done[name] *= 0.55  # most recall groups have no signal and are not trained on
+    if "eval" in c.stages.split(","):  # forward alone is about 2.5 times faster
+        lengths = sum(int(n) for n in c.eval_lengths.split(","))
+        done["eval"] = len(evaluated(c)) * lengths * c.eval_questions * (c.section + 110) / 2.5
+    return done
+
+
 # ---- Memory --------------------------------------------------------------------------------------------------------
 
 
@@ -307,11 +400,10 @@ PROMPTS = "prompts' activations, or logits"
 
 @cache
 def memory(c, vocab: int) -> dict[str, dict[str, float]]:
-    """Bytes by part for each phase: sampling, training, evaluation (those that --stages has)."""
+    """Bytes by part for each phase: sampling, training, base, evaluation (those that --stages has)."""
     e, (base, extra) = element(c), parameters(c, vocab)
     trained = extra or base
-    stages = c.stages.split(",")
-    kinds = [s for s in ("memtrain", "memagent") if s in stages]
+    stages, kinds = c.stages.split(","), kinds_of(c)
     always = {"weights": base * e, "CUDA context (allowance)": CONTEXT}
     if extra:
         always["adapters"] = 4.0 * extra
@@ -338,6 +430,15 @@ def memory(c, vocab: int) -> dict[str, dict[str, float]]:
         work = max(work, 4.0 * trained - kept)  # AdamW's temporaries come when activations are gone
         phases["training"] = stays | {"gradients": 4.0 * trained, "activations kept": kept,
                                       "one block at work": work, "logits gradient": head}
+    if "base" in stages:
+        p = demonstrated(c)
+        p = dataclasses.replace(p, most=max(p.most, min(COPIED, c.micro_tokens)))
+        kept, work_ = activations(dataclasses.replace(c, kl=0.0), p.most, max(p.most_scored, p.most * 6 // 10))
+        hidden = c.layers * sum(math.prod(x) for x in own.values())
+        phases["base"] = always | {
+            "moments of Muon and AdamW": 4.0 * hidden + 8.0 * (base - hidden), "gradients": 4.0 * base,
+            "activations kept": kept, "one block at work": max(work_, 4.0 * base - kept),
+            "logits gradient": (1 << 25) * e + 2 * 4096 * c.width * 4.0}
     if "eval" in stages:
         systems = [x for s in ("base", "base-one-window") for x in evaluation(c, s)]
         made = slots(c, calls + systems)
@@ -422,13 +523,13 @@ def training_flops(c, vocab: int, p: Passes) -> float:
 
 def sampling(c, vocab: int, calls: Sequence[Call], before: Sequence[Call], top_p: float) -> dict[str, float]:
     """Work of these calls after those `before`: FLOPs of prefill and of decoding, bytes that decoding moves, tokens
-    through the model, tokens sampled, most rows side by side."""
+    through the model, tokens sampled, most rows side by side, decoding steps one after the other."""
     made = slots(c, [*before, *calls])[len(before):]
     pre, separate = prefill(c, calls, made), not c.lora_merge
     flops = sum(forward_flops(c, vocab, pre, separate, 0).values())
     base, extra = parameters(c, vocab)
     weights = element(c) * (base - (0 if c.tied else vocab * c.width)) + (4 * extra if separate else 0)
-    out = {"prefill": flops, "decode": 0.0, "bytes": 0.0, "tokens": pre.tokens, "sampled": 0, "rows": 0}
+    out = {"prefill": flops, "decode": 0.0, "bytes": 0.0, "tokens": pre.tokens, "sampled": 0, "rows": 0, "steps": 0.0}
     kv = token_bytes(c)
     for x, (rows, groups, *_) in zip(calls, made, strict=True):
         side = min(rows, x.groups * x.members, groups * x.members)
@@ -441,43 +542,74 @@ def sampling(c, vocab: int, calls: Sequence[Call], before: Sequence[Call], top_p
         out["bytes"] += steps * (weights + kv * (side / together * x.prefix + side * context)
                                  + side * vocab * (60 if top_p >= 1 else 130))
         out["tokens"] += x.sequences * (x.sampled - 1)
+        out["steps"] += steps
         out["sampled"] += x.sequences * x.sampled
         out["rows"] = max(out["rows"], side)
     return out
 
 
-def seconds(work: dict[str, float], card: Card, mfu: float) -> float:
-    """Prefill at the share `mfu` of the peak; decoding is bound by it or by the bandwidth."""
-    peak_flops = card.tflops * 1e12 * mfu
+def seconds(c, work: dict[str, float], card: Card, mfu: float) -> float:
+    """Prefill at the share `mfu` of the peak; decoding is bound by it, by the bandwidth, or by the kernels' number."""
+    peak_flops = rate(c, card) * 1e12 * mfu
     moved = work["bytes"] / (card.bandwidth * 1e9 * BANDWIDTH_SHARE)
-    return work["prefill"] / peak_flops + max(moved, work["decode"] / peak_flops)
+    launched = work["steps"] * LAUNCH * (c.layers * KERNELS[0] + KERNELS[1])
+    return work["prefill"] / peak_flops + max(moved, work["decode"] / peak_flops, launched)
+
+
+def base_stage(c, vocab: int, card: Card, mfu: float) -> dict:
+    """The row of `stages` for the base: its demonstrations are made on the CPU, beside the training."""
+    copied = Passes(1, COPIED, COPIED * 6 // 10, 64 * _pairs(32, 32, 1))
+    own = dataclasses.replace(c, kl=0.0)
+    flops = [training_flops(own, vocab, p) for p in (demonstrated(c), copied)]
+    learn = [x / (rate(c, card) * 1e12 * mfu) for x in flops]
+    make = demonstrated(c).tokens * DEMONSTRATE / WORKERS
+    total = c.base_steps * max(learn[0], make) + c.base_copy_steps * learn[1]
+    count = c.base_steps + c.base_copy_steps
+    return {"stage": "base", "steps": count, "sample_seconds": max(0.0, make - learn[0]), "train_seconds": learn[0],
+            "flops": (c.base_steps * flops[0] + c.base_copy_steps * flops[1]) / max(1, count), "sample_rows": 0,
+            "hours": total / 3600}
 
 
 def stages(c, vocab: int, card: Card, mfu: float) -> list[dict]:
     """For each stage: steps, seconds and FLOPs of a step, hours."""
-    wanted, rows, before = c.stages.split(","), [], []
-    for kind in ("memtrain", "memagent"):
-        if kind not in wanted:
-            continue
+    rows, before = [], []
+    if "base" in c.stages.split(","):
+        rows.append(base_stage(c, vocab, card, mfu))
+    trained = trainings(c)
+    for kind in kinds_of(c):
         calls = step(c, kind)
         work, p = sampling(c, vocab, calls, before, c.top_p), training(calls, c.micro_tokens)
         before = [*before, *calls]
         learn = training_flops(c, vocab, p)
-        spent = seconds(work, card, mfu), learn / (card.tflops * 1e12 * mfu)
-        times = 2 if kind == "memagent" and "memtrain" in wanted else 1  # from the base and from memtrain
-        count = times * (c.memtrain_steps if kind == "memtrain" else c.memagent_steps)
-        rows.append({"stage": kind + (" (twice)" if times > 1 else ""), "steps": count, "sample_seconds": spent[0],
+        spent = seconds(c, work, card, mfu), learn / (rate(c, card) * 1e12 * mfu)
+        names = [n for n in trained if n != "base" and (n == "memtrain") == (kind == "memtrain")]
+        count = sum(trained[n] for n in names)
+        rows.append({"stage": names[0] + " (twice)" * (len(names) > 1), "steps": count, "sample_seconds": spent[0],
                      "train_seconds": spent[1], "flops": work["prefill"] + work["decode"] + learn,
                      "sample_rows": work["rows"], "hours": count * sum(spent) / 3600})
-    if "eval" in wanted:
-        systems = 1 + ("memtrain" in wanted) + ("memagent" in wanted) * (1 + ("memtrain" in wanted))
+    if "eval" in c.stages.split(","):
+        systems = evaluated(c)
         works = [sampling(c, vocab, evaluation(c, s), before, c.eval_top_p)
-                 for s in ["base"] * systems + ["base-one-window"]]
-        spent = sum(seconds(w, card, mfu) for w in works)
-        rows.append({"stage": f"eval of {systems} systems", "steps": 1, "sample_seconds": spent, "train_seconds": 0.0,
-                     "flops": sum(w["prefill"] + w["decode"] for w in works), "sample_rows": works[0]["rows"],
-                     "hours": spent / 3600})
+                 for s in systems + ["base-one-window"] * c.eval_base]
+        spent = sum(seconds(c, w, card, mfu) for w in works)
+        rows.append({"stage": f"eval of {len(systems)} systems", "steps": 1, "sample_seconds": spent,
+                     "train_seconds": 0.0, "flops": sum(w["prefill"] + w["decode"] for w in works),
+                     "sample_rows": max((w["rows"] for w in works), default=0), "hours": spent / 3600})
     return rows
+
+
+def study(c, vocab: int, card: Card, mfu: float) -> list[dict]:
+    """For each arm of a study: runs and their hours in all, one after the other on one card."""
+    arms: dict[str, dict] = {}
+    for job in jobs(c):
+        name = f"base for {job.run.split('.')[-1]}" if job.arm == "base" and job.overrides else job.arm
+        row = arms.setdefault(name, {"arm": name, "runs": 0, "steps": 0, "flops": 0.0, "hours": 0.0})
+        rows = stages(job.config, vocab, card, mfu)
+        row["runs"] += 1
+        row["steps"] += sum(trainings(job.config).values())
+        row["flops"] += sum(r["steps"] * r["flops"] for r in rows)
+        row["hours"] += sum(r["hours"] for r in rows) + START
+    return list(arms.values())
 
 
 def tokens(c, kind: str) -> dict[str, int]:
@@ -501,18 +633,26 @@ def make_plan(c, card: Card, name: str, mfu: float = MFU, limit: float = 0.0) ->
     """Everything the command prints, as JSON values. limit: bytes of the card, 0: not asked."""
     vocab = vocabulary(c)
     base, extra = parameters(c, vocab)
-    kinds = [k for k in ("memtrain", "memagent") if k in c.stages.split(",")]
+    kinds = kinds_of(c)
     phase, most = peak(c, vocab)
     rows = stages(c, vocab, card, mfu)
-    hours = sum(r["hours"] for r in rows)
+    hours, flops = sum(r["hours"] for r in rows), sum(r["steps"] * r["flops"] for r in rows)
+    arms = study(c, vocab, card, mfu) if is_study(c) else []
+    if arms:
+        hours, flops = sum(r["hours"] for r in arms), sum(r["flops"] for r in arms)
+        phase, most = max((peak(job.config, vocab) for job in jobs(c)), key=lambda x: x[1])
     orders = {order: {k: tokens(dataclasses.replace(c, prompt_order=order), k) for k in kinds}
               for order in ("section-first", "paper")}
     return {"preset": c.preset, "model": c.model, "parameters": base, "adapters": extra, "dtype": c.dtype,
             "memory": memory(c, vocab), "peak_phase": phase, "peak": most, "limit": limit,
             "fits": not limit or most <= limit, "changes": fitting(c, vocab, limit) if limit and most > limit else [],
             "tokens": orders, "stages": rows, "hours": hours, "kwh": hours * card.watts / 1000 if card.watts else None,
-            "flops": sum(r["steps"] * r["flops"] for r in rows), "card": name, "tflops": card.tflops, "mfu": mfu,
+            "study": arms, "flops": flops, "card": name, "tflops": rate(c, card), "mfu": mfu,
             "bandwidth": card.bandwidth}
+
+
+def products(c) -> str:
+    return "bfloat16" if c.dtype == "bfloat16" else "float32 as TF32" if c.tf32 else "float32"
 
 
 def said(changes: dict[str, object]) -> str:
@@ -545,13 +685,20 @@ def text(c, p: dict) -> str:
         "steps", "sample s", "train s", "PFLOP", "hours"))]
     for r in p["stages"]:
         lines.append(f"  {r['stage']:<34}{r['steps']:12d}{r['sample_seconds']:12.1f}{r['train_seconds']:12.1f}"
-                     f"{r['flops'] / 1e15:12.2f}{r['hours']:12.1f}")
+                     f"{r['flops'] / 1e15:12.2f}{r['hours']:12.2f}")
+    if p["study"]:
+        lines += ["", "the study, one run after the other".ljust(36) + "".join(f"{x:>12}" for x in (
+            "runs", "steps", "", "PFLOP", "hours"))]
+        lines += [f"  {r['arm']:<34}{r['runs']:12d}{r['steps']:12d}{'':12}{r['flops'] / 1e15:12.2f}{r['hours']:12.2f}"
+                  for r in p["study"]]
     energy = f", {p['kwh']:,.1f} kWh of the card" if p["kwh"] is not None else ""
-    lines += [f"  in all {p['flops'] / 1e18:.3g} EFLOP, {p['hours']:,.1f} hours{energy}", "",
-              f"Assumed: {p['mfu']:.0%} of {p['tflops']:g} TFLOP/s in prefill and training, {BANDWIDTH_SHARE:.0%} of "
-              f"{p['bandwidth']:g} GB/s in decoding; sections, memories",
-              f"and documents of full length, answers of {answer_tokens(c)} tokens, a signal in every group: an upper "
-              f"estimate, planned and not measured."]
+    hours = f"{p['hours']:,.1f}" if p["hours"] >= 10 else f"{p['hours']:.2f}"
+    lines += [f"  in all {p['flops'] / 1e18:.3g} EFLOP, {hours} hours{energy}", "",
+              f"Assumed: {p['mfu']:.0%} of {p['tflops']:g} TFLOP/s ({products(c)}) in prefill and training, "
+              f"{BANDWIDTH_SHARE:.0%} of {p['bandwidth']:g} GB/s in decoding;",
+              f"sections, memories and documents of full length, answers of {answer_tokens(c)} tokens, a signal in "
+              "every group: an upper",
+              "estimate, planned and not measured."]
     return "\n".join(lines)
 
 
@@ -610,7 +757,8 @@ def main(argv: Sequence[str], parse: Callable, presets: dict[str, dict]) -> None
     if known.tflops and known.gpu:
         card, name = card._replace(tflops=known.tflops), f"{name} with {known.tflops:g} TFLOP/s"
     elif known.tflops:  # some card: its memory and power are not known, its bandwidth is assumed to be in proportion
-        card, name = Card(0, known.tflops, BANDWIDTH * known.tflops, 0), f"a card of {known.tflops:g} TFLOP/s"
+        card = Card(0, known.tflops, BANDWIDTH * known.tflops, 0, SINGLE * known.tflops)
+        name = f"a card of {known.tflops:g} TFLOP/s"
     p = make_plan(c, card, name, known.mfu, (known.gpu_memory or card.memory) * GB)
     if known.out:
         write_json(output(Path(known.out)), p)

@@ -55,9 +55,10 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     """
     c, results = run.c, Results(run)
     trained = [s for s in TRAINED if run.folder.finished(s)]
-    readers = ["base", *(s for s in trained if "mem1" not in s)]
-    searchers = ["base", *(s for s in trained if "memagent" not in s)] if any("mem1" in s for s in trained) else []
-    jobs = [(s, n) for s in readers for n in lengths] + [("base-one-window", n) for n in lengths]
+    base = ["base"] * c.eval_base
+    readers = base + [s for s in trained if "mem1" not in s]
+    searchers = base + [s for s in trained if "memagent" not in s] if any("mem1" in s for s in trained) else []
+    jobs = [(s, n) for s in readers for n in lengths] + [("base-one-window", n) for n in lengths if c.eval_base]
     jobs += [(s, 0) for s in readers if c.eval_masked] + [(s, name) for s in searchers for name in run.data.benchmarks]
     memories = Memories(run, lengths, results.value["memory"])
     jobs = [j for j in jobs if not (results.has(*j) and memories.has(*j))]

@@ -67,7 +67,7 @@ BAD = {  # command: parts of the answer
     "--lr 0": ["--lr 0"], "--lr nan": ["--lr nan"], "--lr inf": ["--lr inf"], "--kl -1": ["--kl -1"],
     "--kl nan": ["--kl nan"], "--temperature 0": ["--temperature 0"], "--top-p 0": ["--top-p"],
     "--top-p 1.5": ["--top-p"], "--eps-low 1": ["--eps-low"], "--seed -1 --stages base": ["--seed -1"],
-    "--group 1": ["--group 1", "at least 2"], "--recall-group 1": ["--recall-group 1", "0 or at least 2"],
+    "--group 1": ["--group 1", "at least 2"], "--recall-group -1": ["--recall-group -1", "negative"],
     "--window 100": ["--window 100", "section 160"], "--window 250": ["--window 250"], "--memory 41": ["--response"],
     "--documents 6 --update-documents 4": ["--update-documents 4", "--documents 6"],
     "--key-heads 3": ["--key-heads 3"], "--head-size 7": ["--head-size 7"], "--layers 0": ["--layers 0"],

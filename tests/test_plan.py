@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import memtrain
 from data import InputError
+from data.demonstrations import DemoSteps
 from eval import plan
 from kernels.cache import Cache
 from memtrain import PRESETS, Agent, Decoder, Sampler, Turn, main, micro_batches, pack, parse
@@ -145,6 +146,47 @@ def test_the_papers_step_passes_the_tokens_that_the_design_names():
     assert plan.tokens(replace(c, prompt_order="paper"), "memtrain")["packed"] == pytest.approx(15e6, rel=0.12)
     shared = replace(c, shared_probe=True)
     assert plan.tokens(shared, "memtrain") == plan.tokens(c, "memtrain")
+
+
+@pytest.mark.parametrize("argv", [[], ["--preset", "small"], ["--section", "400", "--memory", "80", "--response",
+                                                              "81", "--window", "640", "--base-documents", "8"]])
+def test_tokens_are_those_of_a_step_of_the_base_stage(argv, tokenizer):
+    """On the mean of eight steps: each is a draw of documents, questions and readers."""
+    c, tokens, scored = parse(argv), [], []
+    steps = DemoSteps(c)
+    for i in range(8):
+        rows = steps[i]
+        packed = pack([(p, [(g, r) for g, r, _ in s]) for p, s in rows])
+        tokens.append(packed.layout.total)
+        scored.append(len(packed.target) + 0.2 * sum(len(p) for p, _ in rows))
+    p = plan.demonstrated(c)
+    assert p.tokens == pytest.approx(sum(tokens) / 8, rel=0.08) and p.scored == pytest.approx(sum(scored) / 8, rel=0.08)
+    assert p.most <= c.micro_tokens and p.most_scored < p.most
+    assert len(memtrain.copying_rows(c, 0, tokenizer)) * 64 == plan.COPIED
+
+
+def test_what_a_run_trains_and_evaluates():
+    c = parse(["--preset", "small"])
+    assert plan.trainings(c) == {"base": 6200, "memtrain": 60, "memagent": 15, "memtrain+memagent": 15}
+    assert plan.evaluated(c) == ["base", "memtrain", "memagent", "memtrain+memagent"]
+    arm = parse(["--stages", "memtrain,memtrain+memagent,eval", "--eval-base", "false"])
+    assert plan.trainings(arm) == {"memtrain": 60, "memtrain+memagent": 15}
+    assert plan.evaluated(arm) == ["memtrain", "memtrain+memagent"]
+    assert plan.trainings(parse(["--stages", "memagent,eval"])) == {"memagent": 15}
+    steps = [row["steps"] for row in plan.stages(c, 1536, plan.CARDS["H100"], 0.3)]
+    assert steps == [6200, 60, 30, 1], "memagent twice, from the base and from memtrain"
+    assert [row["steps"] for row in plan.stages(arm, 1536, plan.CARDS["H100"], 0.3)] == [60, 15, 1]
+    assert set(plan.work(c)) == {*plan.trainings(c), "eval"} and min(plan.work(c).values()) > 0
+
+
+def test_products_have_the_rate_of_their_kind():
+    card = plan.CARDS["H100"]
+    rates = [plan.rate(parse(argv), card) for argv in (["--preset", "qwen3-4b"], ["--preset", "small"], [])]
+    assert rates == [card.tflops, card.tflops / 2, card.single]
+    work = {"prefill": 0.0, "decode": 0.0, "bytes": 0.0, "steps": 1000.0}
+    c = parse(["--preset", "small"])
+    assert plan.seconds(c, work, card, 0.35) == pytest.approx(1000 * plan.LAUNCH * (8 * 26 + 40)), "a kernel has a cost"
+    assert plan.seconds(c, work | {"bytes": 3e12}, card, 0.35) > 1
 
 
 # ---- activations

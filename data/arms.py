@@ -1,0 +1,98 @@
+"""The runs that a study consists of: one of each seed, and one of each seed for every arm of a comparison.
+
+    base                  one for all of them, where --stages has it, of --seed: like a published model
+    full, of each seed    the command without --seeds
+    an arm, of each seed  the full run but for a few fields (ABLATIONS); it trains and evaluates what it needs alone
+
+Each is an ordinary configuration, whose run could be started by hand with arguments(config).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import InputError
+from data.config import (
+    OTHER_BASE,
+    PRESETS,
+    SCALING,
+    STUDY,
+    Config,
+    ablations,
+    parse,
+    seeds_of,
+)
+
+SHIPPED_BASE = Path(__file__).parent / "nano" / "base.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study. overrides: the fields that make its arm; after: the run whose base it starts from, or ""."""
+
+    arm: str
+    config: Config
+    overrides: dict
+    after: str = ""
+
+    @property
+    def run(self) -> str:
+        return self.config.run
+
+
+def arguments(c: Config) -> list[str]:
+    """The options that give the configuration `c`: those that differ from its preset's."""
+    preset = dataclasses.replace(Config(), **({"run": c.preset} | PRESETS[c.preset]))
+    given = [f"--preset={c.preset}"] * (c.preset != Config().preset)
+    for f in dataclasses.fields(Config):
+        value = getattr(c, f.name)
+        fixed = f.name == "preset" or (c.model and f.metadata["group"] == "model")  # --model has a shape of its own
+        if not fixed and value != getattr(preset, f.name):
+            given.append(f"--{f.name.replace('_', '-')}={str(value).lower() if f.type == 'bool' else value}")
+    return given
+
+
+def jobs(c: Config) -> list[Job]:
+    """The runs of the study that `c` asks for, in the order in which they are best started: a base before what starts
+    from it, and all seeds of an arm before the next one. InputError where one of them can't work."""
+    seeds, wanted = seeds_of(c), [s for s in c.stages.split(",") if s not in ("base", "report")]
+    alone = dataclasses.replace(c, **dict.fromkeys(STUDY, False) | {"seeds": ""})
+    arms = {name: change for name, change in ablations(vars(c)).items()
+            if (c.scaling if name in SCALING else c.ablations)}
+    made, after = [], ""
+    if "base" in c.stages.split(","):
+        after = f"{c.run}.base"
+        made.append(Job("base", dataclasses.replace(alone, run=after, stages="base"), {}))
+        alone = dataclasses.replace(alone, init=checkpoint(after))
+    if wanted:
+        own = dataclasses.replace(alone, stages=",".join(wanted))
+        made += [Job("full", dataclasses.replace(own, run=f"{c.run}.s{s}", seed=s), {}, after) for s in seeds]
+    for name, change in arms.items():
+        own, start = alone, after
+        if "prompt_order" in change and not c.model:
+            start = f"{c.run}.base.{name}"
+            made.append(Job("base", adapted(alone, start, change), change, after))
+            own = dataclasses.replace(alone, init=checkpoint(start))
+        trains = ["memagent"] if name in SCALING else ["memtrain", "memtrain+memagent"]
+        own = dataclasses.replace(own, **change, stages=",".join([*trains, "eval"]), eval_base=name in OTHER_BASE)
+        made += [Job(name, dataclasses.replace(own, run=f"{c.run}.s{s}.{name}", seed=s), change, start) for s in seeds]
+    if not made:
+        raise InputError(f"--stages {c.stages}: leaves the runs of a study nothing to do; python -m eval.report RUN "
+                         f"[RUN ...] builds a report anew")
+    for job in made:
+        parse(arguments(job.config))  # refuses what can't work, before anything is started
+    return made
+
+
+def checkpoint(run: str) -> str:
+    return str(Path("runs") / run / "base" / "checkpoint.safetensors")
+
+
+def adapted(c: Config, run: str, change: dict) -> Config:
+    """A short base stage that goes on from the base of all the others, to teach it prompts of another order: judged
+    with a base that has never seen them, an order would look worse than it is."""
+    return dataclasses.replace(c, **change, run=run, stages="base", init=c.init or str(SHIPPED_BASE),
+                               base_copy_steps=0, base_steps=c.adapt_steps, base_lr=c.base_lr / 2, lora_rank=0,
+                               dtype="float32")
