@@ -70,14 +70,10 @@ def jobs(c: Config) -> list[Job]:
         own = dataclasses.replace(alone, stages=",".join(wanted))
         made += [Job("full", dataclasses.replace(own, run=f"{c.run}.s{s}", seed=s), {}, after) for s in seeds]
     for name, change in arms.items():
-        own, start = alone, after
-        if "prompt_order" in change and not c.model:
-            start = f"{c.run}.base.{name}"
-            made.append(Job("base", adapted(alone, start, change), change, after))
-            own = dataclasses.replace(alone, init=checkpoint(start))
         trains = ["memagent"] if name in SCALING else ["memtrain", "memtrain+memagent"]
-        own = dataclasses.replace(own, **change, stages=",".join([*trains, "eval"]), eval_base=name in OTHER_BASE)
-        made += [Job(name, dataclasses.replace(own, run=f"{c.run}.s{s}.{name}", seed=s), change, start) for s in seeds]
+        own = dataclasses.replace(alone, **change, stages=",".join([*trains, "eval"]),
+                                  eval_systems=",".join(["base"] * (name in OTHER_BASE) + trains[-1:]))
+        made += [Job(name, dataclasses.replace(own, run=f"{c.run}.s{s}.{name}", seed=s), change, after) for s in seeds]
     if not made:
         raise InputError(f"--stages {c.stages}: leaves the runs of a study nothing to do; python -m eval.report RUN "
                          f"[RUN ...] builds a report anew")
@@ -88,11 +84,3 @@ def jobs(c: Config) -> list[Job]:
 
 def checkpoint(run: str) -> str:
     return str(Path("runs") / run / "base" / "checkpoint.safetensors")
-
-
-def adapted(c: Config, run: str, change: dict) -> Config:
-    """A short base stage that goes on from the base of all the others, to teach it prompts of another order: judged
-    with a base that has never seen them, an order would look worse than it is."""
-    return dataclasses.replace(c, **change, run=run, stages="base", init=c.init or str(SHIPPED_BASE),
-                               base_copy_steps=0, base_steps=c.adapt_steps, base_lr=c.base_lr / 2, lora_rank=0,
-                               dtype="float32")

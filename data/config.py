@@ -179,8 +179,6 @@ class Config:
     save_every: int = option(20, "GRPO", "steps between checkpoints")
 
     base_steps: int = option(6000, "base", "steps on text and demonstrations after the copy warm-up")
-    adapt_steps: int = option(300, "base", "steps of a study that teach the base prompts in the paper's order, for the "
-                              "arm paper-order")
     base_copy_steps: int = option(200, "base", "warm-up steps on copying random tokens")
     base_lr: float = option(0.02, "base", "learning rate of Muon and of the embedding")
     base_people: int = option(200, "base", "size of the worlds that demonstrations are drawn from")
@@ -199,7 +197,8 @@ class Config:
     eval_top_p: float = option(0.95, "evaluation", "nucleus of sampling in evaluation (MemAgent's: 0.95)")
     eval_pairs: int = option(64, "evaluation", "pairs of questions a search benchmark")
     eval_masked: int = option(100, "evaluation", "held-out masked documents for recall and reconstruction")
-    eval_base: bool = option(True, "evaluation", "evaluate the base, too; false: what was trained alone")
+    eval_systems: str = option("", "evaluation", "what to evaluate, like base,memtrain+memagent; if empty, the base "
+                               "(also with the whole document in one window) and all that was trained")
 
 
 # The paper's setting for real weights; one GPU learns adapters, whose learning rate is above the paper's 1e-6 for all
@@ -240,13 +239,14 @@ PRESETS: dict[str, dict] = {"nano": {}, "small": SMALL} | REAL | {
     f"{name}-consumer": p | CONSUMER | TIGHT.get(name, {}) for name, p in REAL.items()}
 TRAINED = ("memtrain", "memagent", "memtrain+memagent", "mem1", "memtrain+mem1")  # stages of reinforcement learning
 STAGES = ("base", *TRAINED, "eval", "report")
+SYSTEMS = ("base-one-window", "base", *TRAINED)
 STUDY = ("seeds", "ablations", "scaling")  # fields that ask for a study: its runs are started without them
 COMMANDS = ("plan", "read", "export")  # besides training and evaluation; the plain command takes options only
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths, and one
 # that ran out of memory goes on in smaller batches.
-FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset", "eval_lengths", "eval_base",
-               "adapt_steps", "lora_merge", "recompute", "micro_tokens", "sample_rows", "cache_gb"} | set(STUDY)
+FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset", "eval_lengths", "eval_systems",
+               "lora_merge", "recompute", "micro_tokens", "sample_rows", "cache_gb"} | set(STUDY)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -410,6 +410,9 @@ def check(c: Config) -> None:
     unknown = [s for s in wants if s not in STAGES]
     refuse(bool(unknown), f"--stages {c.stages}: unknown stage {unknown and unknown[0]!r}; "
                           f"choose from {','.join(STAGES)}")
+    odd = [s for s in c.eval_systems.split(",") if c.eval_systems and s not in SYSTEMS]
+    refuse(bool(odd), f"--eval-systems {c.eval_systems}: unknown system {odd and odd[0]!r}; choose from "
+                      f"{','.join(SYSTEMS)}")
     refuse(c.group < 2, f"--group {c.group}: a group of one has no mean to compare with; use at least 2")
     for name in ("people", "passages", "train_sections", "masked_sections", "turns", "hits", "result", "eval_pairs",
                  "width", "layers", "heads", "key_heads",
@@ -421,7 +424,7 @@ def check(c: Config) -> None:
         refuse(not getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be above 0")
     for name in ("memtrain_steps", "memagent_steps", "mem1_steps", "base_searches", "recall_group", "recall_weight",
                  "kl", "lora_rank", "related",
-                 "eval_masked", "warmup", "threads", "adapt_steps", "base_copy_steps", "base_steps", "vocab"):
+                 "eval_masked", "warmup", "threads", "base_copy_steps", "base_steps", "vocab"):
         refuse(getattr(c, name) < 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
     refuse(c.documents % c.update_documents > 0,
            f"--update-documents {c.update_documents}: must divide --documents {c.documents}")

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from data import InputError
 from data.arms import jobs
-from data.config import cache_slots, is_study
+from data.config import TRAINED, cache_slots, is_study
 from data.files import output, write_json
 
 GB = 1e9
@@ -116,9 +116,10 @@ def token_bytes(c) -> int:
 
 # ---- Sequences -----------------------------------------------------------------------------------------------------
 
-# Tokens of a prompt that are neither section nor memory, problem included: of an update, an answer, a recall and a
-# question about one window. Counted with the shipped tokenizer (short) and Qwen's (full), for the masked problem.
-WORDS = {"short": (31, 29, 21, 30), "full": (133, 60, 67, 46)}
+# Tokens of a prompt that are neither section nor memory, problem included: of an update, an answer, a recall, a
+# question about one window and a turn of search. Counted with the shipped tokenizer (short) and Qwen's (full), for the
+# masked problem; search for two questions of the mini-world, of HotpotQA.
+WORDS = {"short": (31, 29, 21, 30, 56), "full": (133, 60, 67, 46, 197)}
 GIVEN, NO_MEMORY = 4, 4  # what stands around a memory behind the shared prefix; the first turn's memory
 
 
@@ -134,6 +135,7 @@ class Call:
     given: int
     sampled: int
     constant: bool = False
+    limit: int = 0  # of what may be sampled; 0: --response
 
     @property
     def sequences(self) -> int:
@@ -153,6 +155,12 @@ def reading(c, documents: int, group: int, sections: int, one_problem: bool) -> 
     yield Call(1, *shared, answer - GIVEN, GIVEN + c.memory, answer_tokens(c))
 
 
+def searching(c, pairs: int, group: int) -> Call:
+    """Search QA of `pairs` pairs of questions, with all turns used and everything as long as it may be."""
+    head, most = WORDS[c.prompts][4], c.memory + c.act
+    return Call(c.turns, pairs, group, head - 10, 10 + c.act + c.result + c.memory, most, True, most)
+
+
 def answer_tokens(c) -> int:
     return max(6, c.response // ANSWER_SHARE)
 
@@ -163,7 +171,9 @@ def sections_of(c, kind: str) -> int:
 
 
 def step(c, kind: str) -> tuple[Call, ...]:
-    """What one GRPO step of `kind` (memtrain or memagent) samples, and then trains on."""
+    """What one GRPO step of `kind` (memtrain, memagent or mem1) samples, and then trains on."""
+    if kind == "mem1":
+        return (searching(c, c.documents, c.group),)
     sections = sections_of(c, kind)
     calls = [*reading(c, c.documents, c.group, sections, kind == "memtrain")]
     if kind == "memtrain" and c.recall_group and sections > 1:
@@ -184,6 +194,12 @@ def evaluation(c, system: str) -> list[Call]:
         calls += reading(c, c.eval_masked, 1, c.masked_sections, True)
         calls.append(Call(1, c.eval_masked, 1, WORDS[c.prompts][2] - 1 + c.section + c.memory, 1, answer_tokens(c)))
     return calls
+
+
+def searches(c) -> list[Call]:
+    """Sampling of one system's search benchmarks."""
+    many = 7 if c.corpus == "miniworld" or c.benchmarks == "all" else len(c.benchmarks.split(","))
+    return [searching(c, c.eval_pairs, 1)] * many
 
 
 def unshared(calls: Sequence[Call]) -> int:
@@ -243,7 +259,8 @@ def training(calls: tuple[Call, ...], limit: int) -> Passes:
 def slots(c, calls: Sequence[Call]) -> list[tuple[int, int, int, int]]:
     """(rows, groups, suffix room, prefix room) of the cache in each of these calls, as the Sampler will have it.
     InputError where a single turn doesn't fit."""
-    return [cache_slots(c, itertools.repeat(x.members, x.groups), x.given, x.prefix, c.response, token_bytes(c))
+    return [cache_slots(c, itertools.repeat(x.members, x.groups), x.given, x.prefix, x.limit or c.response,
+                        token_bytes(c))
             for x in calls]
 
 
@@ -268,22 +285,23 @@ def prefill(c, calls: Sequence[Call], made: Sequence[tuple[int, int, int, int]])
 # ---- What a run does -------------------------------------------------------------------------------------------------
 
 # Of the demonstrations of data/demonstrations.py, counted: how many of a document's sections are shown, to how many
-# readers that differ; tokens of an answer.
-SHOWN, READERS, SAID = 0.68, 2.5, 6
+# readers that differ; tokens of an answer; turns of an episode of search.
+SHOWN, READERS, SAID, TURNS = 0.68, 2.5, 6, 5.4
 COPIED = 64 * 64  # tokens of a step of copying: memtrain.copying_rows
 
 
 def demonstrated(c) -> Passes:
     """The micro-batches of one step of the base stage, about: rows of data.demonstrations, a fifth of their prefixes
     scored beside the responses."""
-    update, answer, recall, direct = WORDS["short"]
+    update, answer, recall, direct, search = WORDS["short"]
     section = 0.72 * c.section  # LENGTHS are 0.75 in the mean, and a section ends with its last whole passage
     more = max(1.0, c.memory / 40)  # Demonstrator.more: what memories hold, and what is written, in tokens
     held, written, drawn = 11 + 9 * more, 13 + 3 * more, 22 * more
     rows = [(c.base_documents * 2.5 * SHOWN, update + section, READERS * held, READERS * written),
             (c.base_answers + c.base_documents * 0.9, answer, held + 7, SAID),
             (c.base_recalls + c.base_documents * 0.25, recall + section + drawn, 1, SAID),
-            (c.base_directs, direct + section, 1, SAID)]
+            (c.base_directs, direct + section, 1, SAID),
+            (c.base_searches, search - 10, TURNS * (held + 60), TURNS * (written + 14))]
     tokens = sum(n * (prefix + given + sampled) for n, prefix, given, sampled in rows)
     scored = sum(n * (0.2 * prefix + sampled) for n, prefix, given, sampled in rows)
     pairs = sum(n * _pairs(round(prefix), round(given + sampled), 1) for n, prefix, given, sampled in rows)
@@ -298,32 +316,44 @@ def trainings(c) -> dict[str, int]:
     for stage in wanted:
         if stage == "base":
             steps["base"] = c.base_copy_steps + c.base_steps
-        elif stage == "memtrain":
-            steps["memtrain"] = c.memtrain_steps
-        elif stage == "memagent":  # from the base and, where memtrain was trained, from it too
-            steps |= {"memagent": c.memagent_steps} | (
-                {"memtrain+memagent": c.memagent_steps} if "memtrain" in steps else {})
-        elif stage == "memtrain+memagent":
-            steps["memtrain+memagent"] = c.memagent_steps
+        elif stage in TRAINED:
+            count = getattr(c, f"{kind_of(stage)}_steps")
+            steps[stage] = count
+            if stage in ("memagent", "mem1") and "memtrain" in steps:  # from the base, and from memtrain too
+                steps[f"memtrain+{stage}"] = count
     return steps
 
 
+def kind_of(stage: str) -> str:
+    return stage.rpartition("+")[2]
+
+
 def kinds_of(c) -> list[str]:
-    """The kinds of GRPO steps among the stages: memtrain (masks) and memagent (questions)."""
-    trained = trainings(c).keys() - {"base"}
-    return ["memtrain"] * ("memtrain" in trained) + ["memagent"] * bool(trained - {"memtrain"})
+    """The kinds of GRPO steps among the stages: memtrain (masks), memagent (questions), mem1 (search)."""
+    trained = set(map(kind_of, trainings(c).keys() - {"base"}))
+    return [kind for kind in ("memtrain", "memagent", "mem1") if kind in trained]
 
 
 def evaluated(c) -> list[str]:
-    """The systems whose memory loop a run evaluates, if it evaluates at all."""
-    return ["base"] * c.eval_base + [name for name in trainings(c) if name != "base"]
+    """The systems whose memory loop a run evaluates on long texts, if it evaluates at all."""
+    return _wanted(c, ["base", *(s for s in trainings(c) if s != "base" and kind_of(s) != "mem1")])
+
+
+def searched(c) -> list[str]:
+    """Those that it evaluates on search."""
+    trained = [s for s in trainings(c) if s != "base"]
+    return _wanted(c, ["base", *(s for s in trained if kind_of(s) != "memagent")]) if "mem1" in kinds_of(c) else []
+
+
+def _wanted(c, systems: list[str]) -> list[str]:
+    return [s for s in systems if not c.eval_systems or s in c.eval_systems.split(",")]
 
 
 def packed_tokens(c, stage: str) -> int:
     """Of one step, through forward and backward."""
     if stage == "base":
         return demonstrated(c).tokens
-    return training(step(c, "memtrain" if stage == "memtrain" else "memagent"), c.micro_tokens).tokens
+    return training(step(c, kind_of(stage)), c.micro_tokens).tokens
 
 
 def work(c) -> dict[str, float]:
@@ -339,6 +369,8 @@ def work(c) -> dict[str, float]:
     if "eval" in c.stages.split(","):  # forward alone is about 2.5 times faster
         lengths = sum(int(n) for n in c.eval_lengths.split(","))
         done["eval"] = len(evaluated(c)) * lengths * c.eval_questions * (c.section + 110) / 2.5
+        turns = len(searched(c)) * sum(x.sequences for x in searches(c))
+        done["eval"] += turns * (c.result + c.memory + 110) / 2.5
     return done
 
 
@@ -441,6 +473,7 @@ def memory(c, vocab: int) -> dict[str, dict[str, float]]:
             "logits gradient": (1 << 25) * e + 2 * 4096 * c.width * 4.0}
     if "eval" in stages:
         systems = [x for s in ("base", "base-one-window") for x in evaluation(c, s)]
+        systems += searches(c) if searched(c) else []
         made = slots(c, calls + systems)
         rows = max(m[0] for m in made[len(calls):])
         nucleus = (DRAW_NUCLEUS if c.eval_top_p < 1 else DRAW) * vocab
@@ -582,7 +615,7 @@ def stages(c, vocab: int, card: Card, mfu: float) -> list[dict]:
         before = [*before, *calls]
         learn = training_flops(c, vocab, p)
         spent = seconds(c, work, card, mfu), learn / (rate(c, card) * 1e12 * mfu)
-        names = [n for n in trained if n != "base" and (n == "memtrain") == (kind == "memtrain")]
+        names = [n for n in trained if n != "base" and kind_of(n) == kind]
         count = sum(trained[n] for n in names)
         rows.append({"stage": names[0] + " (twice)" * (len(names) > 1), "steps": count, "sample_seconds": spent[0],
                      "train_seconds": spent[1], "flops": work["prefill"] + work["decode"] + learn,
@@ -590,7 +623,8 @@ def stages(c, vocab: int, card: Card, mfu: float) -> list[dict]:
     if "eval" in c.stages.split(","):
         systems = evaluated(c)
         works = [sampling(c, vocab, evaluation(c, s), before, c.eval_top_p)
-                 for s in systems + ["base-one-window"] * c.eval_base]
+                 for s in systems + _wanted(c, ["base-one-window"])]
+        works += [sampling(c, vocab, searches(c), before, c.eval_top_p) for _ in searched(c)]
         spent = sum(seconds(c, w, card, mfu) for w in works)
         rows.append({"stage": f"eval of {len(systems)} systems", "steps": 1, "sample_seconds": spent,
                      "train_seconds": 0.0, "flops": sum(w["prefill"] + w["decode"] for w in works),

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from data import InputError
-from data.config import TRAINED
+from data.config import SYSTEMS, TRAINED
 from data.files import read_json, write_json
 from eval.longqa import held_out_rows, long_qa_row
 from eval.memory import Memories
@@ -55,20 +55,20 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     """
     c, results = run.c, Results(run)
     trained = [s for s in TRAINED if run.folder.finished(s)]
-    base = ["base"] * c.eval_base
-    readers = base + [s for s in trained if "mem1" not in s]
-    searchers = base + [s for s in trained if "memagent" not in s] if any("mem1" in s for s in trained) else []
-    jobs = [(s, n) for s in readers for n in lengths] + [("base-one-window", n) for n in lengths if c.eval_base]
+    readers = ["base", *(s for s in trained if "mem1" not in s)]
+    searchers = ["base", *(s for s in trained if "memagent" not in s)] if any("mem1" in s for s in trained) else []
+    jobs = [(s, n) for s in [*readers, "base-one-window"] for n in lengths]
     jobs += [(s, 0) for s in readers if c.eval_masked] + [(s, name) for s in searchers for name in run.data.benchmarks]
     memories = Memories(run, lengths, results.value["memory"])
-    jobs = [j for j in jobs if not (results.has(*j) and memories.has(*j))]
+    wanted = c.eval_systems.split(",") if c.eval_systems else SYSTEMS
+    jobs = [j for j in jobs if j[0] in wanted and not (results.has(*j) and memories.has(*j))]
     # the bar counts sections read, and turns of search for as many: that is what takes the time
     bar = tqdm(total=sum(effort(run, *j) for j in jobs), desc="eval", unit="section")
     loaded = None
     for system, job in sorted(jobs, key=lambda j: (j[0].split("-")[0], str(j[1]).rjust(3))):
-        if loaded != (wanted := system.split("-")[0]):
-            run.load(wanted)
-            loaded = wanted
+        if loaded != (weights := system.split("-")[0]):
+            run.load(weights)
+            loaded = weights
         bar.set_postfix_str(f"{system} {job}")
         if isinstance(job, str):
             results.add(search_qa=search_row(run.evaluated, run.data.retriever(), system, c.seed,

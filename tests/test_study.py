@@ -28,7 +28,7 @@ from memtrain import main
 ROOT = Path(memtrain.__file__).parent
 SEED = TINY.index("--seed")
 SMALLEST = [*TINY[:SEED], *TINY[SEED + 2:], "--memtrain-steps", "2", "--memagent-steps", "2", "--eval-lengths", "1",
-            "--adapt-steps", "1", "--run", "t", "--device", "cpu"]
+            "--run", "t", "--device", "cpu"]
 
 # ---- which runs
 
@@ -71,7 +71,8 @@ def test_the_runs_of_a_study():
         if arm in SCALING:
             assert c.stages == "memagent,eval" and c.memagent_steps == 24
         elif name.startswith("s") and arm:
-            assert c.stages == "memtrain,memtrain+memagent,eval" and c.eval_base == (arm in OTHER_BASE)
+            assert c.stages == "memtrain,memtrain+memagent,eval" and c.eval_systems == (
+                "base," * (arm in OTHER_BASE) + "memtrain+memagent")
     assert len(jobs(parse(["--scaling"]))) == 2 and not any(
         "g2-4" in job.run for job in jobs(parse(["--ablations", "--recall-group", "4"]))), "that is the full run"
     assert not any(job.arm == "base" for job in jobs(parse(["--preset", "qwen3-4b", "--ablations"])))
