@@ -161,6 +161,12 @@ REAL = {"paper": PAPER} | {name: PAPER | shape for name, shape in QWEN.items()}
 PRESETS: dict[str, dict] = {"nano": {}} | REAL | {
     f"{name}-consumer": p | CONSUMER | TIGHT.get(name, {}) for name, p in REAL.items()}
 STAGES = ("base", "memtrain", "memagent", "eval", "report")
+# Arms of a comparison: what an ablation changes in the run it is compared with. The report names arms after them.
+ABLATIONS: dict[str, dict] = {
+    "end-to-end": {"recall_group": 0}, "decoupled": {"recall_weight": 0.0}, "shared-probe": {"shared_probe": True},
+    "paper-order": {"prompt_order": "paper"}, "std": {"divide_by_std": True}, "random-related": {"related": 0},
+    "memory-half": {"memory": 20, "response": 21}, "memory-double": {"memory": 80, "response": 81},
+    "g2-4": {"recall_group": 4}, "longer-memagent": {"memagent_steps": 24}}
 COMMANDS = ("plan", "read", "export")  # besides training and evaluation; the plain command takes options only
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths, and one

@@ -122,12 +122,23 @@ def bootstrap_difference(a, b, n: int = 2000, seed: int = 0) -> tuple[float, flo
     a, b = np.atleast_2d(np.asarray(a, dtype=float)), np.atleast_2d(np.asarray(b, dtype=float))
     if a.shape != b.shape or a.ndim != 2 or a.size == 0:
         raise ValueError(f"a paired bootstrap needs equal (seeds, questions) arrays: {a.shape}, {b.shape}")
-    difference = a - b  # (S, Q)
-    seeds, questions = difference.shape
+    return bootstrap_mean([a - b], n, seed)
+
+
+def bootstrap_mean(parts: Sequence[np.ndarray], n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean over `parts` of their means, with its 95% interval.
+
+    parts: (seeds, questions) each, of the same seeds and of questions of their own, such as one benchmark each. A
+    resample draws seeds once for all parts, and questions within each.
+    """
+    seeds = len(parts[0])
     rng = np.random.default_rng(seed)
-    # Drawing with replacement = multinomial counts used as weights: two small products, no (n, S, Q) array.
+    # Drawing with replacement = multinomial counts used as weights: small products, no (n, S, Q) array.
     seed_counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=n)  # (n, S)
-    question_counts = rng.multinomial(questions, np.full(questions, 1 / questions), size=n)  # (n, Q)
-    means = np.einsum("nq,nq->n", seed_counts @ difference, question_counts) / difference.size
+    means = np.zeros(n)
+    for part in parts:
+        questions = part.shape[1]
+        counts = rng.multinomial(questions, np.full(questions, 1 / questions), size=n)  # (n, Q)
+        means += np.einsum("nq,nq->n", seed_counts @ part, counts) / part.size / len(parts)
     low, high = np.quantile(means, [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
+    return float(np.mean([part.mean() for part in parts])), float(low), float(high)
