@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -118,6 +119,7 @@ class Table:
         found = dict.fromkeys(row[by] for row in rows)
         self.columns = sorted(found) if by == "length" else list(found)
         self.seeds = sorted({row["seed"] for row in rows})
+        self.known: dict[tuple, Estimate] = {}  # accuracies: tables and plots ask for the same ones
 
     @property
     def lengths(self) -> list:
@@ -153,6 +155,12 @@ class Table:
 
     def accuracy(self, system: str, columns: Sequence, seeds: Sequence[int]) -> Estimate:
         """Mean over these columns and seeds with its 95% interval."""
+        key = system, tuple(columns), tuple(seeds)
+        if key not in self.known:
+            self.known[key] = self._accuracy(system, columns, seeds)
+        return self.known[key]
+
+    def _accuracy(self, system: str, columns: Sequence, seeds: Sequence[int]) -> Estimate:
         rows = [self.cells[system, n][s] for n in columns for s in seeds]
         if len(rows) == 1:
             return rows[0]["em"], rows[0]["em_low"], rows[0]["em_high"]
@@ -223,11 +231,11 @@ class Arm:
     def rows(self, section: str) -> list[dict]:
         return [row for run in self.runs for row in run.results[section]]
 
-    @property
+    @cached_property
     def table(self) -> Table:
         return Table(self.rows("long_qa"))
 
-    @property
+    @cached_property
     def search(self) -> Table:
         return Table(self.rows("search_qa"), "benchmark", 2)
 

@@ -10,6 +10,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -131,14 +132,19 @@ def bootstrap_mean(parts: Sequence[np.ndarray], n: int = 2000, seed: int = 0) ->
     parts: (seeds, questions) each, of the same seeds and of questions of their own, such as one benchmark each. A
     resample draws seeds once for all parts, and questions within each.
     """
-    seeds = len(parts[0])
-    rng = np.random.default_rng(seed)
-    # Drawing with replacement = multinomial counts used as weights: small products, no (n, S, Q) array.
-    seed_counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=n)  # (n, S)
+    seed_counts, counts = _resamples(len(parts[0]), tuple(part.shape[1] for part in parts), n, seed)
     means = np.zeros(n)
-    for part in parts:
-        questions = part.shape[1]
-        counts = rng.multinomial(questions, np.full(questions, 1 / questions), size=n)  # (n, Q)
-        means += np.einsum("nq,nq->n", seed_counts @ part, counts) / part.size / len(parts)
+    for part, drawn in zip(parts, counts, strict=True):
+        means += np.einsum("nq,nq->n", seed_counts @ part, drawn) / part.size / len(parts)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(np.mean([part.mean() for part in parts])), float(low), float(high)
+
+
+@lru_cache(maxsize=16)
+def _resamples(seeds: int, questions: tuple[int, ...], n: int, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """How often each resample draws each seed (n, S), and each question of each part (n, Q). A report asks for the
+    same ones hundreds of times."""
+    rng = np.random.default_rng(seed)
+    # Drawing with replacement = multinomial counts used as weights: small products, no (n, S, Q) array.
+    seed_counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=n).astype(float)
+    return seed_counts, [rng.multinomial(q, np.full(q, 1 / q), size=n).astype(float) for q in questions]

@@ -190,6 +190,7 @@ def load_run(path: Path) -> Run:
             raise InputError(f"{source}: {name} must be an object")
     for section in SCHEMA:
         results[section] = _check_rows(source, section, results.get(section, []))
+    _check(f"{source}: evaluation", results.get("evaluation", {}), "seconds?:number")
     if not results["long_qa"] and not results["search_qa"]:
         raise InputError(f"{source}: long_qa is empty: nothing was evaluated")
     config = results.get("config") or _object(path / "config.json")

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -17,8 +18,12 @@ from tqdm import tqdm
 
 from data import InputError
 from data.files import read_json, write_json
+from eval.ledger import stage_cost
 from eval.longqa import held_out_rows, long_qa_row
+from eval.results import FORMAT, ONCE, number
 from kernels import kernels_in_use
+
+TRAINED = ("base", "memtrain", "memagent", "memtrain+memagent", "mem1", "memtrain+mem1")  # stages that leave weights
 
 
 def commit() -> str:
@@ -79,17 +84,25 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
 
 
 class Results:
-    """results.json, saved after every row, so that an interrupted evaluation goes on where it stopped."""
+    """results.json, saved after every row, so that an interrupted evaluation goes on where it stopped.
+
+    Rows of each section of eval.results.SCHEMA; `evaluation` holds the seconds that measuring them took.
+    """
 
     def __init__(self, run):
-        self.run, self.path = run, run.folder.path / "results.json"
-        self.value = {"environment": environment(run), "config": dataclasses.asdict(run.c),
-                      "long_qa": [], "recall": [], "masked": [], "stages": []}
+        self.run, self.path, self.since = run, run.folder.path / "results.json", time.perf_counter()
+        self.value = {"format": FORMAT, "environment": environment(run), "config": dataclasses.asdict(run.c),
+                      "evaluation": {"seconds": 0.0}, "stages": []} | {section: [] for section in ONCE}
         if self.path.exists():
             old = read_json(self.path, "delete it to evaluate anew")
-            if not all(isinstance(old.get(k), list) for k in ("long_qa", "recall", "masked")):
+            if old.get("format") != FORMAT:
+                raise InputError(f"{self.path}: of an older form (format {old.get('format')!r:.20}, needed: {FORMAT}); "
+                                 f"delete it to evaluate anew")
+            spent = old.get("evaluation", {"seconds": 0.0})
+            if not all(isinstance(old.get(k, []), list) for k in ONCE) or not number(
+                    isinstance(spent, dict) and spent.get("seconds")):
                 raise InputError(f"{self.path}: its rows are not those of an evaluation; delete it to evaluate anew")
-            self.value |= {k: old[k] for k in ("long_qa", "recall", "masked")}
+            self.value |= {k: old.get(k, []) for k in ONCE} | {"evaluation": spent}
 
     def has(self, system: str, length: int) -> bool:
         rows = self.value["long_qa"] if length else self.value["recall"]
@@ -98,18 +111,20 @@ class Results:
     def add(self, **rows: dict) -> None:
         for section, row in rows.items():
             self.value[section].append(row)
+        now = time.perf_counter()
+        self.value["evaluation"]["seconds"] += now - self.since
+        self.since = now
         write_json(self.path, self.value)
 
     def finish(self) -> None:
         stages = []
-        for name in ("base", "memtrain", "memagent", "memtrain+memagent"):
+        for name in TRAINED:
             if state := self.run.folder.finished(name):
                 rewards = state.get("rewards", [])
                 few = max(1, min(5, len(rewards) // 2))  # one step's reward is noisy: means of five
+                cost = stage_cost(state, self.run.c, self.run.c.vocab or self.run.tokenizer.size)
                 stages.append({"name": name, "seed": self.run.c.seed, "steps": state["step"],
-                               "seconds": round(state["seconds"], 1),
-                               "tokens_sampled": state.get("tokens_sampled", 0),
-                               "tokens_trained": state.get("tokens_trained", state.get("tokens", 0)),
+                               "seconds": round(state["seconds"], 1), **cost,
                                "reward_first": float(np.mean(rewards[:few])) if rewards else None,
                                "reward_last": float(np.mean(rewards[-few:])) if rewards else None})
         self.value["stages"] = stages

@@ -14,62 +14,11 @@ import pytest
 
 from data import InputError
 from eval.metrics import wilson_interval
-from eval.report import PAPER_TABLE1, Table, load_run, main, md, verdicts, write_report
-
-LENGTHS = (1, 2, 4, 8)
-SHARES = {  # synthetic accuracy at the four lengths
-    "base-one-window": (0.50, 0.30, 0.10, 0.05), "base": (0.40, 0.30, 0.25, 0.20),
-    "memtrain": (0.60, 0.55, 0.50, 0.45), "memagent": (0.70, 0.60, 0.50, 0.30),
-    "memtrain+memagent": (0.80, 0.75, 0.70, 0.60),
-}
-
-
-def answers(share: float, n: int, seed: int) -> list[int]:
-    """Exactly share * n right answers; which ones is shuffled, so that systems don't nest by accident."""
-    bits = [1] * round(share * n) + [0] * (n - round(share * n))
-    return np.random.default_rng(seed).permutation(bits).tolist()
-
-
-def qa_row(system: str, seed: int, length: float, correct: list[int]) -> dict:
-    n, right = len(correct), sum(correct)
-    low, high = wilson_interval(right, n)
-    return {"system": system, "seed": seed, "length": length, "sections": 2 * length, "tokens": 400 * length,
-            "n": n, "em": right / n, "em_low": low, "em_high": high, "f1": right / n, "sub_em": right / n,
-            "correct": correct, "kinds": {"bridge": [sum(correct[: n // 2]), n // 2],
-                                          "date|of\nbirth": [sum(correct[n // 2:]), n - n // 2]},
-            "memory_tokens": 31.5, "finished": 0.98}
-
-
-def qa_rows(shares=SHARES, seed=0, n=200, lengths=LENGTHS) -> list[dict]:
-    return [qa_row(system, seed, length, answers(share, n, 1000 * seed + 10 * i + j))
-            for i, (system, values) in enumerate(shares.items())
-            for j, (length, share) in enumerate(zip(lengths, values, strict=False))]
-
-
-def make_run(folder: Path, seed=0, config=None, metrics=True, **results) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"preset": "nano", "corpus": "miniworld", "seed": seed, "run": folder.name} | (config or {})
-    results = {
-        "environment": {"memtrain": "0.1.0", "commit": "abc1234", "date": "2030-01-02", "device": "cpu",
-                        "threads": 2, "command": f"python memtrain.py --run {folder.name}"},
-        "config": config, "long_qa": qa_rows(seed=seed),
-        "recall": [{"system": "memtrain", "seed": seed, "n": 100, "accuracy": 0.5, "low": 0.404,
-                    "high": 0.596}],
-        "masked": [{"system": "memtrain", "seed": seed, "sections": 4, "n": 100, "em": 0.25, "em_low": 0.17,
-                    "em_high": 0.35}],
-        "stages": [{"name": "memtrain", "seed": seed, "steps": 30, "seconds": 123.4,
-                    "tokens_sampled": 1234567, "tokens_trained": 654321, "reward_first": 0.1,
-                    "reward_last": 0.71234}],
-    } | results
-    (folder / "results.json").write_text(json.dumps(results))
-    (folder / "config.json").write_text(json.dumps(config))
-    if metrics:
-        lines = [{"stage": stage, "step": step, "reward": 0.2 + 0.01 * step, "recall": 0.3 + 0.005 * step,
-                  "memory_tokens": 40 - 0.2 * step, "kl": float("nan")}
-                 for stage in ("memtrain", "memagent") for step in range(1, 31)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
+from eval.claims import Table, on_long_text
+from eval.paper import PAPER_TABLE1
+from eval.report import main, md, write_report
+from eval.results import load_run
+from synthetic import SHARES, make_run, qa_row, qa_rows
 
 def report(*args, **kwargs) -> str:
     return write_report(*args, **kwargs).read_text()
@@ -179,14 +128,14 @@ def test_untested_claims_are_named(one):
 
 
 def verdict(table: Table, claim: str) -> str:
-    return next(row[3] for part in verdicts(table) for row in part if row[0] == claim)
+    return next(c.verdict for part in on_long_text(table) for c in part if c.claim == claim)
 
 
 @pytest.mark.parametrize(("base", "memtrain", "expected"), [
     ((0.4,) * 4, (0.41,) * 4, "not reproduced: the interval includes zero"),
     ((0.4,) * 4, (0.4,) * 4, "not reproduced: the interval includes zero"),
     ((0.4,) * 4, (0.2,) * 4, "not reproduced: the difference is negative"),
-    ((0.2,) * 4, (0.4,) * 4, "**reproduced**"),
+    ((0.2,) * 4, (0.4,) * 4, "reproduced"),
 ])
 def test_verdict_on_the_average(base, memtrain, expected):
     assert verdict(table_of(base=base, memtrain=memtrain), "C1 MemTrain over base, average") == expected
@@ -194,7 +143,7 @@ def test_verdict_on_the_average(base, memtrain, expected):
 
 def test_every_length_means_every_length():
     table = table_of(base=(0.3,) * 4, memtrain=(0.6, 0.6, 0.31, 0.6))
-    assert verdict(table, "C1 MemTrain over base, average") == "**reproduced**"
+    assert verdict(table, "C1 MemTrain over base, average") == "reproduced"
     assert verdict(table, "C1 MemTrain over base, at every length") == "not reproduced: not above zero at 4x"
     assert verdict(table, "C1 MemTrain over base, 4x") == "not reproduced: the interval includes zero"
 
