@@ -139,8 +139,10 @@ def bars(title: str, columns: Sequence[str], values: dict[str, list[tuple | None
                 axes.errorbar(x, mean, error, fmt="none", ecolor=INK, elinewidth=1)
         axes.set_xticks(range(len(columns)), [c if len(c) < 15 else c[:13] + "…" for c in columns], rotation=30,
                         ha="right", rotation_mode="anchor")
-        axes.set(title=title, ylabel="exact match, %", ylim=(0, None))
-        axes.legend(frameon=False, loc="upper right", fontsize=8.5)
+        top = max((max(cell) for row in values.values() for cell in row if cell), default=1)
+        axes.set(title=title, ylabel="exact match, %", ylim=(0, max(1, 1.2 * top)))  # room for the legend
+        axes.legend(frameon=False, loc="upper right", fontsize=8.5, ncols=2 if len(values) > 3 else 3, borderaxespad=0,
+                    columnspacing=1.2, handlelength=1.2)
     return draw
 
 
@@ -198,13 +200,13 @@ def ablation_averages(arms: Sequence[Arm], system: str = BOTH) -> Callable:
         if lengths and (seeds := arm.table.seeds_of([system], lengths)):
             value = tuple(100 * x for x in arm.table.accuracy(system, lengths, seeds))
             rows.append((arm.name, value, ARM_COLOURS[i % len(ARM_COLOURS)]))
-    return averages(f"Average over {', '.join(f'{n:g}x' for n in lengths)}", rows)
+    return averages(f"{SYSTEMS[system]}, average over {lengths[0]:g}x to {lengths[-1]:g}x" if lengths else SYSTEMS[system], rows)
 
 
 def ablations_paper(axes) -> None:
     averages("The paper, Qwen3-4B, average (Figure 3)", [
         (name, (value,), ARM_COLOURS[i]) for i, (name, value) in enumerate(PAPER_ABLATIONS.items())])(axes)
-    axes.set_xlim(55, 75)
+    axes.set_xlim(60, 75)
 
 
 def scaling(arms: Sequence[Arm]) -> Callable | None:
@@ -262,7 +264,7 @@ CURVES = {"reward": "Reward", "recall": "Recall of [TARGET]", "memory_tokens": "
 
 
 def training(runs: Sequence[Run]) -> tuple[dict[str, Callable], list[str]]:
-    """({metric: draw}, stages): one panel a metric that any step logged, thin lines for single runs, smoothed ones."""
+    """({metric: draw}, stages): one panel a metric that any step logged."""
     series: dict[str, list] = {name: [] for name in CURVES}  # of (stage, steps, values), one per stage and run
     for run, name in itertools.product(runs, CURVES):
         for stage, rows in itertools.groupby(run.metrics, key=lambda row: row["stage"]):
@@ -276,18 +278,26 @@ def training(runs: Sequence[Run]) -> tuple[dict[str, Callable], list[str]]:
 
     def panel(title: str, lines: list) -> Callable:
         def draw(axes) -> None:
-            for stage, steps, values in lines:
-                colour, width = LOOKS.get(stage, (INK,))[0], max(1, len(values) // 12)
-                window = np.ones(width)
-                inside = np.convolve(np.ones(len(values)), window, "same")  # fewer steps at the ends
-                if len(runs) == 1:
-                    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-                axes.plot(steps, np.convolve(values, window, "same") / inside, color=colour,
-                          linewidth=1.9 if len(runs) == 1 else 1.2, marker="" if len(values) > 1 else "o")
+            for stage, own in itertools.groupby(sorted(lines, key=lambda line: line[0]), key=lambda line: line[0]):
+                _curves(axes, LOOKS.get(stage, (INK,))[0], [(steps, values) for _, steps, values in own])
             axes.set(title=title, xlabel="step", ylim=(0, None))
         return draw
 
     return {name: panel(CURVES[name], lines) for name, lines in series.items() if lines}, names
+
+
+def _curves(axes, colour: str, runs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """One stage's metric: single runs thin, their mean over the seeds, smoothed, thick."""
+    at: dict[float, list[float]] = {}
+    for steps, values in runs:
+        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        for step, value in zip(steps, values, strict=True):
+            at.setdefault(step, []).append(value)
+    steps, values = np.array(sorted(at)), np.array([np.mean(at[step]) for step in sorted(at)])
+    window = np.ones(max(1, len(values) // 12))
+    inside = np.convolve(np.ones(len(values)), window, "same")[:len(values)]  # fewer steps at the ends
+    axes.plot(steps, np.convolve(values, window, "same")[:len(values)] / inside, color=colour,
+              marker="" if len(values) > 1 else "o")
 
 
 def plot_training(runs: Sequence[Run], path: Path) -> bool:

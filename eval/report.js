@@ -96,7 +96,7 @@
   }
   function strip(doc) {
     const track = $("track"), rows = golds(doc), n = doc.sections.length;
-    const cells = node("div", n > 40 ? "cells dense" : "cells");
+    const cells = node("div", "cells" + (n > 40 ? " dense" : n > 12 ? " many" : ""));
     rows.forEach((own, i) => {
       const cell = node("button", own.length ? "has" : "", n <= 40 ? String(i + 1) : "");
       cell.title = `section ${i + 1}` + (own.length ? ", with a gold fact" : "");

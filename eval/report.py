@@ -23,14 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from data import InputError
 from data.config import Config
 from data.files import output, replacing, writing
 from data.terminal import printable
 from eval import plots, tables
-from eval.claims import BOTH, REPRODUCED, Arm, Claim, backbones, verdicts
+from eval.claims import BOTH, FULL, REPRODUCED, Arm, Claim, backbones, verdicts
 from eval.ledger import ledger
 from eval.paper import PAPER_BENCHMARKS, PAPER_LENGTHS, PAPER_TABLE1, PAPER_TABLE2
 from eval.results import SYSTEMS, Run, load_run
@@ -115,6 +115,12 @@ def overall(lines: Sequence[Claim]) -> str:
     return next((v for v in ("not reproduced", "not tested") if v in found), REPRODUCED)
 
 
+def tally(lines: Sequence[Claim]) -> str:
+    """How many of a claim's lines are reproduced, where it has several."""
+    right = sum(c.verdict == REPRODUCED for c in lines)
+    return f"{right} of {len(lines)} lines reproduced" if len(lines) > 1 else ""
+
+
 def ranged(claims: Sequence[Claim]) -> list[dict]:
     """Each claim with where its interval lies, in % of one axis that all of them share."""
     drawn = [c.difference for c in claims if c.difference and not c.difference.reason]
@@ -173,12 +179,12 @@ def figures(arms: Sequence[Arm]) -> dict[str, list[dict]]:
     for system in (BOTH, "memtrain"):
         own = [arm for arm in arms if arm.table.has(system)]
         if len(own) > 1 and own[0] is full:
-            height = max(2.2, 0.32 * len(own) + 1)
-            found["ablations"] += [
-                plot(f"{SYSTEMS[system]} by arm and length", plots.ablations_by_length(arms, system)),
-                plot(f"{SYSTEMS[system]} by arm, average", plots.ablation_averages(arms, system), (5.3, height))]
-    if found["ablations"]:
-        found["ablations"].append(plot("The paper's ablations, average", plots.ablations_paper, (5.3, 1.8)))
+            found["ablations"].append(plot(f"{SYSTEMS[system]} by arm, average", plots.ablation_averages(arms, system),
+                                           (5.3, max(2.2, 0.32 * len(own) + 1))))
+            if system == BOTH:
+                found["ablations"].insert(0, plot(f"{SYSTEMS[system]} by arm and length",
+                                                  plots.ablations_by_length(arms, system)))
+                found["ablations"].append(plot("The paper's ablations, average", plots.ablations_paper, (5.3, 2.2)))
     if draw := plots.scaling(arms):
         found["scaling"] = [plot("MemAgent with more steps against MemTrain first", draw)]
     if draw := plots.retention(full.rows("memory")):
@@ -188,10 +194,28 @@ def figures(arms: Sequence[Arm]) -> dict[str, list[dict]]:
     return found
 
 
+def figure_cell(value) -> Markup:
+    """A cell of a table: what stands in brackets behind a figure goes below it."""
+    text = str(value) if isinstance(value, Markup) else printable(str(value))
+    found = re.fullmatch(r"([+-]?[\d.]+) ([(\[][^()\[\]]*[)\]])(.*)", text)
+    return Markup("{}<small>{}{}</small>").format(*found.groups()) if found else escape(text)
+
+
+def environments(runs: Sequence[Run]) -> dict[str, list[list]]:
+    """What all runs were made with, and a line for each run with the rest."""
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.environment) if key != "command"]
+    alike = [key for key in keys if len({str(run.environment.get(key)) for run in runs}) == 1]
+    other = [key for key in keys if key not in alike]
+    lines = [[run.path.resolve().name, run.config.get("seed", "—"), *(run.environment.get(key, "—") for key in other)]
+             for run in runs]
+    return {"alike": [[key, runs[0].environment[key]] for key in alike], "other": other, "lines": lines}
+
+
 def configuration(run: Run) -> tuple[list, list]:
     """(fields that differ from the defaults with both values, all fields)."""
     default = dataclasses.asdict(Config())
-    changed = [[Outside(k), Outside(v), Outside(default.get(k, "—"))] for k, v in run.config.items() if default.get(k) != v]
+    changed = [[Outside(k), Outside(v), Outside(default.get(k, "—"))]
+               for k, v in run.config.items() if k != "run" and default.get(k) != v]
     return changed, [[Outside(k), Outside(v)] for k, v in run.config.items()]
 
 
@@ -206,12 +230,17 @@ def html(named: dict[str, list[Arm]], said: dict, data: Markup | str) -> str:
         lines.setdefault(claim.id, []).append(claim)
     found = {key: sorted({str(run.environment.get(key, "not recorded")) for run in everyone}) for key in ("commit", "date")}
     environment = _environment(autoescape=True, finalize=lambda v: v if isinstance(v, Markup) else printable(str(v)))
+    environment.filters["figure"] = figure_cell
     environment.filters["sign"] = lambda v: "yes" if v == REPRODUCED else "none" if v.startswith("not tested") else "no"
     return environment.get_template("report.html.j2").render(said | {
-        "board": [{"id": key, "title": TITLES[key], "verdict": overall(own)} for key, own in lines.items()],
+        "board": [{"id": key, "title": TITLES[key], "verdict": overall(own), "lines": tally(own)} for key, own in lines.items()],
         "summary": ranged(said["summary"]), "detail": ranged(said["detail"]), "figures": figures(arms),
         "trained": [(stage, plots.LOOKS.get(stage, (plots.INK,))[0]) for stage in plots.training(arms[0].runs)[1]],
         "commits": found["commit"], "dates": found["date"], "settings": settings, "config": config,
+        "made": environments(everyone), "pooled": len(everyone), "cost_lines": {"own": [r for r in said["costs"][:-1] if r[1] == FULL],
+                                                                                 "other": [r for r in said["costs"][:-1] if r[1] != FULL]},
+         "arms": len(arms),
+        "own_names": [run.path.resolve().name for run in arms[0].runs],
         "rebuild": shlex.join(["python", "-m", "eval.report", *(str(run.path) for run in everyone)]),
         "style": Markup(here.with_name("report.css").read_text(encoding="utf-8")), "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), "readings": data})
