@@ -144,8 +144,8 @@ class Table:
         return np.array(bits, float).reshape(len(seeds), -1, self.unit).mean(2)
 
     def parts(self, system: str, columns: Sequence, seeds: Sequence[int]) -> list[np.ndarray] | None:
-        """What is resampled independently: the questions themselves, averaged over lengths (every length asks the same),
-        or each benchmark's pairs. None where the number of questions is not the same everywhere."""
+        """What is resampled independently: the questions, averaged over lengths (every length asks the same), or each
+        benchmark's pairs. None where the number of questions is not the same everywhere."""
         found = [self.correct(system, n, seeds) for n in columns]
         if any(x is None for x in found):
             return None
@@ -322,8 +322,9 @@ def _leads(table: Table, claim: str, a: str, b: str, paper_b: str) -> tuple[list
     column = {n: i for i, n in enumerate(PAPER_LENGTHS)}
     summary = [Claim(f"{claim}, average", gap(PAPER_TABLE1, a, paper_b), str(average), average.verdict, average),
                _everywhere(f"{claim}, at every length", wins(PAPER_TABLE1, a, paper_b), each, average, "{:g}x".format)]
-    return summary, [Claim(f"{claim}, {n:g}x", gap(PAPER_TABLE1, a, paper_b, column[n]) if n in column else "—", str(d),
-                           d.verdict, d) for n, d in each.items()]
+    detail = [Claim(f"{claim}, {n:g}x", gap(PAPER_TABLE1, a, paper_b, column[n]) if n in column else "—", str(d),
+                    d.verdict, d) for n, d in each.items()]
+    return summary, detail
 
 
 def _falls_less(table: Table) -> Claim:
@@ -335,8 +336,8 @@ def _falls_less(table: Table) -> Claim:
             fall = Difference(reason="a single length was run")
     paper = ", ".join(f"{rows[BOTH][-1] - rows[BOTH][0]:+.1f} against {rows[AGENT][-1] - rows[AGENT][0]:+.1f} ({model})"
                       for model, rows in PAPER_TABLE1.items())
-    ours = "—" if fall.reason else (f"{lengths[0]:g}x to {lengths[-1]:g}x: {fall.ours:+.1f} against {fall.theirs:+.1f}; "
-                                    f"difference {fall}")
+    ours = "—" if fall.reason else (f"{lengths[0]:g}x to {lengths[-1]:g}x: {fall.ours:+.1f} against "
+                                    f"{fall.theirs:+.1f}; difference {fall}")
     return Claim("C3 MemTrain+MemAgent loses less with length than MemAgent",
                  f"7k to 896k: {paper}; as the paper says, 28k to 896k: -8.6 against -21.1 (Qwen2.5-7B)",
                  ours, fall.verdict, fall)
@@ -360,8 +361,8 @@ def _arm(arms: Sequence[Arm], name: str) -> Arm | None:
 def longer_memagent(arms: Sequence[Arm]) -> Arm | None:
     """The arm of Figure 4: MemAgent trained on alone; by its name, or because nothing else differs."""
     steps = arms[0].runs[0].setting["memagent_steps"]
-    return _arm(arms, "longer-memagent") or next(
-        (arm for arm in arms if arm.changed.keys() == {"memagent_steps"} and arm.changed["memagent_steps"] > steps), None)
+    alone = [arm for arm in arms if arm.changed.keys() == {"memagent_steps"} and arm.changed["memagent_steps"] > steps]
+    return _arm(arms, "longer-memagent") or next(iter(alone), None)
 
 
 def on_arms(arms: Sequence[Arm]) -> list[Claim]:
@@ -422,7 +423,8 @@ def on_backbones(named: dict[str, list[Arm]]) -> Claim:
         found = {c.id: c for c in on_long_text(arms[0].table)[0] if c.claim.endswith((
             "C1 MemTrain over base, average", "C2 MemTrain+MemAgent over MemAgent, average"))}
         verdicts += [c.verdict for c in found.values()]
-        said.append(f"{name}: " + ", ".join(f"{key} {c.difference} {c.verdict.split(':')[0]}" for key, c in found.items()))
+        said.append(f"{name}: " + ", ".join(f"{key} {c.difference} {c.verdict.split(':')[0]}"
+                                            for key, c in found.items()))
     worst = next((v for v in verdicts if v.startswith("not reproduced")),
                  next((v for v in verdicts if v != REPRODUCED), REPRODUCED))
     return Claim(claim, paper, "; ".join(said), worst)

@@ -12,6 +12,7 @@ from eval.claims import Arm
 from eval.plan import CARDS, parameters
 
 THREAD_WATTS = 10.0  # a 64-thread server CPU at 280 W gives 4.4 W a thread; as much again for memory, losses, cooling
+COUNTED = ("seconds", "tokens_sampled", "tokens_prompts", "tokens_trained", "flops")
 CARD_WATTS = 400.0  # of a GPU that eval.plan doesn't know
 
 
@@ -39,7 +40,8 @@ def power(environment: dict) -> tuple[float, str, float]:
     names = [n for n in CARDS if n.split("-")[0].lower() in plain]  # "A100-40": the memory says which
     known = next((n for n in names if "-" not in n or f"{n.split('-')[1]}gb" in plain), names[0] if names else None)
     watts = CARDS[known].watts if known else CARD_WATTS
-    return watts, f"{watts:g} W for the GPU all the time ({known or 'a card that is not known here'}), its host left out", 1
+    card = known or "a card that is not known here"
+    return watts, f"{watts:g} W for the GPU all the time ({card}), its host left out", 1
 
 
 def ledger(arms: Sequence[Arm]) -> tuple[list[dict], list[str]]:
@@ -62,16 +64,16 @@ def ledger(arms: Sequence[Arm]) -> tuple[list[dict], list[str]]:
                     "arm": arm.name, "stage": stage["name"], "device": device, "runs": 0,
                     "unit": "CPU-hours" if device == "cpu" else "GPU-hours"})
                 hours = stage["seconds"] / 3600 if stage.get("seconds") is not None else None
-                _add(row, {"runs": 1, "hours": hours and hours * share, "kwh": hours and hours * watts / 1000} | {
-                    key: stage.get(key) for key in ("seconds", "tokens_sampled", "tokens_prompts", "tokens_trained",
-                                                    "flops")})
+                _add(row, {"runs": 1, "hours": hours and hours * share, "kwh": hours and hours * watts / 1000})
+                _add(row, {key: stage.get(key) for key in COUNTED})
                 uncounted |= bool(stage.get("tokens_sampled")) and stage.get("tokens_prompts") is None
-    total: dict = {"arm": "", "stage": "all", "device": "", "unit": " and ".join(sorted({r["unit"] for r in rows.values()}))}
+    units = sorted({row["unit"] for row in rows.values()})
+    total: dict = {"arm": "", "stage": "all", "device": "", "unit": " and ".join(units)}
     for row in rows.values():
-        _add(total, {k: v for k, v in row.items() if k not in ("arm", "stage", "device", "unit", "runs")})
+        _add(total, {key: row.get(key) for key in (*COUNTED, "hours", "kwh")})
     assumed = [f"Energy is not measured: {note}." for note in notes]
-    assumed.append("FLOPs are the model's: 2 a parameter and sampled token, 6 a parameter and trained token; attention, "
-                   "recomputation and evaluation are not counted.")
+    assumed.append("FLOPs are the model's: 2 a parameter and sampled token, 6 a parameter and trained token; "
+                   "attention, recomputation and evaluation are not counted.")
     if uncounted:
         assumed.append("Prompts read while sampling were not counted in these runs; they are missing from the FLOPs.")
     return [*rows.values(), *([total] if rows else [])], assumed

@@ -1,4 +1,4 @@
-"""The report's plots, drawn with matplotlib from checked rows: as files beside report.md, and as SVG inside report.html.
+"""The report's plots, drawn with matplotlib from checked rows: files beside report.md, and SVG inside report.html.
 
 Every plot is a function that draws on axes. Colours are told apart by the colour-blind, and each system has a dash or a
 marker of its own as well. In files, text is a mid-grey on a transparent ground, legible on white and on black; inside
@@ -8,7 +8,9 @@ the page it takes the page's own colour and font, so that it follows its light a
 import io
 import itertools
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -42,9 +44,17 @@ STYLE = {
 PANEL = (5.3, 3.4)  # inches of one panel in the page: still legible at the width of a telephone
 
 
+@contextmanager
+def _drawing(more: dict | None = None) -> Iterator[None]:
+    """Our style. A letter that the font lacks is drawn as a box, in silence: names come from outside."""
+    with matplotlib.rc_context(STYLE | (more or {})), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
 def inline(draw: Callable, size: tuple[float, float] = PANEL) -> str:
     """SVG of one panel for the page: draw(axes). Its ink is the page's; nothing in it is looked up elsewhere."""
-    with matplotlib.rc_context(STYLE | {"svg.fonttype": "none", "font.family": "sans-serif"}):
+    with _drawing({"svg.fonttype": "none", "font.family": "sans-serif"}):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         buffer = io.StringIO()
@@ -52,9 +62,9 @@ def inline(draw: Callable, size: tuple[float, float] = PANEL) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg"):].replace(INK, "currentColor")
     svg = re.sub(r'<metadata>.*?</metadata>|<style type="text/css">.*?</style>', "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[A-Za-z]\w*_\d+"', "", svg)  # of groups: no one refers to them, and plots would share them
+    svg = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", svg)  # of groups: no one refers to them, and plots would share them
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-hidden="true">', svg, count=1)
+    svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
     return svg.strip()
 
 
@@ -109,14 +119,15 @@ def table1_ours(table: Table) -> Callable:
 
 
 def table1_paper(axes) -> None:
-    _over_lengths(axes, {SYSTEMS[s]: (list(PAPER_LENGTHS), np.array(v)[:, None], LOOKS[s])
-                         for s, v in PAPER_TABLE1["Qwen3-4B"].items()}, list(PAPER_LENGTHS), list(PAPER_LENGTHS.values()))
+    lengths = list(PAPER_LENGTHS)
+    lines = {SYSTEMS[s]: (lengths, np.array(v)[:, None], LOOKS[s]) for s, v in PAPER_TABLE1["Qwen3-4B"].items()}
+    _over_lengths(axes, lines, lengths, list(PAPER_LENGTHS.values()))
     axes.set(title="The paper, Qwen3-4B (Table 1)", xlabel="document length, tokens")
 
 
 def plot_table1(table: Table, stem: Path) -> None:
     """table1.svg and .png: accuracy by length, beside the paper's Qwen3-4B; one scale, one set of colours."""
-    with matplotlib.rc_context(STYLE):
+    with _drawing():
         figure = Figure(figsize=(11.4, 4.0), layout="constrained")
         ours, paper = figure.subplots(1, 2, sharey=True)
         table1_ours(table)(ours)
@@ -200,7 +211,8 @@ def ablation_averages(arms: Sequence[Arm], system: str = BOTH) -> Callable:
         if lengths and (seeds := arm.table.seeds_of([system], lengths)):
             value = tuple(100 * x for x in arm.table.accuracy(system, lengths, seeds))
             rows.append((arm.name, value, ARM_COLOURS[i % len(ARM_COLOURS)]))
-    return averages(f"{SYSTEMS[system]}, average over {lengths[0]:g}x to {lengths[-1]:g}x" if lengths else SYSTEMS[system], rows)
+    over = f", average over {lengths[0]:g}x to {lengths[-1]:g}x" if lengths else ", no length in common"
+    return averages(SYSTEMS[system] + over, rows)
 
 
 def ablations_paper(axes) -> None:
@@ -307,7 +319,7 @@ def plot_training(runs: Sequence[Run], path: Path) -> bool:
     path.unlink(missing_ok=True)  # no picture of an earlier run beside this report
     if not shown:
         return False
-    with matplotlib.rc_context(STYLE):
+    with _drawing():
         figure = Figure(figsize=(3.8 * len(shown), 3.0), layout="constrained")
         for axes, draw in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
             draw(axes)

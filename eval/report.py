@@ -2,9 +2,9 @@
 
     python -m eval.report runs/nano                               rebuild one run's report
     python -m eval.report runs/s0 runs/s1 runs/s2 --out DIR       pool runs that differ in their seed only
-    python -m eval.report runs/s0 runs/s0-end-to-end ... --out DIR    compare arms: the first run's is the full one
+    python -m eval.report runs/s0 runs/s0-end-to-end --out DIR    compare arms: the first run's is the full one
 
-    results.json, metrics.jsonl, readings.json -> eval.results (checked) -> eval.claims -> eval.tables, eval.plots -> here
+    results.json, metrics.jsonl, readings.json -> eval.results (checked) -> eval.claims -> tables, plots -> here
 
 Three rules keep it honest. A verdict is read off the 95% interval of a paired difference, after rounding the interval
 outwards. Whatever was not measured is written as "not run" or "not tested", never left out. The paper's own figures
@@ -86,8 +86,8 @@ def content(named: dict[str, list[Arm]]) -> dict:
         "summary": summary, "detail": detail, "aside": tables.aside(table), "kinds": tables.by_kind(table),
         "ablations": {SYSTEMS[s]: found for s in (BOTH, "memtrain")
                       if len(found := tables.ablations(arms, s)) > 1},
-        "changed": [[Outside(arm.name), str(len(arm.runs)), Outside(", ".join(f"{k} = {v}" for k, v in arm.changed.items()))]
-                    for arm in arms[1:]],
+        "changed": [[Outside(arm.name), str(len(arm.runs)),
+                     Outside(", ".join(f"{k} = {v}" for k, v in arm.changed.items()))] for arm in arms[1:]],
         "scaling": tables.scaling(arms),
         "recall": tables.per_system(rows["recall"], "accuracy", "low", "high"),
         "masked": tables.per_system(rows["masked"], "em", "em_low", "em_high"),
@@ -222,25 +222,27 @@ def configuration(run: Run) -> tuple[list, list]:
 def html(named: dict[str, list[Arm]], said: dict, data: Markup | str) -> str:
     """The page. Everything but our own style, script and plots is escaped."""
     arms, here = next(iter(named.values())), Path(__file__)
-    everyone = [run for arm in arms for run in arm.runs]
+    runs, everyone = arms[0].runs, [run for arm in arms for run in arm.runs]
     script = here.with_name("report.js").read_text(encoding="utf-8")
-    settings, config = configuration(everyone[0])
+    settings, config = configuration(runs[0])
     lines: dict[str, list[Claim]] = {}
     for claim in said["summary"]:
         lines.setdefault(claim.id, []).append(claim)
-    found = {key: sorted({str(run.environment.get(key, "not recorded")) for run in everyone}) for key in ("commit", "date")}
     environment = _environment(autoescape=True, finalize=lambda v: v if isinstance(v, Markup) else printable(str(v)))
     environment.filters["figure"] = figure_cell
     environment.filters["sign"] = lambda v: "yes" if v == REPRODUCED else "none" if v.startswith("not tested") else "no"
+    known = {key: sorted({str(run.environment.get(key, "not recorded")) for run in everyone})
+             for key in ("commit", "date")}
     return environment.get_template("report.html.j2").render(said | {
-        "board": [{"id": key, "title": TITLES[key], "verdict": overall(own), "lines": tally(own)} for key, own in lines.items()],
+        "board": [{"id": key, "title": TITLES[key], "verdict": overall(own), "lines": tally(own)}
+                  for key, own in lines.items()],
         "summary": ranged(said["summary"]), "detail": ranged(said["detail"]), "figures": figures(arms),
-        "trained": [(stage, plots.LOOKS.get(stage, (plots.INK,))[0]) for stage in plots.training(arms[0].runs)[1]],
-        "commits": found["commit"], "dates": found["date"], "settings": settings, "config": config,
-        "made": environments(everyone), "pooled": len(everyone), "cost_lines": {"own": [r for r in said["costs"][:-1] if r[1] == FULL],
-                                                                                 "other": [r for r in said["costs"][:-1] if r[1] != FULL]},
-         "arms": len(arms),
-        "own_names": [run.path.resolve().name for run in arms[0].runs],
+        "trained": [(stage, plots.LOOKS.get(stage, (plots.INK,))[0]) for stage in plots.training(runs)[1]],
+        "commits": known["commit"], "dates": known["date"], "settings": settings, "config": config,
+        "own_names": [run.path.resolve().name for run in runs], "pooled": len(everyone), "arms": len(arms),
+        "cost_lines": {"own": [row for row in said["costs"][:-1] if row[1] == FULL],
+                       "other": [row for row in said["costs"][:-1] if row[1] != FULL]},
+        "made": environments(everyone),
         "rebuild": shlex.join(["python", "-m", "eval.report", *(str(run.path) for run in everyone)]),
         "style": Markup(here.with_name("report.css").read_text(encoding="utf-8")), "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), "readings": data})
@@ -276,8 +278,8 @@ def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = 
         curves = plots.plot_training(arms[0].runs, out / "training.png")
     markdown = _environment(finalize=lambda v: md(v) if isinstance(v, Outside) else v)
     markdown.filters |= {"cell": lambda v: md(v) if isinstance(v, Outside) else v, "lines": claim_cells}
-    for name, text in (("report.html", html(named, said, data)),
-                       ("report.md", markdown.get_template("report.md.j2").render(said, curves=curves, shown=bool(data)))):
+    text = markdown.get_template("report.md.j2").render(said, curves=curves, shown=bool(data))
+    for name, text in (("report.html", html(named, said, data)), ("report.md", text)):
         with replacing(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return out / "report.md"

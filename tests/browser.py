@@ -15,7 +15,7 @@ KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Esca
 
 
 class Browser:
-    """One page. `problems` collects everything the console said above a log, and every request beyond file: and data:."""
+    """One page. `problems`: what the console said above a log, and every request beyond file: and data:."""
 
     def __init__(self, profile: Path):
         to_read, self.send = os.pipe()
@@ -27,10 +27,10 @@ class Browser:
             os.dup2(high[0], 3)
             os.dup2(high[1], 4)
 
-        self.process = subprocess.Popen(  # noqa: S603
+        self.process = subprocess.Popen(
             [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe",
-             "--no-first-run", f"--user-data-dir={profile}", "about:blank"], preexec_fn=hand_over, close_fds=True,
-            pass_fds=(3, 4), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+             "--no-first-run", f"--user-data-dir={profile}", "about:blank"], preexec_fn=hand_over, close_fds=False,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         os.close(to_read)
         os.close(to_write)
         self.numbers, self.buffer, self.events, self.problems = itertools.count(1), b"", [], []
@@ -103,8 +103,9 @@ class Browser:
         """Of what is in view, or of one element whole."""
         clip = {}
         if selector:
-            box = self.run(f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
-                           " return {x: r.x + scrollX, y: r.y + scrollY, width: r.width, height: r.height}; })()")
+            box = self.run(f"(() => {{ const r = document.querySelector({json.dumps(selector)})"
+                           ".getBoundingClientRect(); return {x: r.x + scrollX, y: r.y + scrollY, width: r.width,"
+                           " height: r.height}; })()")
             clip = {"clip": box | {"scale": 1}, "captureBeyondViewport": True}
         Path(path).write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png", **clip)["data"]))
 

@@ -64,8 +64,8 @@ def memory_rows(seed=0, length=8) -> list[dict]:
 def reading(index: int, sections: int, systems=("base", "memtrain", "memagent", "memtrain+memagent"), size=5) -> dict:
     """A document of invented sentences. The first system keeps the last two gold facts, the others all."""
     name, town = f"Oren Valdis {index}", f"Port Lanning {index}"
-    fillers = ("The harbour was rebuilt after the flood.", "A choir met there every week.", "It rained for most of May.",
-               "The archive holds forty letters.", "Two bridges cross the river.")
+    fillers = ("The harbour was rebuilt after the flood.", "A choir met there every week.",
+               "It rained for most of May.", "The archive holds forty letters.", "Two bridges cross the river.")
     texts, gold = [], []
     for k in range(sections):
         fact = f"{name} wrote chapter {k + 1} of the atlas." if k else f"[MASK] was the home town of {name}."
