@@ -242,7 +242,8 @@ class Arm:
 
 def _name(changed: dict, full: dict) -> str:
     """The entry of ABLATIONS that explains these differences, else the differences themselves."""
-    for name, overrides in ABLATIONS.items():
+    for name, entry in ABLATIONS.items():
+        overrides = entry(full) if callable(entry) else entry
         if changed == {key: value for key, value in overrides.items() if full.get(key) != value}:
             return name
     return ", ".join(f"{key}={value}" for key, value in changed.items())

@@ -278,8 +278,9 @@ def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = 
         curves = plots.plot_training(arms[0].runs, out / "training.png")
     markdown = _environment(finalize=lambda v: md(v) if isinstance(v, Outside) else v)
     markdown.filters |= {"cell": lambda v: md(v) if isinstance(v, Outside) else v, "lines": claim_cells}
-    text = markdown.get_template("report.md.j2").render(said, curves=curves, shown=bool(data))
-    for name, text in (("report.html", html(named, said, data)), ("report.md", text)):
+    made = {"report.html": html(named, said, data),
+            "report.md": markdown.get_template("report.md.j2").render(said, curves=curves, shown=bool(data))}
+    for name, text in made.items():
         with replacing(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return out / "report.md"

@@ -18,7 +18,8 @@ SYSTEMS = {  # name in results.json: name in print
     "base-one-window": "Base, one window", "base": "Base", "memtrain": "+ MemTrain", "memagent": "+ MemAgent",
     "memtrain+memagent": "+ MemTrain + MemAgent", "mem1": "+ MEM1", "memtrain+mem1": "+ MemTrain + MEM1",
 }
-UNSHARED = FREE_FIELDS | {"seed"}  # in what runs of one arm may differ
+# In what runs of one arm may differ: their seed, the machine's fields, and where a base or an index lies.
+UNSHARED = FREE_FIELDS | {"seed", "init", "index"}
 SHAPE = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model"} | {"model"}  # a backbone
 
 

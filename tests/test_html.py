@@ -14,7 +14,8 @@ from eval.report import write_report
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium here: apt-get install chromium")
 HOSTILE = [
     "</script><script>alert(1)</script>", "<!--<script>", "<img src=x onerror=alert(2)>", "'\"><svg/onload=alert(3)>",
-    "{{ 7*7 }}{% raw %}", "javascript:alert(4)", "&lt;b&gt; &amp; \u2028 \u202e reversed \x1b[31m", "__proto__", "$x^2$",
+    "{{ 7*7 }}{% raw %}", "javascript:alert(4)", "&lt;b&gt; &amp; \u2028 \u202e reversed \x1b[31m", "__proto__",
+    "$x^2$",
 ]
 MEASURED = "document.documentElement.scrollWidth <= innerWidth"
 
@@ -116,10 +117,11 @@ def test_a_run_without_readings_says_so(tmp_path):
 
 def test_hostile_text_adds_no_element(tmp_path):
     """The page of a hostile run has the elements that a harmless one has."""
-    folder, text = hostile_run(tmp_path / "r")
+    folder, _ = hostile_run(tmp_path / "r")
     write_report(folder)
     outline = Outline((folder / "report.html").read_text(encoding="utf-8"))
-    assert sorted({tag for tag, _ in outline.tags} & {"script", "img", "iframe", "object", "b", "form"}) == ["b", "script"]
+    risky = {"script", "img", "iframe", "object", "embed", "form", "base"}
+    assert {tag for tag, _ in outline.tags} & risky == {"script"}
     assert sum(tag == "script" for tag, _ in outline.tags) == 2
     assert all(not name.startswith("on") for _, attributes in outline.tags for name in attributes)
 
