@@ -239,13 +239,13 @@ def scaling(arms: Sequence[Arm]) -> Callable | None:
     return draw
 
 
-def retention(rows: Sequence[dict]) -> Callable | None:
+def retention(rows: Sequence[dict], title: str) -> Callable | None:
     """Share of gold facts that a memory still holds k sections after they were read; Wilson's 95% intervals."""
     curves = {}
     for system in SYSTEMS:
         sums: dict[int, np.ndarray] = {}
         for row in rows:
-            for k, pair in enumerate(row["retention"] if row["system"] == system else []):
+            for k, pair in enumerate((row.get("retention") or []) if row["system"] == system else []):
                 sums[k] = sums.get(k, np.zeros(2)) + pair
         found = {k: pair for k, pair in sorted(sums.items()) if pair[1] >= MIN_ASKED}
         if found:
@@ -261,7 +261,7 @@ def retention(rows: Sequence[dict]) -> Callable | None:
         axes.set_ylim(0, 100)
         _end_names(axes, {SYSTEMS[s]: (k[-1], float(v[-1, 0]), LOOKS[s][0]) for s, (k, v) in curves.items()})
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(title="Gold facts kept", xlabel="further sections read", ylabel="kept, %")
+        axes.set(title=f"Gold facts kept, {title}", xlabel="further sections read", ylabel="kept, %")
 
     return draw
 

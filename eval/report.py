@@ -187,8 +187,10 @@ def figures(arms: Sequence[Arm]) -> dict[str, list[dict]]:
                 found["ablations"].append(plot("The paper's ablations, average", plots.ablations_paper, (5.3, 2.2)))
     if draw := plots.scaling(arms):
         found["scaling"] = [plot("MemAgent with more steps against MemTrain first", draw)]
-    if draw := plots.retention(full.rows("memory")):
-        found["retention"] = [plot("Gold facts kept after further sections", draw)]
+    memories = full.rows("memory")
+    for task, what in tables.tasks(memories).items():
+        if draw := plots.retention([row for row in memories if row.get("task") == task], what):
+            found["retention"].append(plot(f"Gold facts kept after further sections, {what}", draw))
     panels, _ = plots.training(full.runs)
     found["training"] = [plot(f"{plots.CURVES[name]} by step", draw, (4.2, 2.9)) for name, draw in panels.items()]
     return found

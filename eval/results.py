@@ -64,10 +64,12 @@ SCHEMA = {  # section: fields of its rows; ? marks those that may be missing or 
     "search_qa": "system:system seed:count benchmark:text n:positive em:share em_low:share em_high:share correct:bits "
                  "f1?:share turns?:number searches?:number answered?:share malformed?:number found?:share "
                  "memory_tokens?:number",
-    "memory": "system:system seed:count length:positive n:positive retention:pairs facts_per_100?:number "
-              "gold_per_100?:number verbatim?:share invented?:share",
+    "memory": "system:system seed:count length:positive n:positive task?:text unit?:text retention?:pairs "
+              "facts_per_100?:number gold_per_100?:number verbatim?:share invented?:share",
 }
-ONCE = {"long_qa": "length", "recall": "", "masked": "sections", "search_qa": "benchmark", "memory": "length"}
+ONCE = {  # section: with system and seed, what tells a measurement from another
+    "long_qa": ("length",), "recall": (), "masked": ("sections",), "search_qa": ("benchmark",),
+    "memory": ("task", "length")}
 DOCUMENT = ("id:text task:text kind?:text question:text answers:texts sections:texts gold:texts marks:texts "
             "systems:object")  # of readings.json
 READING = "memories:texts answer?:text correct?:bit"
@@ -207,7 +209,7 @@ def refuse_repeats(runs: Sequence[Run]) -> None:
         seen: dict = {}
         for run in runs:
             for row in run.results[section]:
-                key = row["system"], row["seed"], row.get(at)
+                key = row["system"], row["seed"], *(row.get(name) for name in at)
                 if key in seen:
                     raise InputError(f"{run.path}: {section} of {row['system']}, seed {row['seed']} is already in "
                                      f"{seen[key]}; pool runs of different seeds")

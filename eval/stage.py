@@ -109,8 +109,11 @@ class Results:
         return any(r["system"] == system and r.get("length", 0) == length for r in rows)
 
     def add(self, **rows: dict) -> None:
+        """A row that is there already stays: its job was done again for another's sake, with the same result."""
         for section, row in rows.items():
-            self.value[section].append(row)
+            same = ("system", "seed", *ONCE[section])
+            if not any(all(r.get(k) == row.get(k) for k in same) for r in self.value[section]):
+                self.value[section].append(row)
         now = time.perf_counter()
         self.value["evaluation"]["seconds"] += now - self.since
         self.since = now

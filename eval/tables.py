@@ -78,21 +78,29 @@ def by_kind(table: Table) -> list[list[str]]:
 
 
 def memory(rows: Sequence[dict]) -> list[list[str]]:
-    """What memories hold: shares of gold facts kept after k further sections, then means over lengths and seeds."""
+    """What memories hold, by kind of document: shares of gold facts kept after k further sections, then means over
+    lengths and seeds."""
     lines = []
-    for system, name in SYSTEMS.items():
-        own = [row for row in rows if row["system"] == system]
+    for (task, what), (system, name) in itertools.product(tasks(rows).items(), SYSTEMS.items()):
+        own = [row for row in rows if row["system"] == system and row.get("task") == task]
         if not own:
             continue
-        cells = []
+        cells = [Outside(what)]
         for k in RETENTION:
-            kept, asked = np.sum([row["retention"][k] for row in own if k < len(row["retention"])] or [[0, 0]], axis=0)
+            found = [row["retention"][k] for row in own if k < len(row.get("retention") or [])]
+            kept, asked = np.sum(found or [[0, 0]], axis=0)
             cells.append(f"{points(kept / asked):.1f} ({asked})" if asked else "—")
         for field, scale in (("facts_per_100", 1), ("gold_per_100", 1), ("verbatim", 100), ("invented", 100)):
             values = [row[field] for row in own if row.get(field) is not None]
             cells.append(f"{scale * np.mean(values):.1f}" if values else "—")
         lines.append([name, *cells])
     return lines
+
+
+def tasks(rows: Sequence[dict]) -> dict[str | None, str]:
+    """Kinds of documents in rows of `memory`, with what was counted in them."""
+    units = {row.get("task"): row.get("unit") for row in rows}
+    return {task: f"{task or 'all'} documents" + (f", {unit}" if unit else "") for task, unit in units.items()}
 
 
 def ablations(arms: Sequence[Arm], system: str) -> list[list[str]]:

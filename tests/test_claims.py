@@ -244,5 +244,14 @@ def test_too_many_documents_are_left_out_and_counted(tmp_path, monkeypatch):
     assert f"shows {shown} of 12 documents" in write_report(folder).read_text()
 
 
+def test_memories_are_told_apart_by_document_and_may_lack_a_count(tmp_path):
+    rows = memory_rows()
+    masked = [row | {"task": "masked", "retention": None, "gold_per_100": None} for row in rows]
+    text = write_report(make_run(tmp_path / "r", memory=rows + masked)).read_text()
+    section = text[text.index("## What memories hold"):]
+    assert "| + MemTrain | question documents, facts | 90.0 (100) | 81.0 (100) |" in section
+    assert "| + MemTrain | masked documents, facts | — | — |" in section and "| 80.0 | 2.0 |" in section
+
+
 def test_lengths_of_the_synthetic_runs():
     assert LENGTHS == (1, 2, 4, 8), "the halves of C5 above are 1x, 2x and 4x, 8x"
