@@ -255,3 +255,45 @@ def test_memories_are_told_apart_by_document_and_may_lack_a_count(tmp_path):
 
 def test_lengths_of_the_synthetic_runs():
     assert LENGTHS == (1, 2, 4, 8), "the halves of C5 above are 1x, 2x and 4x, 8x"
+
+
+# ------------------------------------------------------------------------------------------------ results.json
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """results() -> what an evaluation in this folder would go on with."""
+    from eval import stage
+
+    monkeypatch.setattr(stage, "environment", lambda run: {"commit": "abc"})
+    state = {"done": True, "step": 3, "seconds": 2.0, "tokens_sampled": 10, "tokens_trained": 20, "rewards": [0.0, 1.0]}
+    folder = types.SimpleNamespace(path=tmp_path, finished=lambda name: state if name == "mem1" else None)
+    run = types.SimpleNamespace(folder=folder, c=Config(), tokenizer=types.SimpleNamespace(size=1000))
+    return lambda: stage.Results(run)
+
+
+def test_an_evaluation_goes_on_with_its_rows_and_its_seconds(results, tmp_path):
+    first = results()
+    first.add(long_qa=qa_rows()[0])
+    first.add(search_qa=search_rows()[0], memory=memory_rows()[0])
+    first.add(long_qa=qa_rows()[0])
+    spent = json.loads((tmp_path / "results.json").read_text())["evaluation"]["seconds"]
+    again = results()
+    assert again.has("base-one-window", 1) and not again.has("base", 1) and spent > 0
+    again.finish()
+    value = json.loads((tmp_path / "results.json").read_text())
+    assert value["format"] == 2 and value["evaluation"]["seconds"] == spent
+    assert [len(value[s]) for s in ("long_qa", "search_qa", "memory", "masked")] == [1, 1, 1, 0], "no row twice"
+    (stage,) = value["stages"]
+    assert stage["name"] == "mem1" and stage["reward_last"] == 1.0
+    assert stage["flops"] == stage_cost({"tokens_sampled": 10, "tokens_trained": 20}, Config(), 1000)["flops"]
+    write_report(tmp_path)
+
+
+@pytest.mark.parametrize("old", ['{"long_qa": []}', '{"format": 1}', '{"format": 2, "memory": 3}',
+                                 '{"format": 2, "evaluation": {"seconds": "x"}}'])
+def test_results_of_an_older_form_are_refused_and_stay(results, tmp_path, old):
+    (tmp_path / "results.json").write_text(old)
+    with pytest.raises(InputError, match=r"results\.json: .*delete it to evaluate anew"):
+        results()
+    assert (tmp_path / "results.json").read_text() == old
