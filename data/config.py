@@ -61,7 +61,7 @@ def arm_of(full: Mapping, other: Mapping) -> str:
     for name, known in ablations(full).items():
         if change == {k: v for k, v in known.items() if full[k] != v}:
             return name
-    return ",".join(f"{k}={v}" for k, v in change.items()) or "full"
+    return ", ".join(f"{k}={v}" for k, v in sorted(change.items())) or "full"
 
 
 def option(default, group: str, text: str):
@@ -230,7 +230,7 @@ QWEN = {  # as in their published config.json
 REAL = {"paper": PAPER} | {name: PAPER | shape for name, shape in QWEN.items()}
 # One GPU: the paper's window, 1 : 5 : 1 : 1, at an eighth of its size, and a base that is trained in the same run.
 # No GPU has run it; `plan --preset small --seeds 0,1,2 --ablations --scaling` says what it should take.
-SMALL = {"stages": "base,memtrain,memagent,eval,report", "people": 2000, "passages": 240, "related": 29,
+SMALL = {"stages": "base,memtrain,memagent,mem1,eval,report", "people": 2000, "passages": 240, "related": 29,
          "width": 512, "layers": 8, "heads": 8, "key_heads": 4, "head_size": 64, "hidden": 1408,
          "window": 1024, "section": 640, "memory": 128, "response": 129, "lr": 1e-4, "tf32": True,
          "micro_tokens": 8_192, "sample_rows": 512, "cache_gb": 2.0, "base_documents": 12, "base_answers": 16,

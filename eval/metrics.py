@@ -10,6 +10,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -105,12 +106,28 @@ def bootstrap_difference(a, b, n: int = 2000, seed: int = 0) -> tuple[float, flo
     a, b = np.atleast_2d(np.asarray(a, dtype=float)), np.atleast_2d(np.asarray(b, dtype=float))
     if a.shape != b.shape or a.ndim != 2 or a.size == 0:
         raise ValueError(f"a paired bootstrap needs equal (seeds, questions) arrays: {a.shape}, {b.shape}")
-    difference = a - b  # (S, Q)
-    seeds, questions = difference.shape
-    rng = np.random.default_rng(seed)
-    # Drawing with replacement = multinomial counts used as weights: two small products, no (n, S, Q) array.
-    seed_counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=n)  # (n, S)
-    question_counts = rng.multinomial(questions, np.full(questions, 1 / questions), size=n)  # (n, Q)
-    means = np.einsum("nq,nq->n", seed_counts @ difference, question_counts) / difference.size
+    return bootstrap_mean([a - b], n, seed)
+
+
+def bootstrap_mean(parts: Sequence[np.ndarray], n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean over `parts` of their means, with its 95% interval.
+
+    parts: (seeds, questions) each, of the same seeds and of questions of their own, such as one benchmark each. A
+    resample draws seeds once for all parts, and questions within each.
+    """
+    seed_counts, counts = _resamples(len(parts[0]), tuple(part.shape[1] for part in parts), n, seed)
+    means = np.zeros(n)
+    for part, drawn in zip(parts, counts, strict=True):
+        means += np.einsum("nq,nq->n", seed_counts @ part, drawn) / part.size / len(parts)
     low, high = np.quantile(means, [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
+    return float(np.mean([part.mean() for part in parts])), float(low), float(high)
+
+
+@lru_cache(maxsize=16)
+def _resamples(seeds: int, questions: tuple[int, ...], n: int, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """How often each resample draws each seed (n, S), and each question of each part (n, Q). A report asks for the
+    same ones hundreds of times."""
+    rng = np.random.default_rng(seed)
+    # Drawing with replacement = multinomial counts used as weights: small products, no (n, S, Q) array.
+    seed_counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=n).astype(float)
+    return seed_counts, [rng.multinomial(q, np.full(q, 1 / q), size=n).astype(float) for q in questions]

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -18,8 +19,10 @@ from tqdm import tqdm
 from data import InputError
 from data.config import SYSTEMS, TRAINED
 from data.files import read_json, write_json
+from eval.ledger import stage_cost
 from eval.longqa import held_out_rows, long_qa_row
 from eval.memory import Memories
+from eval.results import FORMAT, ONCE, number
 from eval.searchqa import search_row
 from kernels import kernels_in_use
 
@@ -84,9 +87,6 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     return True
 
 
-ROW_KEYS = ("system", "length", "task", "benchmark")  # what tells the rows of one run apart
-
-
 def reading_rows(run, system: str, length: int, memories: Memories, recall_probe) -> dict[str, dict]:
     """Rows of results.json on questions about documents of `length` sections; 0: on held-out masked documents."""
     c, rollouts = run.c, []
@@ -108,19 +108,25 @@ def effort(run, system: str, job: int | str) -> int:
 
 
 class Results:
-    """results.json, saved after every row, so that an interrupted evaluation goes on where it stopped."""
+    """results.json, saved after every row, so that an interrupted evaluation goes on where it stopped.
+
+    Rows of each section of eval.results.SCHEMA; `evaluation` holds the seconds that measuring them took.
+    """
 
     def __init__(self, run):
-        self.run, self.path = run, run.folder.path / "results.json"
-        self.value = {"environment": environment(run), "config": dataclasses.asdict(run.c),
-                      "long_qa": [], "recall": [], "masked": [], "memory": [], "search_qa": [], "stages": []}
+        self.run, self.path, self.since = run, run.folder.path / "results.json", time.perf_counter()
+        self.value = {"format": FORMAT, "environment": environment(run), "config": dataclasses.asdict(run.c),
+                      "evaluation": {"seconds": 0.0}, "stages": []} | {section: [] for section in ONCE}
         if self.path.exists():
             old = read_json(self.path, "delete it to evaluate anew")
-            rows = ("long_qa", "recall", "masked", "memory", "search_qa")
-            old = {"memory": [], "search_qa": []} | old  # of an evaluation that did not measure them
-            if not all(isinstance(old.get(k), list) for k in rows):
+            if old.get("format") != FORMAT:
+                raise InputError(f"{self.path}: of an older form (format {old.get('format')!r:.20}, needed: {FORMAT}); "
+                                 f"delete it to evaluate anew")
+            spent = old.get("evaluation", {"seconds": 0.0})
+            if not all(isinstance(old.get(k, []), list) for k in ONCE) or not number(
+                    isinstance(spent, dict) and spent.get("seconds")):
                 raise InputError(f"{self.path}: its rows are not those of an evaluation; delete it to evaluate anew")
-            self.value |= {k: old[k] for k in rows}
+            self.value |= {k: old.get(k, []) for k in ONCE} | {"evaluation": spent}
 
     def has(self, system: str, job: int | str) -> bool:
         """job: a length in sections, 0 for the held-out masked documents, or the name of a benchmark."""
@@ -131,8 +137,12 @@ class Results:
     def add(self, **rows: dict) -> None:
         """A row that is there already stays: its job was done again for another's sake, with the same result."""
         for section, row in rows.items():
-            if not any(all(r.get(k) == row.get(k) for k in ROW_KEYS) for r in self.value[section]):
+            same = ("system", "seed", *ONCE[section])
+            if not any(all(r.get(k) == row.get(k) for k in same) for r in self.value[section]):
                 self.value[section].append(row)
+        now = time.perf_counter()
+        self.value["evaluation"]["seconds"] += now - self.since
+        self.since = now
         write_json(self.path, self.value)
 
     def finish(self) -> None:
@@ -141,10 +151,9 @@ class Results:
             if state := self.run.folder.finished(name):
                 rewards = state.get("rewards", [])
                 few = max(1, min(5, len(rewards) // 2))  # one step's reward is noisy: means of five
+                cost = stage_cost(state, self.run.c, self.run.c.vocab or self.run.tokenizer.size)
                 stages.append({"name": name, "seed": self.run.c.seed, "steps": state["step"],
-                               "seconds": round(state["seconds"], 1),
-                               "tokens_sampled": state.get("tokens_sampled", 0),
-                               "tokens_trained": state.get("tokens_trained", state.get("tokens", 0)),
+                               "seconds": round(state["seconds"], 1), **cost,
                                "reward_first": float(np.mean(rewards[:few])) if rewards else None,
                                "reward_last": float(np.mean(rewards[-few:])) if rewards else None})
         self.value["stages"] = stages

@@ -44,8 +44,8 @@ from eval.plan import evaluated, trainings, work
 
 SCRIPT = Path(__file__).parents[1] / "memtrain.py"
 POLL = 0.5  # seconds between two looks at the runs
-DECIDES = {"stages": "", "eval_lengths": "eval", "eval_systems": "eval"}  # of the fields that may differ, those that make
-#                                                                         work, and for which stage
+# of the fields that may differ, those that make work, and for which stage
+DECIDES = {"stages": "", "eval_lengths": "eval", "eval_systems": "eval"}
 STAGE = re.compile(r'^\{"stage": "([^"]+)"', re.MULTILINE)  # of a line of metrics.jsonl
 SHOWN = 4  # runs whose stage the bar names
 

@@ -582,7 +582,7 @@ def smoke(tmp_path_factory):
 def test_the_whole_command(smoke):
     folder, out, err = smoke
     run = folder / "runs/smoke"
-    assert {"report.md", "table1.svg", "results.json", "config.json"} <= {p.name for p in run.iterdir()}
+    assert {"report.md", "report.html", "table1.svg", "results.json", "config.json"} <= {p.name for p in run.iterdir()}
     assert "\x1b" not in out + err and "Warning" not in err
     for word in ("device", "kernels", "corpus", "entities: rules", "window", "tokens a step", "minutes", "gate"):
         assert word in out

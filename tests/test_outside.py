@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_report import make_run, qa_rows
+from synthetic import make_run, qa_rows
 
 import memtrain
 from data import InputError

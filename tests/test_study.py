@@ -44,7 +44,7 @@ def test_every_arm_is_a_run_that_differs_from_the_full_one_alone_in_what_its_nam
         assert arm != full and arm_of(vars(full), vars(arm) | {"seed": 9, "run": "x", "init": "y"}) == name
         assert parse(arguments(arm)) == arm
     assert arm_of(vars(full), vars(full)) == "full"
-    assert arm_of(vars(full), vars(full) | {"lr": 0.5, "group": 4}) == "group=4,lr=0.5"
+    assert arm_of(vars(full), vars(full) | {"lr": 0.5, "group": 4}) == "group=4, lr=0.5"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -64,7 +64,8 @@ def test_the_runs_of_a_study():
     assert names[:2] == ["s0", "s2"] and {n for n in names if "base" not in n} == {
         "s0", "s2", *(f"s{s}.{arm}" for s in (0, 2) for arm in arms)}
     by_name = {job.run.removeprefix("nano-study."): job.config for job in made}
-    assert by_name["s2"] == dataclasses.replace(Config(), run="nano-study.s2", seed=2, stages="memtrain,memagent,eval")
+    assert by_name["s2"] == dataclasses.replace(Config(), run="nano-study.s2", seed=2,
+                                                stages="memtrain,memagent,mem1,eval")
     assert by_name["s2.decoupled"].recall_weight == 0 and by_name["s2.decoupled"].seed == 2
     for name, c in by_name.items():
         arm = name.partition(".")[2]
@@ -78,19 +79,14 @@ def test_the_runs_of_a_study():
     assert not any(job.arm == "base" for job in jobs(parse(["--preset", "qwen3-4b", "--ablations"])))
 
 
-def test_one_base_for_all_and_one_more_for_prompts_of_another_order():
+def test_one_base_for_all():
     made = {job.run: job for job in jobs(parse(["--preset", "small", "--seeds", "5,6", "--ablations"]))}
-    bases = [name for name, job in made.items() if job.arm == "base"]
-    assert bases == ["small-study.base", "small-study.base.paper-order"]
-    shared, other = (made[name] for name in bases)
-    assert shared.config.stages == other.config.stages == "base" and shared.config.seed == 0 and not shared.after
-    assert other.after == shared.run and other.config.init == "runs/small-study.base/base/checkpoint.safetensors"
-    assert other.config.prompt_order == "paper" and other.config.base_steps == Config().adapt_steps
+    (base,) = [job for job in made.values() if job.arm == "base"]
+    assert base.run == "small-study.base" and base.config.stages == "base" and base.config.seed == 0
     for job in made.values():
         if job.arm != "base":
-            wanted = bases[job.arm == "paper-order"]
-            assert job.after == wanted and job.config.init == f"runs/{wanted}/base/checkpoint.safetensors"
-            assert "base" not in job.config.stages
+            assert job.after == base.run and "base" not in job.config.stages
+            assert job.config.init == "runs/small-study.base/base/checkpoint.safetensors"
 
 
 # ---- bad input
@@ -382,7 +378,7 @@ def test_the_plan_of_a_study_is_that_of_its_runs():
     p = plan.make_plan(c, card, "H100")
     made = jobs(c)
     hours = sum(sum(r["hours"] for r in plan.stages(job.config, vocab, card, plan.MFU)) + plan.START for job in made)
-    assert p["hours"] == pytest.approx(hours) and sum(r["runs"] for r in p["study"]) == len(made) == 3 * 12 + 2
+    assert p["hours"] == pytest.approx(hours) and sum(r["runs"] for r in p["study"]) == len(made) == 3 * 12 + 1
     assert [r["arm"] for r in p["study"]] == list(dict.fromkeys(
         "base for paper-order" if job.arm == "base" and job.overrides else job.arm for job in made))
     assert p["peak"] == max(plan.peak(job.config, vocab)[1] for job in made)

@@ -1,0 +1,216 @@
+"""What a run measured, read from its folder and checked: results.json of form 2, metrics.jsonl, readings.json.
+
+Everything here came from outside and may be anything: what a report can't be built on ends in one line (InputError).
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data import InputError
+from data.config import FREE_FIELDS, Config
+
+FORMAT = 2  # of results.json
+SYSTEMS = {  # name in results.json: name in print
+    "base-one-window": "Base, one window", "base": "Base", "memtrain": "+ MemTrain", "memagent": "+ MemAgent",
+    "memtrain+memagent": "+ MemTrain + MemAgent", "mem1": "+ MEM1", "memtrain+mem1": "+ MemTrain + MEM1",
+}
+# In what runs of one arm may differ: their seed, the machine's fields, and where a base or an index lies.
+UNSHARED = FREE_FIELDS | {"seed", "init", "index"}
+SHAPE = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model"} | {"model"}  # a backbone
+
+
+def number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(value) -> bool:
+    return number(value) and value == int(value) and value >= 0
+
+
+def _pair(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_count, value)) and value[0] <= value[1]
+
+
+def _texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(x, str) for x in value)
+
+
+CHECKS: dict[str, tuple[Callable, str]] = {
+    "system": (lambda v: isinstance(v, str) and v in SYSTEMS, f"one of {', '.join(SYSTEMS)}"),
+    "text": (lambda v: isinstance(v, str), "a text"),
+    "texts": (_texts, "a list of texts"),
+    "count": (_count, "a whole number, not negative"),
+    "positive": (lambda v: number(v) and v > 0, "a number above 0"),
+    "number": (number, "a number"),
+    "share": (lambda v: number(v) and 0 <= v <= 1, "a number in [0, 1]"),
+    "bits": (lambda v: isinstance(v, list) and all(_count(x) and x <= 1 for x in v), "a list of 0 and 1"),
+    "bit": (lambda v: _count(v) and v <= 1, "0 or 1"),
+    "kinds": (lambda v: isinstance(v, dict) and all(map(_pair, v.values())), "{kind: [correct, asked]}"),
+    "pairs": (lambda v: isinstance(v, list) and all(map(_pair, v)), "a list of [kept, asked]"),
+    "object": (lambda v: isinstance(v, dict), "an object"),
+}
+SCHEMA = {  # section: fields of its rows; ? marks those that may be missing or null
+    "long_qa": "system:system seed:count length:positive n:positive em:share em_low:share em_high:share "
+               "correct:bits sections?:number tokens?:number f1?:share sub_em?:share kinds?:kinds "
+               "memory_tokens?:number finished?:share",
+    "recall": "system:system seed:count n:count accuracy:share low:share high:share",
+    "masked": "system:system seed:count n:positive em:share em_low:share em_high:share sections?:number",
+    "stages": "name:text seed?:count steps?:count seconds?:number tokens_sampled?:count tokens_trained?:count "
+              "tokens_prompts?:count parameters?:count flops?:number reward_first?:number reward_last?:number",
+    "search_qa": "system:system seed:count benchmark:text n:positive em:share em_low:share em_high:share correct:bits "
+                 "f1?:share turns?:number searches?:number answered?:share malformed?:number found?:share "
+                 "memory_tokens?:number",
+    "memory": "system:system seed:count length:positive n:positive task?:text unit?:text retention?:pairs "
+              "facts_per_100?:number gold_per_100?:number verbatim?:share invented?:share",
+}
+ONCE = {  # section: with system and seed, what tells a measurement from another
+    "long_qa": ("length",), "recall": (), "masked": ("sections",), "search_qa": ("benchmark",),
+    "memory": ("task", "length")}
+DOCUMENT = ("id:text task:text kind?:text question:text answers:texts sections:texts gold:texts marks:texts "
+            "systems:object")  # of readings.json
+READING = "memories:texts answer?:text correct?:bit"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, read and checked."""
+
+    path: Path
+    environment: dict
+    config: dict
+    results: dict
+    metrics: list[dict]  # one per training step
+    readings: list[dict] = field(default_factory=list)  # documents of readings.json
+
+    @property
+    def setting(self) -> dict:
+        """Every field that runs of one arm must share; what an older run doesn't name is the default."""
+        filled = dataclasses.asdict(Config()) | self.config
+        return {name: value for name, value in filled.items() if name not in UNSHARED}
+
+    @property
+    def shape(self) -> dict:
+        return {name: value for name, value in self.setting.items() if name in SHAPE}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; the run has to reach its evaluation first") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read ({error})") from None
+
+
+def _object(path: Path) -> dict:
+    try:
+        value = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object is needed, not a {type(value).__name__}")
+    return value
+
+
+def _check(where: str, row, fields: str) -> None:
+    """InputError unless `row` is an object with these fields."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where} must be an object")
+    for name, kind in (item.split(":") for item in fields.split()):
+        name, optional = name.rstrip("?"), name.endswith("?")
+        if optional and row.get(name) is None:
+            continue
+        if name not in row:
+            raise InputError(f"{where} has no {name!r}")
+        good, meaning = CHECKS[kind]
+        if not good(row[name]):
+            raise InputError(f"{where}.{name} must be {meaning}, not {row[name]!r:.60}")
+
+
+def _check_rows(path: Path, section: str, rows) -> list[dict]:
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: {section} must be a list of objects")
+    for index, row in enumerate(rows):
+        where = f"{path}: {section}[{index}]"
+        _check(where, row, SCHEMA[section])
+        if "correct" in row:
+            asked, right = row["n"] * (2 if section == "search_qa" else 1), sum(row["correct"])
+            if len(row["correct"]) != asked or abs(right / asked - row["em"]) > 1e-3:
+                raise InputError(f"{where}: 'correct' disagrees with 'n' or 'em'")
+    return rows
+
+
+def _read_metrics(path: Path) -> list[dict]:
+    """Training steps; a resumed run logs some steps twice, the later line counts."""
+    steps: dict = {}
+    lines = _read(path).split("\n") if path.exists() else []
+    for position, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            if position == len(lines):  # no newline behind it: the run was stopped while writing
+                break
+            raise InputError(f"{path}: line {position} is not JSON") from None
+        if row is None:
+            continue
+        if not (isinstance(row, dict) and isinstance(row.get("stage"), str) and _count(row.get("step"))):
+            raise InputError(f"{path}: line {position} needs a 'stage' and a 'step'")
+        steps[row["stage"], row["step"]] = row
+    return [steps[key] for key in sorted(steps)]
+
+
+def _read_readings(path: Path) -> list[dict]:
+    """Documents of readings.json, each with the memories of several systems; none where the file is missing."""
+    if not path.exists():
+        return []
+    value = _object(path)
+    if value.get("format") != 1 or not isinstance(value.get("documents"), list):
+        raise InputError(f"{path}: readings of another form; delete it and evaluate again")
+    for index, document in enumerate(value["documents"]):
+        where = f"{path}: documents[{index}]"
+        _check(where, document, DOCUMENT)
+        for name, reading in document["systems"].items():
+            _check(f"{where}.systems[{name!r:.40}]", reading, READING)
+            if len(reading["memories"]) > len(document["sections"]):
+                raise InputError(f"{where}.systems[{name!r:.40}]: more memories than the document has sections")
+    return value["documents"]
+
+
+def load_run(path: Path) -> Run:
+    """Read one run folder; InputError says in one line what is wrong with it."""
+    path = Path(path)
+    source = path / "results.json"
+    results = _object(source)
+    if results.get("format") != FORMAT:
+        raise InputError(f"{source}: of an older form (format {results.get('format')!r:.20}, needed: {FORMAT}); move "
+                         f"it away and run the same command again to evaluate anew")
+    for name in ("environment", "config"):
+        if not isinstance(results.get(name, {}), dict):
+            raise InputError(f"{source}: {name} must be an object")
+    for section in SCHEMA:
+        results[section] = _check_rows(source, section, results.get(section, []))
+    _check(f"{source}: evaluation", results.get("evaluation", {}), "seconds?:number")
+    if not results["long_qa"] and not results["search_qa"]:
+        raise InputError(f"{source}: long_qa is empty: nothing was evaluated")
+    config = results.get("config") or _object(path / "config.json")
+    if not all(isinstance(value, str | int | float | bool | None) for value in config.values()):
+        raise InputError(f"{source}: config must hold plain values")
+    return Run(path, results.get("environment", {}), config, results, _read_metrics(path / "metrics.jsonl"),
+               _read_readings(path / "readings.json"))
+
+
+def refuse_repeats(runs: Sequence[Run]) -> None:
+    """InputError where a measurement occurs twice in runs that are to be pooled: a seed was given twice."""
+    for section, at in ONCE.items():
+        seen: dict = {}
+        for run in runs:
+            for row in run.results[section]:
+                key = row["system"], row["seed"], *(row.get(name) for name in at)
+                if key in seen:
+                    raise InputError(f"{run.path}: {section} of {row['system']}, seed {row['seed']} is already in "
+                                     f"{seen[key]}; pool runs of different seeds")
+                seen[key] = run.path

@@ -1,0 +1,194 @@
+"""The report's tables: lists of rows of plain text, the same for report.md and report.html, which escape them.
+
+What came from outside is an Outside: in markdown its marks have to be escaped, ours not.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from eval.claims import BOTH, Arm, Table, against, longer_memagent, measured, points, shared
+from eval.results import SYSTEMS, Run
+
+LONG = ("base-one-window", "base", "memtrain", "memagent", BOTH)  # systems of Table 1
+SEARCH = ("base", "mem1", "memtrain+mem1")  # systems of Table 2
+RETENTION = (0, 1, 2, 4, 8, 16, 32, 64)  # distances in the table of what is kept
+
+
+class Outside(str):
+    """Text from a file of the run."""
+
+
+def by_columns(table: Table, systems: Sequence[str]) -> list[list[str]]:
+    """Accuracy of each system by length or benchmark, and on average."""
+    rows = []
+    for system in systems:
+        cells = [measured(table.by_seed(system, [n])) for n in table.columns]
+        whole = table.by_seed(system, table.columns) if table.columns else []
+        rows.append([SYSTEMS[system], *cells, measured(whole) if whole else "—"])
+    return rows
+
+
+def search_systems(table: Table) -> list[str]:
+    return [s for s in SYSTEMS if s in SEARCH or table.has(s)]
+
+
+def how_searched(table: Table) -> list[list[str]]:
+    """Beside exact match: means over benchmarks and seeds."""
+    shown = {"f1": 100, "turns": 1, "searches": 1, "answered": 100, "malformed": 1, "found": 100, "memory_tokens": 1}
+    return _means(table, [s for s in SYSTEMS if table.has(s)], shown)
+
+
+def aside(table: Table) -> list[list[str]]:
+    """The lenient metrics and how the systems read: means over lengths and seeds."""
+    shown = {"em": 100, "f1": 100, "sub_em": 100, "finished": 100, "memory_tokens": 1}
+    return _means(table, [s for s in SYSTEMS if table.has(s)], shown)
+
+
+def _means(table: Table, systems: Sequence[str], shown: dict[str, int]) -> list[list[str]]:
+    lines = []
+    for system in systems:
+        values = {f: [row[f] for row in table.rows(system) if row.get(f) is not None] for f in shown}
+        lines.append([SYSTEMS[system], *(f"{scale * np.mean(values[f]):.1f}" if values[f] else "—"
+                                         for f, scale in shown.items())])
+    return lines
+
+
+def per_system(rows: Sequence[dict], value: str, low: str, high: str) -> list[list[str]]:
+    """recall and masked: one line per system and number of sections."""
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault((list(SYSTEMS).index(row["system"]), row.get("sections") or 0), []).append(row)
+    return [[SYSTEMS[own[0]["system"]], f"{sections:g}" if sections else "—",
+             measured([(row[value], row[low], row[high]) for row in own]), f"{own[0]['n']:g}"]
+            for (_, sections), own in sorted(groups.items(), key=lambda item: item[0])]
+
+
+def by_kind(table: Table) -> list[list[str]]:
+    """Accuracy per kind of question over all lengths and seeds: every length asks the same questions."""
+    sums: dict = {}
+    for system in LONG:
+        for row in table.rows(system):
+            for kind, pair in (row.get("kinds") or {}).items():
+                sums[kind, system] = sums.get((kind, system), np.zeros(2)) + pair
+    return [[Outside(kind), *(f"{points(right / asked):.1f} ({asked:.0f})" if asked else "—"
+                              for right, asked in (sums.get((kind, s), (0, 0)) for s in LONG))]
+            for kind in sorted({kind for kind, _ in sums})]
+
+
+def memory(rows: Sequence[dict]) -> list[list[str]]:
+    """What memories hold, by kind of document: shares of gold facts kept after k further sections, then means over
+    lengths and seeds."""
+    lines = []
+    for (task, what), (system, name) in itertools.product(tasks(rows).items(), SYSTEMS.items()):
+        own = [row for row in rows if row["system"] == system and row.get("task") == task]
+        if not own:
+            continue
+        cells = [Outside(what)]
+        for k in RETENTION:
+            found = [row["retention"][k] for row in own if k < len(row.get("retention") or [])]
+            kept, asked = np.sum(found or [[0, 0]], axis=0)
+            cells.append(f"{points(kept / asked):.1f} ({asked})" if asked else "—")
+        for field, scale in (("facts_per_100", 1), ("gold_per_100", 1), ("verbatim", 100), ("invented", 100)):
+            values = [row[field] for row in own if row.get(field) is not None]
+            cells.append(f"{scale * np.mean(values):.1f}" if values else "—")
+        lines.append([name, *cells])
+    return lines
+
+
+def tasks(rows: Sequence[dict]) -> dict[str | None, str]:
+    """Kinds of documents in rows of `memory`, with what was counted in them."""
+    units = {row.get("task"): row.get("unit") for row in rows}
+    return {task: f"{task or 'all'} documents" + (f", {unit}" if unit else "") for task, unit in units.items()}
+
+
+def ablations(arms: Sequence[Arm], system: str) -> list[list[str]]:
+    """One line an arm: accuracy by length, average, full minus this arm over the lengths that both have, its cost."""
+    full, lines = arms[0], []
+    for arm in arms:
+        if not arm.table.has(system):
+            continue
+        cells = [measured(arm.table.by_seed(system, [n])) if (system, n) in arm.table.cells else "not run"
+                 for n in full.table.lengths]
+        own = [n for n in full.table.lengths if (system, n) in arm.table.cells]
+        whole = arm.table.by_seed(system, own)
+        average = measured(whole) if whole else "—"
+        if own != full.table.lengths and whole:
+            average += f" over {', '.join(f'{n:g}x' for n in own)}"
+        d = against(full, arm, system, system, shared(full.table, system, arm.table, system))
+        difference = "" if arm is full else d.reason or str(d)
+        lines.append([Outside(arm.name), *cells, average, difference, *_cost(arm, system)])
+    return lines
+
+
+def _cost(arm: Arm, system: str) -> list[str]:
+    """Tokens trained and sampled, and seconds, of the stages that lead to a system: means over the arm's runs."""
+    stages = [row for row in arm.rows("stages") if row["name"] in {system, *system.split("+")[:1]}]
+    return [f"{sum(row.get(f) or 0 for row in stages) / len(arm.runs):,.0f}" if stages else "—"
+            for f in ("tokens_trained", "tokens_sampled", "seconds")]
+
+
+def scaling(arms: Sequence[Arm]) -> list[list[str]]:
+    """Figure 4: MemAgent as long as in the full arm, longer, and after MemTrain."""
+    full, longer = arms[0], longer_memagent(arms)
+    if longer is None:
+        return []
+    lines = []
+    for arm, system in ((full, "memagent"), (longer, "memagent"), (full, BOTH)):
+        lengths = [n for n in full.table.lengths if (system, n) in arm.table.cells]
+        cells = [measured(arm.table.by_seed(system, [n])) for n in full.table.lengths]
+        whole = arm.table.by_seed(system, lengths) if lengths else []
+        lines.append([f"{SYSTEMS[system]}, {arm.runs[0].setting['memagent_steps']} steps of MemAgent", *cells,
+                      measured(whole) if whole else "—"])
+    return lines
+
+
+def stages(runs: Sequence[Run]) -> list[list[str]]:
+    fields = {"seed": "{:g}", "steps": "{:,.0f}", "seconds": "{:,.0f}", "tokens_sampled": "{:,.0f}",
+              "tokens_trained": "{:,.0f}", "reward_first": "{:.3f}", "reward_last": "{:.3f}"}
+    return [[Outside(row["name"]), *("—" if row.get(f) is None else show.format(row[f]) for f, show in fields.items())]
+            for run in runs for row in run.results["stages"]]
+
+
+def costs(rows: Sequence[dict]) -> list[list[str]]:
+    """The ledger of eval.ledger in print."""
+    def show(row: dict, key: str) -> str:
+        value = row.get(key)
+        if value is None:
+            return "—"
+        if key == "flops":
+            return f"{value / 1e15:.3g} PFLOP" if value >= 1e14 else f"{value / 1e12:.3g} TFLOP"
+        if key in ("hours", "kwh"):
+            return f"{value:.3g}" + (f" {row['unit']}" if key == "hours" else "")
+        return f"{value:,.0f}"
+
+    keys = ("seconds", "tokens_sampled", "tokens_trained", "flops", "hours", "kwh")
+    return [[Outside(row["stage"]), Outside(row["arm"]), Outside(row["device"]), str(row.get("runs", "")),
+             *(show(row, key) for key in keys)] for row in rows]
+
+
+def warnings(arms: Sequence[Arm], backbones: Sequence[str], shown: tuple[int, int]) -> list[str]:
+    """What a reader must know before believing a figure. shown: documents in the viewer, and those that were read."""
+    table, runs, found = arms[0].table, arms[0].runs, []
+    config = runs[0].config
+    if config.get("preset") == "nano" and config.get("corpus", "miniworld") != "miniworld":
+        found.append("A model this small learns little from real text: these figures show that the code path "
+                     "runs, not the method.")
+    for (by, cells), (system, name) in itertools.product(
+            (("length", table), ("benchmark", arms[0].search)), SYSTEMS.items()):
+        shares = [row["em"] for row in cells.rows(system)]
+        if shares and max(shares) <= 0.03:
+            found.append(f"{name} is at chance: 3% or less at every {by}. Comparisons with it say little.")
+        if shares and min(shares) >= 0.97:
+            found.append(f"{name} is saturated: 97% or more at every {by}. Comparisons with it say little.")
+    if len({seed for arm in arms[:1] for seed in (*table.seeds, *arm.search.seeds)}) == 1:
+        found.append("One seed: the intervals cover the choice of questions, not how another training would differ.")
+    if len({run.environment.get("commit") for arm in arms for run in arm.runs}) > 1:
+        found.append("The pooled runs come from different commits.")
+    if len(backbones) > 1:
+        found.append(f"Tables and plots show the first backbone, {backbones[0]}; the others are in C8 alone.")
+    if shown[0] < shown[1]:
+        found.append(f"The memory viewer shows {shown[0]} of {shown[1]} documents, to keep this page small; "
+                     f"readings.json has all.")
+    return found
