@@ -468,6 +468,7 @@ class Sampler:
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.pool = None
         self.share = 1.0  # of --cache-gb; halved once if memory runs out all the same
+        self.prompt_tokens = 0  # that have been prefilled so far
 
     @torch.no_grad()
     def __call__(self, c: Config, prompts: Sequence[tuple], keys: Sequence[tuple], limit: int,
@@ -560,6 +561,7 @@ class Sampler:
         # in parts: one pass over all prompts took twice as long on a CPU, its activations fit no cache
         for part in bounded(packed_rows, self.c.micro_tokens):
             p, at = pack(part, self.device), cache.used
+            self.prompt_tokens += p.layout.total
             hidden = self.model(p.ids, p.layout.positions, cache.add(p.layout), p.source)  # at the last given token
             self.hidden[at:cache.used] = hidden
         new = slice(first, cache.used)
@@ -1294,8 +1296,8 @@ def train_policy(run: Run, name: str, start: str) -> None:
         reference = Decoder(c, run.tokenizer.size).to(run.device).requires_grad_(False)
         reference.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=c.lr, weight_decay=0.0)
-    state = {"stage": name, "step": 0, "seconds": 0.0, "tokens_sampled": 0, "tokens_trained": 0, "rewards": [],
-             "poisoned": 0}
+    state = {"stage": name, "step": 0, "seconds": 0.0, "tokens_prompts": 0, "tokens_sampled": 0,
+             "tokens_trained": 0, "rewards": [], "poisoned": 0}
     if path.exists():
         state = load_checkpoint(path, model, run.tokenizer, [optimizer])
     run.rewind(name, state["step"])
@@ -1305,7 +1307,7 @@ def train_policy(run: Run, name: str, start: str) -> None:
             run.write({"stage": name} | row)
             state["step"] += 1
             state["rewards"].append(row["reward"])
-            for total in ("seconds", "tokens_sampled", "tokens_trained"):
+            for total in ("seconds", "tokens_prompts", "tokens_sampled", "tokens_trained"):
                 state[total] += row[total]
             state["poisoned"] = state["poisoned"] + 1 if row.get("skipped") == 1 else 0
             if state["poisoned"] == 5:
@@ -1330,8 +1332,10 @@ def train_policy(run: Run, name: str, start: str) -> None:
 
 def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
     """Sample, reward, filter, update; returns the row of metrics.jsonl."""
-    c, began = run.c, time.perf_counter()
+    c, sampler, began = run.c, run.agent.sampler, time.perf_counter()
+    prompts = -sampler.prompt_tokens
     batch = collect(run.agent, run.data, kind, step)
+    prompts = int(ranks.total([prompts + sampler.prompt_tokens], run.device)[0])
     sampled = time.perf_counter() - began
     signal_ = with_signal(batch)
     for g in optimizer.param_groups:
@@ -1347,7 +1351,8 @@ def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
     mean["tokens_trained"] = sum(r["tokens_trained"] for r in rows)
     signals, groups = ranks.total([len(signal_), len(set(batch.group))], run.device)
     speed = mean["tokens_trained"] / max(1e-9, seconds - sampled)
-    return {"step": step, "seconds": seconds, "seconds_sampling": sampled} | batch.stats | mean | {
+    return {"step": step, "seconds": seconds, "seconds_sampling": sampled,
+            "tokens_prompts": prompts} | batch.stats | mean | {
         "signal": signals / groups, "tokens_per_s": speed}
 
 

@@ -320,21 +320,20 @@ def test_a_study_needs_no_torch(folder, stand_in):
 
 def test_a_study_of_real_runs(folder, base_checkpoint, monkeypatch):
     """Two seeds with their report, and an arm, which trains and evaluates what it needs alone."""
-    base, write_report = base_checkpoint(), eval.report.write_report
+    base = base_checkpoint()
     argv = [*SMALLEST, "--init", base, "--seeds", "0,1", "--ablations"]
     wanted = [job for job in jobs(parse(argv)) if job.run in ("t.s0", "t.s1", "t.s0.end-to-end")]
     monkeypatch.setattr(eval.study, "jobs", lambda c: wanted)
-    monkeypatch.setattr(eval.report, "write_report", lambda first, others, out: write_report(first, others[:1], out))
     assert main(argv) == 0
     full = {"base", "base-one-window", "memtrain", "memagent", "memtrain+memagent"}
     for job in wanted:
         rows = json.loads(Path(f"runs/{job.run}/results.json").read_text())["long_qa"]
-        assert {r["system"] for r in rows} == (full if job.arm == "full" else {"memtrain", "memtrain+memagent"})
+        assert {r["system"] for r in rows} == (full if job.arm == "full" else {"memtrain+memagent"})
         assert {r["seed"] for r in rows} == {job.config.seed}
         assert json.loads(Path(f"runs/{job.run}/config.json").read_text()) == dataclasses.asdict(
             dataclasses.replace(job.config, threads=1))
     report = Path("runs/t/report.md").read_text()
-    assert "t.s0" in report and "t.s1" in report and "2 seeds (0, 1)" in report
+    assert "t.s0" in report and "t.s1" in report and "2 seeds (0, 1)" in report and "end-to-end" in report
 
 
 def test_a_group_of_one_recall_enters_the_reward_and_is_not_trained_on(agent, lottery, tokenizer):
