@@ -183,13 +183,13 @@ class Config:
     base_lr: float = option(0.02, "base", "learning rate of Muon and of the embedding")
     base_people: int = option(200, "base", "size of the worlds that demonstrations are drawn from")
 
-    base_documents: int = option(24, "base", "documents read by the demonstrators a step")
+    base_documents: int = option(12, "base", "documents read by the demonstrators a step")
     base_sharpen: float = option(2.0, "base", "factor on all logits at the end: demonstrations that differ leave a "
                                               "policy flatter than an instruct model's")
-    base_answers: int = option(32, "base", "answers from a sufficient memory a step")
+    base_answers: int = option(24, "base", "answers from a sufficient memory a step")
     base_searches: int = option(14, "base", "pairs of questions answered with the search tool a step")
-    base_recalls: int = option(48, "base", "recalls of what a memory holds a step")
-    base_directs: int = option(12, "base", "answers straight from a section a step")
+    base_recalls: int = option(32, "base", "recalls of what a memory holds a step")
+    base_directs: int = option(8, "base", "answers straight from a section a step")
 
     eval_lengths: str = option("1,2,4,8,16,32", "evaluation", "document lengths in sections, up to 128")
     eval_questions: int = option(200, "evaluation", "questions, the same at every length")

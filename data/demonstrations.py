@@ -4,7 +4,7 @@ A simulated reader goes through mini-world documents and shows the four formats:
 memory, recall a masked entity, answer straight from a text. Its memories are *valid but mediocre*: verbatim
 sentences, and what matters in the section just read is reliably noted, but from one update to the next the reader is
 
-    diligent (half of the updates on masks, a third of those on questions)
+    diligent (two in five of the updates on masks, a fifth of those on questions)
         copies the old memory, then adds what is new
     careless (the rest)
         forgets the old memory and notes what matters in this section alone
@@ -28,7 +28,7 @@ from data.prompts import Prompts
 from data.tasks import MASK, masked_document, qa_document, recall_target, split_sections
 from data.tokenizer import load_tokenizer
 
-DILIGENT_MASKED, DILIGENT_QUESTION = 0.48, 0.33  # share of updates by the diligent reader
+DILIGENT_MASKED, DILIGENT_QUESTION = 0.38, 0.22  # share of updates by the diligent reader
 WORN = 0.12  # share of old memories shown as they look after a writer that did not stop
 PASSAGE = 17  # tokens of a section that a masked document spends on a passage
 LENGTHS = (0.4, 0.6, 1.0, 1.0)  # of demonstrated sections, as shares of a whole one: short ones teach more a token
