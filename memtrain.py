@@ -126,7 +126,7 @@ from data.search import (
 from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, sections
 from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from eval.metrics import exact_match, extract_boxed
-from eval.stage import command, commit, evaluate
+from eval.stage import command, commit, earlier_results, evaluate
 from eval.watch import signs, watch
 from kernels import kernels_in_use, use_triton
 from kernels.attention import memory_attention
@@ -1125,6 +1125,8 @@ class Run:
             tqdm.write(f"note: some questions make a turn of {need} tokens, more than --window {c.window}")
         self.folder.compare(dataclasses.asdict(c), FREE_FIELDS, dataclasses.asdict(Config()))
         stages = c.stages.split(",")
+        if "eval" in stages:
+            earlier_results(self.folder.path / "results.json")
         for stage in {"memtrain+memagent", "memtrain+mem1"}.intersection(stages):
             if not self.folder.finished("memtrain") and "memtrain" not in stages[:stages.index(stage)]:
                 raise InputError(f"--stages {c.stages}: {stage} starts from memtrain, which is not finished in "

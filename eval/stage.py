@@ -107,6 +107,21 @@ def effort(run, system: str, job: int | str) -> int:
     return job if job and system != "base-one-window" else 1
 
 
+def earlier_results(path: Path) -> dict:
+    """What an earlier start has measured, {} if nothing. InputError if the file is of an older form, or of another."""
+    if not path.exists():
+        return {}
+    old = read_json(path, "delete it to evaluate anew")
+    if old.get("format") != FORMAT:
+        raise InputError(f"{path}: of an older form (format {old.get('format')!r:.20}, needed: {FORMAT}); delete it to "
+                         f"evaluate anew")
+    spent = old.get("evaluation", {"seconds": 0.0})
+    if not all(isinstance(old.get(k, []), list) for k in ONCE) or not number(
+            isinstance(spent, dict) and spent.get("seconds")):
+        raise InputError(f"{path}: its rows are not those of an evaluation; delete it to evaluate anew")
+    return {k: old.get(k, []) for k in ONCE} | {"evaluation": spent}
+
+
 class Results:
     """results.json, saved after every row, so that an interrupted evaluation goes on where it stopped.
 
@@ -117,16 +132,7 @@ class Results:
         self.run, self.path, self.since = run, run.folder.path / "results.json", time.perf_counter()
         self.value = {"format": FORMAT, "environment": environment(run), "config": dataclasses.asdict(run.c),
                       "evaluation": {"seconds": 0.0}, "stages": []} | {section: [] for section in ONCE}
-        if self.path.exists():
-            old = read_json(self.path, "delete it to evaluate anew")
-            if old.get("format") != FORMAT:
-                raise InputError(f"{self.path}: of an older form (format {old.get('format')!r:.20}, needed: {FORMAT}); "
-                                 f"delete it to evaluate anew")
-            spent = old.get("evaluation", {"seconds": 0.0})
-            if not all(isinstance(old.get(k, []), list) for k in ONCE) or not number(
-                    isinstance(spent, dict) and spent.get("seconds")):
-                raise InputError(f"{self.path}: its rows are not those of an evaluation; delete it to evaluate anew")
-            self.value |= {k: old.get(k, []) for k in ONCE} | {"evaluation": spent}
+        self.value |= earlier_results(self.path)
 
     def has(self, system: str, job: int | str) -> bool:
         """job: a length in sections, 0 for the held-out masked documents, or the name of a benchmark."""

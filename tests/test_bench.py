@@ -14,8 +14,8 @@ from kernels.grpo import grpo_loss
 
 TINY = ["--width", "32", "--layers", "2", "--heads", "2", "--key-heads", "1", "--head-size", "16", "--hidden", "48",
         "--people", "60", "--passages", "4", "--related", "2", "--section", "48", "--memory", "8", "--response", "10",
-        "--window", "128", "--documents", "2", "--group", "3", "--recall-group", "2", "--eval-questions", "1",
-        "--threads", "1"]
+        "--window", "128", "--result", "24", "--act", "12", "--documents", "2", "--group", "3", "--recall-group", "2",
+        "--eval-questions", "1", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")

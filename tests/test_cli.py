@@ -21,8 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import memtrain
+from data.corpus import load_passages
 from data.files import second_name
 from data.folder import Log
+from data.retrieval import Retriever
 from data.tokenizer import Tokenizer
 from memtrain import Config, main, parse
 
@@ -156,6 +158,28 @@ RUN_FOLDERS = {  # what runs/t/config.json holds: parts of the answer
 }
 
 
+BENCHMARKS = {  # content: parts of the answer
+    "without answers": (b'{"id": "x", "question": "Who?"}\n', ["b.jsonl, line 1", "golden_answers"]),
+    "an empty answer": (b'{"id": "x", "question": "Who?", "golden_answers": []}\n', ["b.jsonl, line 1", "answer"]),
+    "one id twice": (b'{"id": "x", "question": "Who?", "golden_answers": ["A"]}\n' * 2, ["b.jsonl, line 2", "'x'"]),
+    "no question mark": (b'{"id": "x", "question": "Tell us", "golden_answers": ["A"]}\n', ["b.jsonl", "x", "mark"]),
+    "one question": (b'{"id": "x", "question": "Who?", "golden_answers": ["A"]}\n', ["b.jsonl", "two"]),
+    "none": (b"", ["b.jsonl", "two"]),
+}
+
+
+def foreign_index(_) -> list:
+    write(c__jsonl=passages(200), d__jsonl=passages(150), q__jsonl=questions(1, 2), t__jsonl=questions(3, 4))
+    Retriever(load_passages("d.jsonl"), Path("index"))
+    return ["--corpus", "c.jsonl", "--questions", "q.jsonl", "--train-questions", "t.jsonl", "--index", "index"]
+
+
+def older_results(base_checkpoint) -> list:
+    Path("runs/t").mkdir(parents=True)
+    Path("runs/t/results.json").write_text(json.dumps({"long_qa": [], "recall": [], "masked": [], "stages": []}))
+    return ["--run", "t", "--init", base_checkpoint(), "--stages", "eval", "--eval-lengths", "1"]
+
+
 def bad_inputs() -> dict:
     """name: (prepare(base_checkpoint) -> the rest of the command, parts of the answer)."""
     files = ["--questions", "q.jsonl", "--train-questions", "t.jsonl", "--init", "x"]
@@ -184,6 +208,13 @@ def bad_inputs() -> dict:
             Path("runs/t/config.json").write_bytes(content)
             return ["--run", "t", "--init", base_checkpoint(), "--stages", "memtrain"]
         cases[f"run folder: {name}"] = prepare, parts
+    for name, (content, parts) in BENCHMARKS.items():
+        def prepare(_, content=content):
+            write(c__jsonl=passages(200), t__jsonl=questions(3, 4), q__jsonl=questions(1, 2), b__jsonl=content)
+            return ["--corpus", "c.jsonl", *files, "--benchmarks", "b.jsonl"]
+        cases[f"benchmark: {name}"] = prepare, parts
+    cases["index: of another corpus"] = foreign_index, ["another corpus", "c.jsonl", "another folder"]
+    cases["results: of an older form"] = older_results, ["results.json", "older form"]
     cases["tokenizer: another one"] = foreign_tokenizer, ["tokenizer", "--stages base"]
     return cases
 
