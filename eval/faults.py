@@ -107,7 +107,7 @@ def announced_run(target: Moment | None, trace: Path, fields: Sequence[str]) -> 
     import memtrain
     from data import checkpoint
     from data.folder import Log
-    from eval import gates, longqa, report, stage
+    from eval import gates, longqa, plots, report, stage
 
     # A random policy earns no reward, so that nothing would be learned or told apart: a hash of what it wrote decides.
     memtrain.Agent.boxed = lambda agent, turn: agent.tokenizer.decode(turn.sampled)
@@ -122,7 +122,7 @@ def announced_run(target: Moment | None, trace: Path, fields: Sequence[str]) -> 
     for optimizer in (torch.optim.AdamW, torch.optim.Muon):
         wrap(optimizer, "step", lambda *_: here("optimiser"))
     wrap(report, "write_report", lambda *_: here.enter("report", 0))
-    wrap(report, "plot_table1", lambda *_: here("plotting"))
+    wrap(plots, "plot_table1", lambda *_: here("plotting"))
 
     def few_gates(agent, c):  # two problems of each kind instead of 200: what they measure does not matter here
         here.enter("base", c.base_copy_steps + c.base_steps)
@@ -134,7 +134,8 @@ def announced_run(target: Moment | None, trace: Path, fields: Sequence[str]) -> 
 
     def renamed(source, other):
         name = Path(other).name
-        if name in ("checkpoint.safetensors", "checkpoint.json", "results.json", "config.json", "report.md"):
+        if name in ("checkpoint.safetensors", "checkpoint.json", "results.json", "readings.json", "config.json",
+                    "report.md", "report.html"):
             here(f"before {name}")
         replace(source, other)
         if name in ("checkpoint.safetensors", "results.json"):
@@ -147,7 +148,7 @@ def announced_run(target: Moment | None, trace: Path, fields: Sequence[str]) -> 
         here("metrics, half a line", torn)
 
     def rows(results):
-        here.enter("eval", sum(len(results.value[k]) for k in ("long_qa", "masked")))
+        here.enter("eval", sum(len(results.value[k]) for k in ("long_qa", "masked", "search_qa")))
 
     wrap(Log, "write", half_a_line)
     gates.gates, checkpoint.save_file, os.replace = few_gates, saved, renamed
