@@ -12,7 +12,8 @@ memory without labels, on two tasks made from raw text:
     A      = R - mean of R over its group                         Dr. GRPO; broadcast to every turn and token
     J      = mean over interactions of the token mean of  min(r A, clip(r, 1-eps_low, 1+eps_high) A) - beta KL
 
-The data flows one way:
+Two downstream tasks show what that is good for: questions about long documents, read by the same loop (MemAgent), and
+pairs of questions answered with a search tool, whose results take the section's place (MEM1). The data flows one way:
 
     corpus -> tasks -> rollouts -> rewards -> advantages -> packed batch -> loss -> step -> checkpoint
                                                                         checkpoints -> evaluation -> report
@@ -20,6 +21,7 @@ The data flows one way:
 Differences from the paper, each with its reason, are listed in README.md. Commands:
 
     python memtrain.py                                   the whole paper in miniature (preset nano, two CPU cores)
+    python memtrain.py --seeds 0,1,2 --ablations --scaling    with every arm of its ablations, and one report of all
     python memtrain.py --stages base --run mybase        train the stand-in for the instruct model anew
     python memtrain.py --corpus FILE --questions FILE --train-questions FILE --run real
     python memtrain.py plan --preset qwen3-4b            its memory, tokens, hours; nothing is downloaded or run
