@@ -157,7 +157,7 @@ class Config:
 
     memtrain_steps: int = option(60, "GRPO", "steps of MemTrain (paper: 300)")
     memagent_steps: int = option(15, "GRPO", "steps of MemAgent (paper: 500)")
-    mem1_steps: int = option(15, "GRPO", "steps of MEM1 (paper: 200)")
+    mem1_steps: int = option(6, "GRPO", "steps of MEM1 (paper: 200, of MemAgent 500)")
     documents: int = option(12, "GRPO", "documents sampled a step (paper: 32)")
     update_documents: int = option(12, "GRPO", "documents per optimiser step (paper: 32; MemAgent: 8)")
     group: int = option(8, "GRPO", "G1, rollouts a document")
