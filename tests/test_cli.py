@@ -80,7 +80,10 @@ BAD = {  # command: parts of the answer
     "--eval-lengths 256": ["--eval-lengths", "128"],
     "--stages eval --eval-lengths 128": ["too few passages", "--eval-lengths"],  # in this small a world
     "--run ../up": ["--run ../up", "runs/"], "--run .hidden": ["--run .hidden"],
-    "--questions q.json": ["--questions", "--corpus"],
+    "--questions q.json": ["--questions", "--corpus"], "--benchmarks b.jsonl": ["--benchmarks", "--corpus"],
+    "--index there": ["--index", "--corpus"], "--turns 0": ["--turns 0"], "--act 4": ["--act 4", "at least 8"],
+    "--result 200": ["--window", "result 200"], "--eval-systems base,gold": ["--eval-systems", "gold", "memtrain"],
+    "--stages memtrain+mem1": ["--stages memtrain+mem1", "memtrain before it"],
     "--corpus p.jsonl --stages eval": ["--questions"], "--corpus p.jsonl --stages memagent": ["--train-questions"],
     "--corpus nope.jsonl --stages memtrain": ["nope.jsonl", "no such file"],
     "--init nope.safetensors --stages memtrain": ["nope.safetensors", "--init"],
@@ -238,7 +241,8 @@ def test_bad_input_is_refused(name, folder, base_checkpoint, capsys):
 def test_there_are_forty_bad_inputs_of_every_sort():
     kinds = [name.split(":")[0] for name in BAD_INPUTS]
     assert len(kinds) >= 80 and {k: kinds.count(k) >= n for k, n in (
-        ("command", 40), ("corpus", 9), ("questions", 6), ("checkpoint", 13), ("run folder", 4), ("tokenizer", 1))} == (
+        ("command", 40), ("corpus", 9), ("questions", 6), ("checkpoint", 13), ("run folder", 4), ("tokenizer", 1),
+        ("benchmark", 6), ("index", 1), ("results", 1))} == (
         dict.fromkeys(dict.fromkeys(kinds), True))
 
 
