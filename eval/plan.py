@@ -286,7 +286,7 @@ def prefill(c, calls: Sequence[Call], made: Sequence[tuple[int, int, int, int]])
 
 # Of the demonstrations of data/demonstrations.py, counted: how many of a document's sections are shown, to how many
 # readers that differ; tokens of an answer; turns of an episode of search.
-SHOWN, READERS, SAID, TURNS = 0.68, 2.5, 6, 5.4
+SHOWN, READERS, SAID, TURNS = 0.68, 2.5, 6, 5.5
 COPIED = 64 * 64  # tokens of a step of copying: memtrain.copying_rows
 
 
@@ -296,12 +296,13 @@ def demonstrated(c) -> Passes:
     update, answer, recall, direct, search = WORDS["short"]
     section = 0.72 * c.section  # LENGTHS are 0.75 in the mean, and a section ends with its last whole passage
     more = max(1.0, c.memory / 40)  # Demonstrator.more: what memories hold, and what is written, in tokens
-    held, written, drawn = 11 + 9 * more, 13 + 3 * more, 22 * more
-    rows = [(c.base_documents * 2.5 * SHOWN, update + section, READERS * held, READERS * written),
+    held, written, drawn = 11 + 9 * more, 11 + 2.5 * more, 22 * more
+    read = 0.64 * c.section  # a document's last section is not full
+    rows = [(c.base_documents * 2.5 * SHOWN, update + read, READERS * held, READERS * written),
             (c.base_answers + c.base_documents * 0.9, answer, held + 7, SAID),
             (c.base_recalls + c.base_documents * 0.25, recall + section + drawn, 1, SAID),
             (c.base_directs, direct + section, 1, SAID),
-            (c.base_searches, search - 10, TURNS * (held + 60), TURNS * (written + 14))]
+            (c.base_searches, search - 10, TURNS * 64, TURNS * 20.6)]
     tokens = sum(n * (prefix + given + sampled) for n, prefix, given, sampled in rows)
     scored = sum(n * (0.2 * prefix + sampled) for n, prefix, given, sampled in rows)
     pairs = sum(n * _pairs(round(prefix), round(given + sampled), 1) for n, prefix, given, sampled in rows)

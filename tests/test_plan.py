@@ -167,14 +167,16 @@ def test_tokens_are_those_of_a_step_of_the_base_stage(argv, tokenizer):
 
 def test_what_a_run_trains_and_evaluates():
     c = parse(["--preset", "small"])
-    assert plan.trainings(c) == {"base": 6200, "memtrain": 60, "memagent": 15, "memtrain+memagent": 15}
+    assert plan.trainings(c) == {"base": 6200, "memtrain": 60, "memagent": 15, "memtrain+memagent": 15, "mem1": 6,
+                                 "memtrain+mem1": 6}
     assert plan.evaluated(c) == ["base", "memtrain", "memagent", "memtrain+memagent"]
-    arm = parse(["--stages", "memtrain,memtrain+memagent,eval", "--eval-base", "false"])
+    assert plan.searched(c) == ["base", "memtrain", "mem1", "memtrain+mem1"]
+    arm = parse(["--stages", "memtrain,memtrain+memagent,eval", "--eval-systems", "memtrain+memagent"])
     assert plan.trainings(arm) == {"memtrain": 60, "memtrain+memagent": 15}
-    assert plan.evaluated(arm) == ["memtrain", "memtrain+memagent"]
+    assert plan.evaluated(arm) == ["memtrain+memagent"] and plan.searched(arm) == []
     assert plan.trainings(parse(["--stages", "memagent,eval"])) == {"memagent": 15}
     steps = [row["steps"] for row in plan.stages(c, 1536, plan.CARDS["H100"], 0.3)]
-    assert steps == [6200, 60, 30, 1], "memagent twice, from the base and from memtrain"
+    assert steps == [6200, 60, 30, 12, 1], "memagent and mem1 twice, from the base and from memtrain"
     assert [row["steps"] for row in plan.stages(arm, 1536, plan.CARDS["H100"], 0.3)] == [60, 15, 1]
     assert set(plan.work(c)) == {*plan.trainings(c), "eval"} and min(plan.work(c).values()) > 0
 
