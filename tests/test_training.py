@@ -648,8 +648,9 @@ def test_no_temporary_file_outlives_what_stopped_its_writing(tmp_path, tiny, dec
 
 
 def test_five_poisoned_steps_in_a_row_end_the_stage(folder, tiny, base_checkpoint, monkeypatch, capsys):
-    row = {"step": 0, "reward": 0.0, "reward_em": 0.0, "signal": 1.0, "seconds": 0.0, "tokens_sampled": 0,
-           "tokens_trained": 0, "finished": 1.0} | dict.fromkeys(("all_zero", "all_one", "empty", "copied"), 0.0)
+    row = {"step": 0, "reward": 0.0, "reward_em": 0.0, "signal": 1.0, "seconds": 0.0, "tokens_prompts": 0,
+           "tokens_sampled": 0, "tokens_trained": 0, "finished": 1.0} | dict.fromkeys(
+               ("all_zero", "all_one", "empty", "copied"), 0.0)
     poisoned = iter([1, 1, 1, 1, 0, 0.5, 1, 1, 1, 1, 1])
     monkeypatch.setattr(memtrain, "train_step", lambda *_: row | {"skipped": float(next(poisoned))})
     monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
@@ -849,5 +850,6 @@ def test_two_processes_train_what_one_does(tmp_path, base_checkpoint):
     assert len(rows[0]) == len(rows[1]) == 9
     for a, b in zip(*rows, strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"stage", "seconds", "seconds_sampling", "tokens_per_s", "tokens", "tokens_trained"}:
+        for key in a.keys() - {"stage", "seconds", "seconds_sampling", "tokens_per_s", "tokens", "tokens_trained",
+                               "tokens_prompts"}:  # each process prefills what all documents share
             assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-6), (key, a[key], b[key])
