@@ -214,7 +214,7 @@
   for (const id of ["a", "b"]) $(id).addEventListener("change", (event) => go({ [id]: event.target.value }));
   addEventListener("hashchange", follow);
 
-  options($("doc"), documents.map((doc, i) => [String(i), `${i + 1}. ${doc.task}${doc.kind ? `, ${doc.kind}` : ""}: ${doc.question}`]));
+  options($("doc"), documents.map((doc, i) => [String(i), `${i + 1}. ${doc.task}${doc.kind && doc.kind !== doc.task ? `, ${doc.kind}` : ""}: ${doc.question}`]));
   settle({});
   if (!follow()) show();
 })();
