@@ -25,7 +25,6 @@ Differences from the paper, each with its reason, are listed in README.md. Comma
     python memtrain.py --stages base --run mybase        train the stand-in for the instruct model anew
     python memtrain.py --corpus FILE --questions FILE --train-questions FILE --run real
     python memtrain.py plan --preset qwen3-4b            its memory, tokens, hours; nothing is downloaded or run
-    python memtrain.py --seeds 0,1,2 --ablations --scaling   a study: many runs, one report
     python memtrain.py --help                            every field of the configuration
 
 Shape legend, for the whole project: B groups, N rollouts, T packed tokens, P prefix, S suffix, H query heads,
@@ -45,13 +44,13 @@ import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from data import InputError
-from data.arms import SHIPPED_BASE
 from data.config import (
     COMMANDS,
     FREE_FIELDS,
@@ -64,6 +63,7 @@ from data.config import (
     command_options,
     given_fields,
     is_study,
+    kind_of,
     lengths_of,
     parse,
     refusal,
@@ -675,14 +675,18 @@ class Search:
     finished: int = 0  # turns that ended with the stop token
 
     @property
+    def answers(self) -> Sequence[str | None]:
+        """One for each question: those of the last turn, nothing else counts."""
+        return self.actions[-1].answers or [None] * len(self.problem.answers)
+
+    @property
     def hits(self) -> list[float]:
-        """Exact match of each question; nothing counts but the answers of the last turn."""
-        answers = self.actions[-1].answers or [None] * len(self.problem.answers)
-        return [exact_match(a, gold) for a, gold in zip(answers, self.problem.answers, strict=True)]
+        """Exact match of each question."""
+        return [exact_match(a, gold) for a, gold in zip(self.answers, self.problem.answers, strict=True)]
 
     @property
     def correct(self) -> float:
-        return sum(self.hits) / len(self.hits)
+        return sum(self.hits) / len(self.problem.answers)
 
     def opening(self, prompts: Prompts) -> tuple[list[int], list[int]]:
         return prompts.search(self.problem.questions, "", [], [], False)
@@ -740,7 +744,7 @@ class Agent:
     def search(self, problems: Sequence[SearchProblem], keys: Sequence[tuple], retriever: Retriever) -> list[Search]:
         """MEM1's loop: each turn rewrites the state and searches or answers; everything older is gone. A turn that does
         neither is shown a correction. An episode ends with its answers, or after --turns turns. keys: as in read."""
-        c, encode = self.c, self.tokenizer.encode
+        c, correction = self.c, self.tokenizer.encode(CORRECTION)
         episodes = [Search(p, [], [], [], [], self.prompts.no_result) for p in problems]
         for t in range(c.turns):
             going = [i for i, e in enumerate(episodes) if not (e.actions and e.actions[-1].answers)]
@@ -755,7 +759,7 @@ class Agent:
                 self._note(episodes[i], turn, True)
             asking = [i for i in going if episodes[i].actions[-1].query]
             for i in going:
-                episodes[i].shown = encode(CORRECTION)
+                episodes[i].shown = correction
                 episodes[i].returned.append([])
             found = retriever.search([episodes[i].actions[-1].query for i in asking], c.hits)
             for i, indices in zip(asking, found, strict=True):
@@ -981,36 +985,30 @@ class Data:
 
     def __init__(self, c: Config, tokenizer: Tokenizer):
         self.c, self.tokenizer, self.finder = c, tokenizer, make_finder(c.entities)
-        self.world, self.held_out_world, self._retrievers = None, None, {}
+        self.world = self.held_out_world = None
         stages = c.stages.split(",")
+        kinds = set(map(kind_of, stages))
         if c.corpus == "miniworld":
             self.world = MiniWorld(c.people, 0, "train")
             self.held_out_world = held_out = MiniWorld(c.people, 0, "eval")
             self.train, self.held_out = self.world.corpus(), held_out.corpus()
-            self.searched = self.train, self.held_out
             self.questions = [held_out.question(i) for i in range(c.eval_questions)]
             self.train_questions: list[Question] = []
-            self.benchmarks = {family: [world_pair(held_out, family, 2 * i) for i in range(c.eval_pairs)]
-                               for family in FAMILIES}
         else:
-            whole = load_passages(c.corpus)
-            self.train, self.held_out = whole.split()
-            self.searched = whole, whole
+            self.whole = load_passages(c.corpus)
+            self.train, self.held_out = self.whole.split()
             self.questions = load_questions(c.questions, c.eval_questions) if c.questions else []
             self.train_questions = load_questions(c.train_questions) if c.train_questions else []
-            asked = {Path(c.questions).stem: self.questions[:2 * c.eval_pairs]}  # unless there are benchmarks
-            if c.benchmarks and "eval" in stages and {"mem1", "memtrain+mem1"}.intersection(stages):
-                asked = load_benchmarks(c.benchmarks, 2 * c.eval_pairs)
-            self.benchmarks = {name: [search_problem(pair, name) for pair in zip(q[::2], q[1::2], strict=False)]
-                               for name, q in asked.items()}
-            self._refuse_leaks({q.question: q.id for q in itertools.chain(self.questions, *asked.values())})
+            self._refuse_leaks(self.questions)
         # a corpus that can't do what the stages need is refused before anything is trained or written
         if "memtrain" in stages:
             self.masked_problem(0)
-        if {"memagent", "memtrain+memagent"}.intersection(stages):
+        if "memagent" in kinds:
             self.training_question(0)
-        if {"mem1", "memtrain+mem1"}.intersection(stages):
+        if "mem1" in kinds:
             self.training_pair(0)
+            if "eval" in stages:
+                _ = self.benchmarks
         if "eval" in stages:
             self.evaluation_question(0, max(lengths_of(c)))
             if c.eval_masked:
@@ -1018,21 +1016,38 @@ class Data:
         if c.index and Path(c.index).exists():
             self.retriever()
 
-    def _refuse_leaks(self, asked: dict[str, str]) -> None:
-        """asked: the evaluation's questions with their ids."""
+    @cached_property
+    def benchmarks(self) -> dict[str, list[SearchProblem]]:
+        """Pairs of questions for search QA by benchmark: the mini-world's families, --benchmarks, else --questions."""
+        c = self.c
+        if self.world:
+            return {family: [world_pair(self.held_out_world, family, 2 * i) for i in range(c.eval_pairs)]
+                    for family in FAMILIES}
+        asked = {Path(c.questions).stem: self.questions[:2 * c.eval_pairs]}
+        if c.benchmarks:
+            asked = load_benchmarks(c.benchmarks, 2 * c.eval_pairs)
+            self._refuse_leaks(itertools.chain(*asked.values()))
+        return {name: [search_problem(pair, name) for pair in zip(q[::2], q[1::2], strict=False)]
+                for name, q in asked.items()}
+
+    def _refuse_leaks(self, questions: Iterable[Question]) -> None:
+        """questions: of the evaluation."""
+        asked = {q.question: q.id for q in questions}
         if leak := next((q for q in self.train_questions if q.question in asked), None):
             raise InputError(f"--train-questions {self.c.train_questions}: question {leak.id} is also question "
                              f"{asked[leak.question]} of the evaluation; give files without a question in common")
 
     def retriever(self, held_out: bool = True) -> Retriever:
-        """The search tool over the passages that the evaluation's (or the training) questions are asked of."""
-        corpus = self.searched[held_out]
-        if corpus not in self._retrievers:
-            folder = None  # the mini-world's is built faster than it could be read
-            if not self.world:
-                folder = output(Path(self.c.index), "--index") if self.c.index else Path("runs", self.c.run, "index")
-            self._retrievers[corpus] = Retriever(corpus, folder)
-        return self._retrievers[corpus]
+        """The search tool over the passages that the evaluation's (or the training) questions are asked of. A
+        mini-world's index is the one that finds related passages; that of files is of all of them, and kept."""
+        if self.world:
+            return (self.held_out if held_out else self.train).retriever
+        return self._kept_retriever
+
+    @cached_property
+    def _kept_retriever(self) -> Retriever:
+        folder = output(Path(self.c.index), "--index") if self.c.index else Path("runs", self.c.run, "index")
+        return Retriever(self.whole, folder)
 
     def masked_problem(self, index: int, held_out: bool = False) -> Problem:
         """Masked document `index` of the training (or held-out) passages; differs by --seed in training only."""
@@ -1171,6 +1186,9 @@ class Run:
         return ranks.total([self.interrupt.asked], self.device)[0] > 0
 
 
+SHIPPED_BASE = Path(__file__).parent / "data" / "nano" / "base.safetensors"
+
+
 def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
@@ -1290,7 +1308,7 @@ def train_policy(run: Run, name: str, start: str) -> None:
     """One stage of reinforcement learning, from system `start`: memtrain, or memagent or mem1, which are called
     memtrain+... where they start from it."""
     c, model, path = run.c, run.model, run.folder.checkpoint(name)
-    kind = name.rpartition("+")[2]
+    kind = kind_of(name)
     steps = {"memtrain": c.memtrain_steps, "memagent": c.memagent_steps, "mem1": c.mem1_steps}[kind]
     if run.folder.finished(name):
         return
@@ -1337,9 +1355,9 @@ def train_policy(run: Run, name: str, start: str) -> None:
 def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
     """Sample, reward, filter, update; returns the row of metrics.jsonl."""
     c, sampler, began = run.c, run.agent.sampler, time.perf_counter()
-    prompts = -sampler.prompt_tokens
+    before = sampler.prompt_tokens
     batch = collect(run.agent, run.data, kind, step)
-    prompts = int(ranks.total([prompts + sampler.prompt_tokens], run.device)[0])
+    prompts = int(ranks.total([sampler.prompt_tokens - before], run.device)[0])
     sampled = time.perf_counter() - began
     signal_ = with_signal(batch)
     for g in optimizer.param_groups:

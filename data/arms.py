@@ -25,8 +25,6 @@ from data.config import (
     seeds_of,
 )
 
-SHIPPED_BASE = Path(__file__).parent / "nano" / "base.safetensors"
-
 
 @dataclass(frozen=True)
 class Job:

@@ -377,6 +377,21 @@ def rope_scaling(c: Config) -> tuple[float, ...]:
     return numbers
 
 
+def kind_of(stage: str) -> str:
+    """What a stage trains on: memagent, wherever it starts from. Other stages are a kind of their own."""
+    return stage.rpartition("+")[2]
+
+
+def readers(trained: Iterable[str]) -> list[str]:
+    """The systems that read long documents, of the base and these trained ones."""
+    return ["base", *(s for s in trained if kind_of(s) != "mem1")]
+
+
+def searchers(trained: Sequence[str]) -> list[str]:
+    """Those that answer with the search tool; none where none was trained to."""
+    return ["base", *(s for s in trained if kind_of(s) != "memagent")] if "mem1" in map(kind_of, trained) else []
+
+
 def as_evaluated(c: Config) -> Config:
     """The same loop, sampled with less noise."""
     return dataclasses.replace(c, temperature=c.eval_temperature, top_p=c.eval_top_p)
@@ -464,7 +479,7 @@ def check(c: Config) -> None:
     refuse(c.window < need, f"--window {c.window}: section {c.section} + memory {c.memory} + response {c.response} + "
                             f"at least 24 for the instruction need {need}; raise --window or lower the parts")
     need = c.result + 2 * c.memory + 2 * c.act + 24
-    refuse(not {"mem1", "memtrain+mem1"}.isdisjoint(wants) and c.window < need,
+    refuse("mem1" in map(kind_of, wants) and c.window < need,
            f"--window {c.window}: a search's result {c.result} + memory {c.memory} twice + query and action, {c.act} "
            f"each + at least 24 for the instruction need {need}; raise --window or lower the parts")
     refuse(len(c.run) > 100, f"--run {c.run[:20]}...: {len(c.run)} characters; give a name of at most 100")

@@ -85,11 +85,16 @@ class Prompts:
         self.no_result = encode(NO_RESULT)
 
     def _join(self, head: str, context: list[int], memory_ids: list[int] | None) -> Prompt:
-        head_ids = [*self.tokenizer.user, *self.tokenizer.encode(head)]
-        memory = [*self._memory, *memory_ids, *self._newline] if memory_ids is not None else []
+        head_ids, memory = self._head(head), [] if memory_ids is None else self._held(memory_ids)
         if self.order == "section-first":
             return head_ids + context, [*memory, *self.tokenizer.assistant]
         return head_ids, [*memory, *context, *self.tokenizer.assistant]
+
+    def _head(self, text: str) -> list[int]:
+        return [*self.tokenizer.user, *self.tokenizer.encode(text)]
+
+    def _held(self, memory_ids: list[int]) -> list[int]:
+        return [*self._memory, *memory_ids, *self._newline]
 
     def update(self, problem: str, section_ids: list[int], memory_ids: list[int]) -> Prompt:
         head = self._update.format(problem=problem, words=self.words)
@@ -113,11 +118,10 @@ class Prompts:
         but instruction and questions is shared; query "": the first turn. last: it has to answer."""
         head = self._search.format(problem=" ".join(questions), words=self.words)
         asked = [*self._query, *self.tokenizer.encode(f" {query}"), *self._newline] if query else []
-        result = [*asked, *self._section, *result_ids]
-        memory = [*self._memory, *memory_ids, *self._newline]
+        result, memory = [*asked, *self._section, *result_ids], self._held(memory_ids)
         context = [*result, *memory] if self.order == "section-first" else [*memory, *result]
         given = [*context, *(self._last if last else []), *self.tokenizer.assistant]
-        return [*self.tokenizer.user, *self.tokenizer.encode(head)], given
+        return self._head(head), given
 
     def overhead(self, problem: str) -> int:
         """Tokens of an update prompt that are neither section nor memory."""

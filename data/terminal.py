@@ -5,10 +5,13 @@ Loads nothing heavy.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
 from contextlib import suppress
+
+from data import InputError
 
 # Control characters but for tab and line feed, marks that turn the direction of writing, lone surrogates.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -17,6 +20,13 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\
 def printable(text: str) -> str:
     r"""`text` with what could steer a terminal, or turn a line around, spelled out: \x1b instead of an escape."""
     return UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+
+
+class StrictParser(argparse.ArgumentParser):
+    """Of a command line; what is wrong with one is an InputError."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; {self.prog} --help lists the options")
 
 
 class Lasting:

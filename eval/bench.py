@@ -52,7 +52,7 @@ from data.config import as_evaluated, dashes
 from data.corpus import load_passages, load_questions
 from data.files import output, write_json
 from data.miniwiki import MiniWorld
-from data.terminal import printable
+from data.terminal import StrictParser, printable
 from eval import plain
 from eval.longqa import long_qa_row
 from eval.stage import environment
@@ -669,16 +669,13 @@ def length_table(rows: Sequence[dict]) -> str:
 # ---- Command line --------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(StrictParser):
     """Options of one benchmark; whatever it does not know goes to memtrain's own command line, which is strict."""
 
     def __init__(self, name: str, text: str):
         super().__init__(prog=f"python -m eval.bench {name}", description=text, allow_abbrev=False,
                          epilog="Any other option is a field of the configuration: python memtrain.py --help")
         self.add_argument("--out", type=Path, help="also write the figures there, as JSON")
-
-    def error(self, message: str):
-        raise InputError(f"{message}; {self.prog} --help lists the options")
 
     def read(self, argv: Sequence[str], at_least_one: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         options, fields = self.parse_known_args([dashes(a) for a in argv])

@@ -27,10 +27,11 @@ from dataclasses import dataclass, field
 from data import InputError
 from data.corpus import SENTENCE_END
 from data.entities import APOSTROPHE, HYPHEN, occurs
-from data.files import read_json, write_json
+from data.files import write_json
 from data.miniwiki import RELATIONS, Fact, MiniWorld
 from data.tasks import MASK, Problem
 from eval.metrics import exact_match
+from eval.results import load_readings
 
 FURTHER = 8  # k = 0 .. 7
 LONGEST, SHOWN = 8, 4  # the longest evaluated questions up to this are measured, kept for the viewer
@@ -248,7 +249,7 @@ class Memories:
             self.counts[self.shown] = min(READINGS, len(run.data.questions))
         self.books: dict[int, list[Book]] = {}  # by length: the same for every system
         self.path = run.folder.path / "readings.json"
-        self.documents = load_readings(self.path) if self.path.exists() else []
+        self.documents = load_readings(self.path, "length:count kind:text")
 
     def _task(self, length: int) -> tuple[str, int]:
         return ("question", length) if length else ("masked", self.masked_length)
@@ -308,21 +309,3 @@ class Memories:
             raise InputError(f"{self.path}: document {p.id} has another text than this run reads; delete the file to "
                              f"have it written anew")
         (same or self.documents[-1:])[0]["systems"][system] = reading
-
-
-FIELDS = {"id": str, "task": str, "length": int, "kind": str, "question": str, "answers": list, "sections": list,
-          "gold": list, "marks": list, "systems": dict}
-
-
-def load_readings(path) -> list[dict]:
-    """The documents of a readings.json. InputError if it is not one."""
-    remedy = "delete it to have it written anew"
-    value = read_json(path, remedy)
-    documents = value.get("documents")
-    if value.get("format") != 1 or not isinstance(documents, list):
-        raise InputError(f"{path}: not the readings of this version; {remedy}")
-    for i, d in enumerate(documents):
-        if not isinstance(d, dict) or any(not isinstance(d.get(k), kind) for k, kind in FIELDS.items()):
-            raise InputError(f"{path}: documents[{i}] lacks one of {', '.join(FIELDS)}, or it is of a wrong type; "
-                             f"{remedy}")
-    return documents

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from data import InputError
 from data.arms import jobs
-from data.config import TRAINED, cache_slots, is_study
+from data.config import TRAINED, cache_slots, is_study, kind_of, readers, searchers
 from data.files import output, write_json
 
 GB = 1e9
@@ -121,6 +121,7 @@ def token_bytes(c) -> int:
 # masked problem; search for two questions of the mini-world, of HotpotQA.
 WORDS = {"short": (31, 29, 21, 30, 56), "full": (133, 60, 67, 46, 197)}
 GIVEN, NO_MEMORY = 4, 4  # what stands around a memory behind the shared prefix; the first turn's memory
+FOUND = 10  # what stands around a memory and what a search returned
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def reading(c, documents: int, group: int, sections: int, one_problem: bool) -> 
 def searching(c, pairs: int, group: int) -> Call:
     """Search QA of `pairs` pairs of questions, with all turns used and everything as long as it may be."""
     head, most = WORDS[c.prompts][4], c.memory + c.act
-    return Call(c.turns, pairs, group, head - 10, 10 + c.act + c.result + c.memory, most, True, most)
+    return Call(c.turns, pairs, group, head - FOUND, FOUND + c.act + c.result + c.memory, most, True, most)
 
 
 def answer_tokens(c) -> int:
@@ -302,7 +303,7 @@ def demonstrated(c) -> Passes:
             (c.base_answers + c.base_documents * 0.9, answer, held + 7, SAID),
             (c.base_recalls + c.base_documents * 0.25, recall + section + drawn, 1, SAID),
             (c.base_directs, direct + section, 1, SAID),
-            (c.base_searches, search - 10, TURNS * 64, TURNS * 20.6)]
+            (c.base_searches, search - FOUND, TURNS * 64, TURNS * 20.6)]
     tokens = sum(n * (prefix + given + sampled) for n, prefix, given, sampled in rows)
     scored = sum(n * (0.2 * prefix + sampled) for n, prefix, given, sampled in rows)
     pairs = sum(n * _pairs(round(prefix), round(given + sampled), 1) for n, prefix, given, sampled in rows)
@@ -325,25 +326,24 @@ def trainings(c) -> dict[str, int]:
     return steps
 
 
-def kind_of(stage: str) -> str:
-    return stage.rpartition("+")[2]
-
-
 def kinds_of(c) -> list[str]:
     """The kinds of GRPO steps among the stages: memtrain (masks), memagent (questions), mem1 (search)."""
-    trained = set(map(kind_of, trainings(c).keys() - {"base"}))
+    trained = set(map(kind_of, trainings(c)))
     return [kind for kind in ("memtrain", "memagent", "mem1") if kind in trained]
 
 
 def evaluated(c) -> list[str]:
     """The systems whose memory loop a run evaluates on long texts, if it evaluates at all."""
-    return _wanted(c, ["base", *(s for s in trainings(c) if s != "base" and kind_of(s) != "mem1")])
+    return _wanted(c, readers(_trained(c)))
 
 
 def searched(c) -> list[str]:
     """Those that it evaluates on search."""
-    trained = [s for s in trainings(c) if s != "base"]
-    return _wanted(c, ["base", *(s for s in trained if kind_of(s) != "memagent")]) if "mem1" in kinds_of(c) else []
+    return _wanted(c, searchers(_trained(c)))
+
+
+def _trained(c) -> list[str]:
+    return [s for s in trainings(c) if s != "base"]
 
 
 def _wanted(c, systems: list[str]) -> list[str]:
@@ -616,7 +616,7 @@ def stages(c, vocab: int, card: Card, mfu: float) -> list[dict]:
         before = [*before, *calls]
         learn = training_flops(c, vocab, p)
         spent = seconds(c, work, card, mfu), learn / (rate(c, card) * 1e12 * mfu)
-        names = [n for n in trained if n != "base" and kind_of(n) == kind]
+        names = [n for n in trained if kind_of(n) == kind]
         count = sum(trained[n] for n in names)
         rows.append({"stage": names[0] + " (twice)" * (len(names) > 1), "steps": count, "sample_seconds": spent[0],
                      "train_seconds": spent[1], "flops": work["prefill"] + work["decode"] + learn,
@@ -637,8 +637,7 @@ def study(c, vocab: int, card: Card, mfu: float) -> list[dict]:
     """For each arm of a study: runs and their hours in all, one after the other on one card."""
     arms: dict[str, dict] = {}
     for job in jobs(c):
-        name = f"base for {job.run.split('.')[-1]}" if job.arm == "base" and job.overrides else job.arm
-        row = arms.setdefault(name, {"arm": name, "runs": 0, "steps": 0, "flops": 0.0, "hours": 0.0})
+        row = arms.setdefault(job.arm, {"arm": job.arm, "runs": 0, "steps": 0, "flops": 0.0, "hours": 0.0})
         rows = stages(job.config, vocab, card, mfu)
         row["runs"] += 1
         row["steps"] += sum(trainings(job.config).values())

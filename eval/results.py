@@ -163,16 +163,24 @@ def _read_metrics(path: Path) -> list[dict]:
     return [steps[key] for key in sorted(steps)]
 
 
-def _read_readings(path: Path) -> list[dict]:
-    """Documents of readings.json, each with the memories of several systems; none where the file is missing."""
+def load_readings(path: Path, more: str = "") -> list[dict]:
+    """Documents of readings.json, each with the memories of several systems; none where the file is missing. more:
+    fields that they need besides DOCUMENT."""
     if not path.exists():
         return []
+    try:
+        return _checked_readings(path, f"{DOCUMENT} {more}")
+    except InputError as error:
+        raise InputError(f"{error}; delete it to have it written anew") from None
+
+
+def _checked_readings(path: Path, fields: str) -> list[dict]:
     value = _object(path)
     if value.get("format") != 1 or not isinstance(value.get("documents"), list):
-        raise InputError(f"{path}: readings of another form; delete it and evaluate again")
+        raise InputError(f"{path}: readings of another form")
     for index, document in enumerate(value["documents"]):
         where = f"{path}: documents[{index}]"
-        _check(where, document, DOCUMENT)
+        _check(where, document, fields)
         for name, reading in document["systems"].items():
             _check(f"{where}.systems[{name!r:.40}]", reading, READING)
             if len(reading["memories"]) > len(document["sections"]):
@@ -200,7 +208,7 @@ def load_run(path: Path) -> Run:
     if not all(isinstance(value, str | int | float | bool | None) for value in config.values()):
         raise InputError(f"{source}: config must hold plain values")
     return Run(path, results.get("environment", {}), config, results, _read_metrics(path / "metrics.jsonl"),
-               _read_readings(path / "readings.json"))
+               load_readings(path / "readings.json"))
 
 
 def refuse_repeats(runs: Sequence[Run]) -> None:

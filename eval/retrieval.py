@@ -15,7 +15,6 @@ Intervals are Wilson's, 95%, over gold passages as if those of one question were
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from data import InputError
 from data.corpus import Corpus, Question, load_passages, load_questions
 from data.files import output, write_json
 from data.retrieval import Retriever
-from data.terminal import printable
+from data.terminal import StrictParser, printable
 from eval.metrics import wilson_interval
 
 DEPTHS = (3, 10)  # 3 is what a search returns in search QA
@@ -103,13 +102,8 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join([*lines, "", "Recall of gold passages in %, its 95% interval; questions with all of their gold."])
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(f"{message}; {self.prog} --help lists the options")
-
-
 def run(argv: Sequence[str]) -> None:
-    parser = Parser(prog="python -m eval.retrieval", allow_abbrev=False,
+    parser = StrictParser(prog="python -m eval.retrieval", allow_abbrev=False,
                     description="Recall of gold passages by BM25, beside a lookup of titles.")
     parser.add_argument("--corpus", required=True, metavar="FILE", help="passages, as for memtrain.py")
     parser.add_argument("--questions", required=True, nargs="+", metavar="FILE", help="questions with their passages")

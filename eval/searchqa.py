@@ -19,7 +19,7 @@ def search_row(agent, retriever, system: str, seed: int, problems: Sequence[Sear
     episodes = agent.search(problems, [("search", seed, system, p.id) for p in problems], retriever)
     n, correct = len(problems), [int(hit) for e in episodes for hit in e.hits]
     low, high = wilson_interval(sum(correct), len(correct))
-    answers = [a for e in episodes for a in e.actions[-1].answers or [None] * len(e.problem.answers)]
+    answers = [a for e in episodes for a in e.answers]
     golds = [gold for p in problems for gold in p.answers]
     found = [share for e in episodes if (share := evidence(e)) is not None]
     states = [len(m) for e in episodes for m in e.memories]

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from data import InputError
-from data.config import SYSTEMS, TRAINED
+from data.config import SYSTEMS, TRAINED, readers, searchers
 from data.files import read_json, write_json
 from eval.ledger import stage_cost
 from eval.longqa import held_out_rows, long_qa_row
@@ -58,10 +58,9 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     """
     c, results = run.c, Results(run)
     trained = [s for s in TRAINED if run.folder.finished(s)]
-    readers = ["base", *(s for s in trained if "mem1" not in s)]
-    searchers = ["base", *(s for s in trained if "memagent" not in s)] if any("mem1" in s for s in trained) else []
-    jobs = [(s, n) for s in [*readers, "base-one-window"] for n in lengths]
-    jobs += [(s, 0) for s in readers if c.eval_masked] + [(s, name) for s in searchers for name in run.data.benchmarks]
+    jobs = [(s, n) for s in [*readers(trained), "base-one-window"] for n in lengths]
+    jobs += [(s, 0) for s in readers(trained) if c.eval_masked]
+    jobs += [(s, name) for s in searchers(trained) for name in run.data.benchmarks]
     memories = Memories(run, lengths, results.value["memory"])
     wanted = c.eval_systems.split(",") if c.eval_systems else SYSTEMS
     jobs = [j for j in jobs if j[0] in wanted and not (results.has(*j) and memories.has(*j))]

@@ -1,5 +1,6 @@
 """Search QA: what a response means, what each turn shows, what is rewarded and trained, what the base is shown."""
 
+import json
 import random
 
 import pytest
@@ -217,3 +218,18 @@ def answers_of(search, demo):
 
 def test_the_searcher_asks_for_as_many_passages_as_the_policy_gets():
     assert memtrain.parse([]).hits == HITS
+
+
+def test_a_finished_run_is_evaluated_on_its_own_benchmarks(folder, tiny, tokenizer):
+    """Also where --stages names no training any more."""
+    lines = lambda rows: "\n".join(map(json.dumps, rows))  # noqa: E731
+    asked = lambda who: [{"id": f"{who}{i}", "question": f"Who is {who} {i}?", "golden_answers": ["Hugo"]}  # noqa: E731
+                         for i in range(5)]
+    (folder / "c.jsonl").write_text(lines({"title": f"Town {i}", "text": f"Town {i} was built by Hugo Moor."}
+                                          for i in range(200)))
+    for name in "qtb":
+        (folder / f"{name}.jsonl").write_text(lines(asked(name)))
+    options = ["--corpus", "c.jsonl", "--questions", "q.jsonl", "--train-questions", "t.jsonl", "--stages", "eval"]
+    data = memtrain.Data(tiny(*options, "--benchmarks", "b.jsonl"), tokenizer)
+    assert {name: [p.id for p in pairs] for name, pairs in data.benchmarks.items()} == {"b": ["b0+b1", "b2+b3"]}
+    assert list(memtrain.Data(tiny(*options), tokenizer).benchmarks) == ["q"]
