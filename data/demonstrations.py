@@ -283,7 +283,7 @@ class DemoSteps:
         demonstrator = Demonstrator(world, self.prompts[step % 5 == 4], c.section, c.memory)
         demos = demonstrator.batch(c.seed, step, c.base_documents, c.base_answers, c.base_recalls,
                                    c.base_directs)
-        searcher = Searcher(demonstrator, c.turns, c.result, c.act)
+        searcher = Searcher(demonstrator, c.turns, c.hits, c.result, c.act)
         rng = random.Random(f"search:{c.seed}:{step}")
         demos += [searcher.episode(c.seed, rng.randrange(1 << 30), rng) for _ in range(c.base_searches)]
         return [(d.prefix, [(g, r, WEIGHTS[d.kind]) for g, r in d.suffixes]) for d in demos]

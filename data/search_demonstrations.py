@@ -24,7 +24,6 @@ SLIPS = 0.06  # share of turns after which a correction is shown instead of pass
 UNKNOWN = "unknown"  # what is answered in the last turn where nothing was found
 SMALL_WORDS = {"a", "after", "at", "been", "by", "for", "from", "has", "have", "in", "is", "its", "of", "on", "out",
                "the", "to", "up", "was"}
-HITS = 3  # passages that a search returns
 
 
 def words_of(relation: str) -> list[str]:
@@ -42,10 +41,10 @@ def query(entity: str, fact: Fact, rng: random.Random) -> str:
 
 
 class Searcher:
-    """Draws episodes over the world and the prompts of a Demonstrator. turns, result, act: as in Config."""
+    """Draws episodes over the world and the prompts of a Demonstrator. turns, hits, result, act: as in Config."""
 
-    def __init__(self, demo: Demonstrator, turns: int, result: int, act: int):
-        self.demo, self.turns, self.result, self.act = demo, turns, result, act
+    def __init__(self, demo: Demonstrator, turns: int, hits: int, result: int, act: int):
+        self.demo, self.turns, self.hits, self.result, self.act = demo, turns, hits, result, act
 
     def episode(self, seed: int, index: int, rng: random.Random) -> Demo:
         """One episode: its turns share the instruction and the questions."""
@@ -82,7 +81,7 @@ class Searcher:
             if rng.random() < SLIPS:
                 found, shown = [], demo.tokenizer.encode(CORRECTION)
                 continue
-            passages = [demo.world.passages[i].rendered for i in demo.corpus.search(last, HITS)]
+            passages = [demo.world.passages[i].rendered for i in demo.corpus.search(last, self.hits)]
             shown = observation(passages, demo.tokenizer, self.result)
             found = sentences(demo.tokenizer.decode(shown))
         return Demo("search", prefix, suffixes)

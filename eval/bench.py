@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 import memtrain
 from data import InputError
-from data.config import as_evaluated, dashes
+from data.config import STUDY, as_evaluated, dashes
 from data.corpus import load_passages, load_questions
 from data.files import output, write_json
 from data.miniwiki import MiniWorld
@@ -679,6 +679,7 @@ class Parser(StrictParser):
 
     def read(self, argv: Sequence[str], at_least_one: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         options, fields = self.parse_known_args([dashes(a) for a in argv])
+        refuse_own(fields, *STUDY)  # one run is measured
         for name in at_least_one:
             if getattr(options, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")

@@ -170,6 +170,7 @@ def test_documents_command(tmp_path, capsys):
     (["step", "--repeats", "x"], "--repeats"), (["step", "--grup", "4"], "--grup"),
     (["step", "--group", "1"], "--group 1"), (["step", "--update-documents", "2"], "leave it out"),
     (["step", "--update_documents=2"], "leave it out"), (["step", "--documents", "0"], "--documents 0"),
+    (["step", "--seeds", "0,1"], "--seeds: the benchmark chooses it"),
     (["step", "--init", "nowhere.safetensors"], "nowhere.safetensors"),
     (["step", "--out", "nowhere/x.json"], "--out nowhere/x.json"), (["time", "--run", "mine"], "leave it out"),
     (["documents", "--tokenizer", "no.tiktoken"], "no.tiktoken"), (["documents", "--repeats", "0"], "--repeats 0"),
