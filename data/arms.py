@@ -15,6 +15,8 @@ from pathlib import Path
 
 from data import InputError
 from data.config import (
+    ARM_SECTIONS,
+    CLAIMED,
     OTHER_BASE,
     PRESETS,
     SCALING,
@@ -59,6 +61,7 @@ def jobs(c: Config) -> list[Job]:
     alone = dataclasses.replace(c, **dict.fromkeys(STUDY, False) | {"seeds": ""})
     arms = {name: change for name, change in ablations(vars(c)).items()
             if (c.scaling if name in SCALING else c.ablations)}
+    short = ",".join([n for n in c.eval_lengths.split(",") if int(n) <= ARM_SECTIONS]) or c.eval_lengths
     made, after = [], ""
     if "base" in c.stages.split(","):
         after = f"{c.run}.base"
@@ -70,6 +73,7 @@ def jobs(c: Config) -> list[Job]:
     for name, change in arms.items():
         trains = ["memagent"] if name in SCALING else ["memtrain", "memtrain+memagent"]
         own = dataclasses.replace(alone, **change, stages=",".join([*trains, "eval"]),
+                                  eval_lengths=c.eval_lengths if name in CLAIMED else short,
                                   eval_systems=",".join(["base"] * (name in OTHER_BASE) + trains[-1:]))
         made += [Job(name, dataclasses.replace(own, run=f"{c.run}.s{s}.{name}", seed=s), change, after) for s in seeds]
     if not made:

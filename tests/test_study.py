@@ -74,6 +74,9 @@ def test_the_runs_of_a_study():
         elif name.startswith("s") and arm:
             assert c.stages == "memtrain,memtrain+memagent,eval" and c.eval_systems == (
                 "base," * (arm in OTHER_BASE) + "memtrain+memagent")
+        long = arm in ("", "end-to-end", "decoupled", "longer-memagent")
+        assert c.eval_lengths == ("1,2,4,8,16,32" if long else "1,2,4,8"), "claims are about long documents"
+    assert all(job.config.eval_lengths == "16,64" for job in jobs(parse(["--ablations", "--eval-lengths", "16,64"])))
     assert len(jobs(parse(["--scaling"]))) == 2 and not any(
         "g2-4" in job.run for job in jobs(parse(["--ablations", "--recall-group", "4"]))), "that is the full run"
     assert not any(job.arm == "base" for job in jobs(parse(["--preset", "qwen3-4b", "--ablations"])))
