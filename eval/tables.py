@@ -123,10 +123,11 @@ def ablations(arms: Sequence[Arm], system: str) -> list[list[str]]:
 
 
 def _cost(arm: Arm, system: str) -> list[str]:
-    """Tokens trained and sampled, and seconds, of the stages that lead to a system: means over the arm's runs."""
+    """Tokens trained, sampled and prefilled (prompts, while sampling) and seconds of the stages that lead to a system:
+    means over the arm's runs."""
     stages = [row for row in arm.rows("stages") if row["name"] in {system, *system.split("+")[:1]}]
-    return [f"{sum(row.get(f) or 0 for row in stages) / len(arm.runs):,.0f}" if stages else "—"
-            for f in ("tokens_trained", "tokens_sampled", "seconds")]
+    counts = ([row.get(f) for row in stages] for f in ("tokens_trained", "tokens_sampled", "tokens_prompts", "seconds"))
+    return [f"{sum(each) / len(arm.runs):,.0f}" if each and None not in each else "—" for each in counts]
 
 
 def scaling(arms: Sequence[Arm]) -> list[list[str]]:
