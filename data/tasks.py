@@ -67,13 +67,14 @@ def masked_document(corpus: Corpus, finder, seed: int, index: int, passages: int
 
     At most `limit` of what `size` measures (characters; a tokenizer's tokens), the least related left out first, but
     always the pivot and the passage nearest to it. Where the corpus can tell (the mini-world), only entities that
-    the document determines are masked. InputError if the corpus is too small, or if 200 pivots in a row hold no
-    usable entity.
+    the document determines are masked. InputError if the corpus is too small, or if 200 pivots in a row (2,000
+    where the corpus can tell) hold no usable entity.
     """
     if len(corpus.passages) < passages:
         raise InputError(f"corpus {corpus.name}: {len(corpus.passages)} passages, but a masked document needs "
                          f"{passages}; give a larger corpus or lower --passages")
-    for attempt in range(200):
+    attempts = 2000 if corpus.clues else 200  # without related passages a document determines few of its names
+    for attempt in range(attempts):
         rng = random.Random(f"mask:{seed}:{index}:{attempt}")
         pivot = rng.randrange(len(corpus.passages))
         chosen = [pivot, *corpus.related(pivot, related)]
@@ -88,7 +89,7 @@ def masked_document(corpus: Corpus, finder, seed: int, index: int, passages: int
             rng.shuffle(chosen)
             masked = tuple(mask_entity(corpus.passages[i].rendered, answer, MASK)[0] for i in chosen)
             return Problem(f"mask-{seed}-{index}", MASK_PROBLEM, (answer,), masked, "masked")
-    raise InputError(f"corpus {corpus.name}: no entity to mask in 200 passages drawn at random; "
+    raise InputError(f"corpus {corpus.name}: no entity to mask in {attempts} passages drawn at random; "
                      f"give a corpus with names, dates or numbers, or another --entities finder")
 
 
