@@ -23,6 +23,7 @@ from data.config import (
     STUDY,
     Config,
     ablations,
+    lengths_of,
     parse,
     seeds_of,
 )
@@ -61,7 +62,7 @@ def jobs(c: Config) -> list[Job]:
     alone = dataclasses.replace(c, **dict.fromkeys(STUDY, False) | {"seeds": ""})
     arms = {name: change for name, change in ablations(vars(c)).items()
             if (c.scaling if name in SCALING else c.ablations)}
-    short = ",".join([n for n in c.eval_lengths.split(",") if int(n) <= ARM_SECTIONS]) or c.eval_lengths
+    short = ",".join(str(n) for n in lengths_of(c) if n <= ARM_SECTIONS) or c.eval_lengths
     made, after = [], ""
     if "base" in c.stages.split(","):
         after = f"{c.run}.base"

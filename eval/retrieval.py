@@ -104,7 +104,7 @@ def table(rows: Sequence[dict]) -> str:
 
 def run(argv: Sequence[str]) -> None:
     parser = StrictParser(prog="python -m eval.retrieval", allow_abbrev=False,
-                    description="Recall of gold passages by BM25, beside a lookup of titles.")
+                          description="Recall of gold passages by BM25, beside a lookup of titles.")
     parser.add_argument("--corpus", required=True, metavar="FILE", help="passages, as for memtrain.py")
     parser.add_argument("--questions", required=True, nargs="+", metavar="FILE", help="questions with their passages")
     parser.add_argument("--index", type=Path, metavar="DIR", help="keeps the BM25 index (default: memory only)")
