@@ -206,6 +206,14 @@ def test_a_masked_document_hides_its_entity_and_keeps_the_clues(world, masked):
     assert kinds == set(CLUES), "every type is asked for"
 
 
+def test_random_passages_make_masked_documents_too(tokenizer):
+    """They determine few names: document 12 of the default world takes over 200 draws."""
+    corpus = MiniWorld(NANO.people, 0, "train").corpus()
+    size = lambda text: len(tokenizer.encode(text))  # noqa: E731
+    problem = masked_document(corpus, FINDER, NANO.seed, 12, NANO.passages, 0, size)
+    assert any("[MASK]" in p for p in problem.passages)
+
+
 def test_a_masked_document_is_a_function_of_seed_and_index(corpus, masked):
     assert [masked_document(corpus, FINDER, 5, i, 12, 5) for i in (40, 2)] == [masked[40], masked[2]]
     other = [masked_document(corpus, FINDER, 6, i, 12, 5) for i in range(5)]
