@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data import InputError
 from data.pretrained import read_shape
-from data.terminal import printable
+from data.terminal import StrictParser, printable
 
 
 def memory_times(factor: float):
@@ -252,16 +252,12 @@ FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset",
                "lora_merge", "recompute", "micro_tokens", "sample_rows", "cache_gb"} | set(STUDY)
 
 
-class CommandParser(argparse.ArgumentParser):
-    """python memtrain.py NAME ...; errors are InputErrors."""
+class CommandParser(StrictParser):
+    """python memtrain.py NAME ..."""
 
     def __init__(self, name: str, text: str):
-        self.command = f"python memtrain.py {name}".strip()
-        super().__init__(prog=self.command, allow_abbrev=False, description=text,
+        super().__init__(prog=f"python memtrain.py {name}".strip(), allow_abbrev=False, description=text,
                          epilog="Other options: fields of the configuration, python memtrain.py --help lists them.")
-
-    def error(self, message):
-        raise InputError(f"{message}; {self.command} --help lists all options")
 
 
 def argument_parser() -> CommandParser:
