@@ -67,11 +67,13 @@ def content(named: dict[str, list[Arm]]) -> dict:
     rows = {section: full.rows(section) for section in ("long_qa", "recall", "masked", "memory")}
     summary, detail = verdicts(named)
     costs, assumed = ledger(arms)
-    keys = dict.fromkeys(key for run in everyone for key in run.environment if key != "command")
+    known = {key: [Outside(v) for v in sorted({str(run.environment.get(key, "not recorded")) for run in everyone})]
+             for key in ("commit", "date")}
     return {
-        "names": [Outside(run.path.resolve().name) for run in everyone],
+        "own_names": [Outside(run.path.resolve().name) for run in runs], "pooled": len(everyone), "arms": len(arms),
+        "commits": known["commit"], "dates": known["date"], "made": environments(everyone),
         "commands": [_line(run.environment.get("command", "not recorded")) for run in everyone],
-        "environment": [[Outside(key), *(Outside(run.environment.get(key, "—")) for run in everyone)] for key in keys],
+        "rebuild": _line(shlex.join(["python", "-m", "eval.report", *(str(run.path) for run in everyone)])),
         "preset": Outside(config.get("preset", "unknown")), "corpus": Outside(config.get("corpus", "unknown")),
         "seeds": sorted({*table.seeds, *search.seeds}),
         "asked": sorted({f"{row['n']:g}" for row in rows["long_qa"]}),
@@ -95,6 +97,17 @@ def content(named: dict[str, list[Arm]]) -> dict:
         "stages": tables.stages(runs), "costs": tables.costs(costs), "assumed": [Outside(a) for a in assumed],
         "notes": [Outside(run.results["claims_note"]) for run in everyone if run.results.get("claims_note")],
     }
+
+
+def environments(runs: Sequence[Run]) -> dict[str, list]:
+    """What all runs were made with, and a line for each run with the rest."""
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.environment) if key != "command"]
+    alike = [key for key in keys if len({str(run.environment.get(key)) for run in runs}) == 1]
+    other = [key for key in keys if key not in alike]
+    lines = [[run.path.resolve().name, run.config.get("seed", "—"), *(run.environment.get(key, "—") for key in other)]
+             for run in runs]
+    return {"alike": [[Outside(key), Outside(runs[0].environment[key])] for key in alike],
+            "other": [Outside(key) for key in other], "lines": [[Outside(cell) for cell in line] for line in lines]}
 
 
 def _line(text) -> str:
@@ -203,16 +216,6 @@ def figure_cell(value) -> Markup:
     return Markup("{}<small>{}{}</small>").format(*found.groups()) if found else escape(text)
 
 
-def environments(runs: Sequence[Run]) -> dict[str, list[list]]:
-    """What all runs were made with, and a line for each run with the rest."""
-    keys = [key for key in dict.fromkeys(key for run in runs for key in run.environment) if key != "command"]
-    alike = [key for key in keys if len({str(run.environment.get(key)) for run in runs}) == 1]
-    other = [key for key in keys if key not in alike]
-    lines = [[run.path.resolve().name, run.config.get("seed", "—"), *(run.environment.get(key, "—") for key in other)]
-             for run in runs]
-    return {"alike": [[key, runs[0].environment[key]] for key in alike], "other": other, "lines": lines}
-
-
 def configuration(run: Run) -> tuple[list, list]:
     """(fields that differ from the defaults with both values, all fields)."""
     default = dataclasses.asdict(Config())
@@ -224,7 +227,7 @@ def configuration(run: Run) -> tuple[list, list]:
 def html(named: dict[str, list[Arm]], said: dict, data: Markup | str) -> str:
     """The page. Everything but our own style, script and plots is escaped."""
     arms, here = next(iter(named.values())), Path(__file__)
-    runs, everyone = arms[0].runs, [run for arm in arms for run in arm.runs]
+    runs = arms[0].runs
     script = here.with_name("report.js").read_text(encoding="utf-8")
     settings, config = configuration(runs[0])
     lines: dict[str, list[Claim]] = {}
@@ -233,19 +236,14 @@ def html(named: dict[str, list[Arm]], said: dict, data: Markup | str) -> str:
     environment = _environment(autoescape=True, finalize=lambda v: v if isinstance(v, Markup) else printable(str(v)))
     environment.filters["figure"] = figure_cell
     environment.filters["sign"] = lambda v: "yes" if v == REPRODUCED else "none" if v.startswith("not tested") else "no"
-    known = {key: sorted({str(run.environment.get(key, "not recorded")) for run in everyone})
-             for key in ("commit", "date")}
     return environment.get_template("report.html.j2").render(said | {
         "board": [{"id": key, "title": TITLES[key], "verdict": overall(own), "lines": tally(own)}
                   for key, own in lines.items()],
         "summary": ranged(said["summary"]), "detail": ranged(said["detail"]), "figures": figures(arms),
         "trained": [(stage, plots.LOOKS.get(stage, (plots.INK,))[0]) for stage in plots.training(runs)[1]],
-        "commits": known["commit"], "dates": known["date"], "settings": settings, "config": config,
-        "own_names": [run.path.resolve().name for run in runs], "pooled": len(everyone), "arms": len(arms),
+        "settings": settings, "config": config,
         "cost_lines": {"own": [row for row in said["costs"][:-1] if row[1] == FULL],
                        "other": [row for row in said["costs"][:-1] if row[1] != FULL]},
-        "made": environments(everyone),
-        "rebuild": shlex.join(["python", "-m", "eval.report", *(str(run.path) for run in everyone)]),
         "style": Markup(here.with_name("report.css").read_text(encoding="utf-8")), "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), "readings": data})
 

@@ -188,6 +188,9 @@ def test_pooling_shows_mean_and_range_of_the_seeds(tmp_path):
     assert "by seed +23.8, +23.8, +23.8" in line(text, "C1 MemTrain over base, average")[2]
     assert all(f"    python memtrain.py --run s{seed}" in text for seed in range(3))
     assert "| + MemTrain | — | 50.0 (50.0–50.0) | 100 |" in text
+    # what all runs share is said once: a study has dozens of them
+    assert line(text, "device", "How it was made")[1:] == ["cpu"]
+    assert text.startswith("# MemTrain in miniature: s0, s1, s2\n")
 
 
 def test_pooling_refuses_repeated_seeds(tmp_path):
