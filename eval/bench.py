@@ -601,7 +601,7 @@ READ = ("import sys, memtrain, eval.bench; code = memtrain.main(sys.argv[1:]);"
 def read_texts(sizes: Sequence[float]) -> list[dict]:
     """`python memtrain.py read` on texts of the mini-world, MB by MB: what it holds does not depend on the model, so a
     tiny random one with long sections reads them."""
-    world, rows = memtrain.MiniWorld(600, 0, "train"), []
+    world, rows = MiniWorld(600, 0, "train"), []
     text = "".join(p.rendered + "\n" for p in world.passages).encode()
     with tempfile.TemporaryDirectory() as folder:
         path, weights = Path(folder, "text.txt"), Path(folder, "tiny.safetensors")

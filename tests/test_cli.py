@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import memtrain
-from data.corpus import load_passages
+from data.corpus import load_passages, load_questions
 from data.files import second_name
 from data.folder import Log
 from data.retrieval import Retriever
@@ -385,7 +385,7 @@ def test_a_pickle_is_refused_unexecuted_wherever_a_file_is_read(folder, base_che
     for ending in ("json", "jsonl", "pkl"):
         refused(capsys, [*TINY, "--corpus", "c.txt", "--questions", f"c.{ending}", "--stages", "eval"], "c.")
         with pytest.raises(memtrain.InputError, match=f"c.{ending}"):
-            memtrain.load_questions(f"c.{ending}")
+            load_questions(f"c.{ending}")
     refused(capsys, [*TINY, "--init", "b.safetensors", "--stages", "memtrain"], "b.safetensors", "can't be read")
     with pytest.raises(memtrain.InputError, match=r"t\.tiktoken"):
         load_tokenizer("t.tiktoken")
