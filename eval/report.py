@@ -82,6 +82,8 @@ def content(named: dict[str, list[Arm]]) -> dict:
                          for length in table.lengths] for field in ("sections", "tokens")},
         "table1": tables.by_columns(table, LONG), "paper1": _averaged(PAPER_TABLE1),
         "paper_lengths": list(PAPER_LENGTHS.values()),
+        "further": [{"name": Outside(name), "lengths": [f"{n:g}x" for n in own[0].table.lengths],
+                     "table1": tables.by_columns(own[0].table, LONG)} for name, own in list(named.items())[1:]],
         "benchmarks": [Outside(n) for n in search.columns], "paper2": _averaged(PAPER_TABLE2),
         "paper_benchmarks": list(PAPER_BENCHMARKS),
         "table2": tables.by_columns(search, tables.search_systems(search)), "searched": tables.how_searched(search),

@@ -188,7 +188,8 @@ def warnings(arms: Sequence[Arm], backbones: Sequence[str], shown: tuple[int, in
     if len({run.environment.get("commit") for arm in arms for run in arm.runs}) > 1:
         found.append("The pooled runs come from different commits.")
     if len(backbones) > 1:
-        found.append(f"Tables and plots show the first backbone, {backbones[0]}; the others are in C8 alone.")
+        found.append(f"Tables and plots show the first backbone, {backbones[0]}; "
+                     "of the others there are Table 1 and C8.")
     if shown[0] < shown[1]:
         found.append(f"The memory viewer shows {shown[0]} of {shown[1]} documents, to keep this page small; "
                      f"readings.json has all.")

@@ -158,6 +158,9 @@ def test_backbones_are_told_apart_by_their_shape(tmp_path):
     text = write_report(runs[0].path, [r.path for r in runs[1:]], tmp_path / "out").read_text()
     assert "Tables and plots show the first backbone, width 128, 4 layers" in text
     assert "| C8 it holds for more than one backbone | C1 and C2 for Qwen3-4B" in text
+    assert text.count("The same for another backbone, width 384, 8 layers:\n\n| document length | 1x |") == 1
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<h3>The same for another backbone, width 384, 8 layers</h3>") == 1
 
 
 def test_the_worst_line_is_the_verdict_of_a_claim():
