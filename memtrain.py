@@ -1095,7 +1095,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def train_base(run: Run) -> None:
-    """The stand-in for an instruct model: copying, then text and demonstrations of the four formats."""
+    """The stand-in for an instruct model: copying, then text and demonstrations of the five formats."""
     from torch.utils.data import DataLoader
 
     from data.demonstrations import DemoSteps
@@ -1305,7 +1305,6 @@ def header(run: Run) -> None:
     if run.device.type == "cuda":
         refuse_too_large(c, len(run.model.embed), torch.cuda.get_device_properties(run.device).total_memory)
     parameters = sum(p.numel() for p in run.model.parameters())
-    steps = {"memtrain": c.memtrain_steps, "memagent": c.memagent_steps}
     minutes, per_step = estimate(run)
     if run.device.type == "cuda" and c.preset == "nano":
         print("note: the preset nano is made for CPUs; --preset small is the one for a GPU")
@@ -1318,8 +1317,9 @@ def header(run: Run) -> None:
           f"entities: {data.finder.name}; {len(data.questions)} evaluation questions\n"
           f"  window   {c.window} = {c.window - c.section - c.memory - c.response} instruction and problem + "
           f"{c.section} section + {c.memory} memory + {c.response} response; order {c.prompt_order}\n"
-          f"  GRPO     {c.documents} documents x {c.group} rollouts x {c.recall_group} recalls; {steps['memtrain']} + "
-          f"{steps['memagent']} steps; about {per_step:,} tokens a step\n"
+          f"  GRPO     {c.documents} documents x {c.group} rollouts x {c.recall_group} recalls; "
+          f"{c.memtrain_steps} MemTrain + {c.memagent_steps} MemAgent + {c.mem1_steps} MEM1 steps; about "
+          f"{per_step:,} tokens a step\n"
           f"  time     about {minutes:.0f} minutes in all on this machine"), flush=True)
 
 
