@@ -412,15 +412,16 @@ def on_backbones(named: dict[str, list[Arm]]) -> Claim:
     claim, paper = "C8 it holds for more than one backbone", "C1 and C2 for Qwen3-4B and Qwen2.5-7B"
     if len(named) < 2:
         return Claim(claim, paper, "—", "not tested: runs of one backbone only")
-    said, verdicts = [], []
+    said, failed, missing = [], [], []
     for name, arms in named.items():
         found = {c.id: c for c in on_long_text(arms[0].table)[0] if c.claim.endswith((
             "C1 MemTrain over base, average", "C2 MemTrain+MemAgent over MemAgent, average"))}
-        verdicts += [c.verdict for c in found.values()]
+        if lost := [key for key, c in found.items() if c.verdict.startswith("not reproduced")]:
+            failed.append(f"{' and '.join(lost)} for {name}")
+        missing += [c.verdict for c in found.values() if c.verdict.startswith("not tested")]
         said.append(f"{name}: " + ", ".join(f"{key} {c.difference} {c.verdict.split(':')[0]}"
                                             for key, c in found.items()))
-    worst = next((v for v in verdicts if v.startswith("not reproduced")),
-                 next((v for v in verdicts if v != REPRODUCED), REPRODUCED))
+    worst = f"not reproduced: {'; '.join(failed)}" if failed else next(iter(missing), REPRODUCED)
     return Claim(claim, paper, "; ".join(said), worst)
 
 

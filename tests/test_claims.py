@@ -153,7 +153,7 @@ def test_backbones_are_told_apart_by_their_shape(tmp_path):
     assert c8.verdict == "reproduced" and c8.ours.count("reproduced") == 4
     worse = SHARES | {BOTH: SHARES["memagent"]}
     c8 = on_backbones(backbones([*runs[:2], *runs_of(tmp_path / "w", {"small": ({"width": 384}, worse)})]))
-    assert c8.verdict.startswith("not reproduced") and "width 384, 4 layers: C1 +" in c8.ours
+    assert c8.verdict == "not reproduced: C2 for width 384, 4 layers" and "width 384, 4 layers: C1 +" in c8.ours
     assert on_backbones(backbones(runs[:2])).verdict == "not tested: runs of one backbone only"
     text = write_report(runs[0].path, [r.path for r in runs[1:]], tmp_path / "out").read_text()
     assert "Tables and plots show the first backbone, width 128, 4 layers" in text
