@@ -69,6 +69,8 @@ def load_checkpoint(path: Path, model: nn.Module, tokenizer: Tokenizer, optimize
             metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
         state = json.loads(text := metadata.get("state", "{}"))
+    except FileNotFoundError:
+        raise InputError(f"checkpoint {path}: no such file; give another --init") from None
     except (OSError, SafetensorError, ValueError) as e:
         raise InputError(f"checkpoint {path}: can't be read ({e}); {instead}") from None
     if state.get("format") != 2:

@@ -309,8 +309,11 @@ class Study:
                     time.sleep(POLL)
                     for child in self._ended():
                         if not told:
-                            self._say(child)
                             self._refuse_for_all(child)
+                            self._say(child)
+            except InputError:
+                bar.leave = False  # its one line is all there is to say
+                raise
             finally:
                 self._leave()
 

@@ -102,6 +102,7 @@ BAD = {
     "--scaling --stages memtrain,eval": ["--scaling", "memagent"], "--seeds 1,2 --stages report": ["nothing to do"],
     "--ablations --memory 100": ["--response"], "--ablations maybe": ["maybe"],
     "--seeds 0,1 --stages memtrain --corpus nope.jsonl": ["nope.jsonl", "no such file"],
+    "--seeds 0,1 --stages memtrain --init nope": ["checkpoint nope: no such file", "give another --init"],
     "--stages memtrain+memagent": ["memtrain+memagent", "not finished", "runs/t"],
 }
 
@@ -112,6 +113,7 @@ def test_bad_input_is_refused_and_nothing_written(command, folder, capsys):
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("memtrain: ")]
     assert len(lines) == 1 and all(part in lines[0] for part in BAD[command]), captured.err
+    assert captured.err.count(BAD[command][-1]) == 1  # nor is it said in another line
     assert list(folder.rglob("*")) == []
 
 
