@@ -61,22 +61,22 @@ def save_checkpoint(path: Path, model: nn.Module, tokenizer: Tokenizer, state: d
 
 def load_checkpoint(path: Path, model: nn.Module, tokenizer: Tokenizer, optimizers=()) -> dict:
     """Fills model (and optimisers) and returns the state. InputError if the file is damaged or does not fit."""
-    instead = "give another --init or delete it"
+    instead = "give another --init"
     if path.name != PREVIOUS and path.with_name(PREVIOUS).exists():
-        instead = f"rename {PREVIOUS} beside it to {path.name} to go on from the one before, or delete it"
+        instead = f"rename {PREVIOUS} beside it to {path.name} to go on from the one before"
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
         state = json.loads(text := metadata.get("state", "{}"))
     except FileNotFoundError:
-        raise InputError(f"checkpoint {path}: no such file; give another --init") from None
+        raise InputError(f"checkpoint {path}: no such file; {instead}") from None
     except (OSError, SafetensorError, ValueError) as e:
-        raise InputError(f"checkpoint {path}: can't be read ({e}); {instead}") from None
+        raise InputError(f"checkpoint {path}: can't be read ({e}); {instead}, or delete it") from None
     if state.get("format") != 2:
         raise InputError(f"checkpoint {path}: not written by this version of memtrain; give another --init")
     if metadata.get("digest") != digest(text, tensors):
-        raise InputError(f"checkpoint {path}: damaged, its content does not match its digest; {instead}")
+        raise InputError(f"checkpoint {path}: damaged, its content does not match its digest; {instead}, or delete it")
     if state["tokenizer"] != tokenizer.fingerprint:
         raise InputError(f"checkpoint {path}: made with tokenizer {state['tokenizer']}, this is "
                          f"{tokenizer.fingerprint}; train a base for it with --stages base")

@@ -271,8 +271,10 @@ def test_a_damaged_checkpoint_of_the_run_itself_is_named(folder, base_checkpoint
     path = Path("runs/t/memtrain/checkpoint.safetensors")
     whole = path.read_bytes()
     path.unlink()  # best.safetensors may be the same file
-    path.write_bytes(whole[:1000])  # the .json beside it still says that the stage is done
     capsys.readouterr()
+    refused(capsys, [*TINY, "--run", "u", "--init", str(path), "--stages", "memtrain"], "no such file",
+            "rename previous.safetensors")
+    path.write_bytes(whole[:1000])  # the .json beside it still says that the stage is done
     refused(capsys, command, "runs/t/memtrain/checkpoint.safetensors", "delete it", "rename previous.safetensors")
     path.with_name("previous.safetensors").rename(path)
     calls, step = [], memtrain.train_step
