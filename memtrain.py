@@ -34,6 +34,7 @@ K key heads, D head size, C width, V vocabulary, G group size.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import itertools
@@ -130,9 +131,11 @@ from kernels.attention import memory_attention
 from kernels.cache import Cache, move
 from kernels.grpo import grpo_loss
 from kernels.layout import Layout
-from kernels.logprob import linear_logprob
+from kernels.logprob import head_for, linear_logprob, product
 
 # ---- Decoder -----------------------------------------------------------------------------------------------------
+
+Adapters = list[tuple[torch.Tensor, torch.Tensor]] | None  # A and B of every adapted layer, in order; None: no adapters
 
 
 class Linear(nn.Module):
@@ -146,6 +149,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.adapted = c.lora_rank > 0 and name in c.lora_targets.split(",")
+        self.frozen: tuple[torch.Tensor, torch.Tensor] | None = None  # adapters in place of its own
         if self.adapted:
             self.lora_a = nn.Parameter(torch.empty(c.lora_rank, inputs, dtype=torch.float32))
             self.lora_b = nn.Parameter(torch.zeros(outputs, c.lora_rank, dtype=torch.float32))
@@ -154,7 +158,8 @@ class Linear(nn.Module):
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
         if self.adapted:
-            y = y + self.scale * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+            a, b = self.frozen or (self.lora_a, self.lora_b)
+            y = y + self.scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
         return y
 
     def merged(self) -> torch.Tensor:
@@ -239,7 +244,7 @@ class Decoder(nn.Module):
         self.register_buffer("inverse_frequency", rope_frequencies(c), persistent=False)
         if self.embed.device.type != "meta":  # there, a checkpoint brings the weights
             self.initialise(c.seed)
-        if c.lora_rank:  # everything else stays put, so that the reference is this network with its adapters off
+        if c.lora_rank:  # everything else stays put
             for name, p in self.named_parameters():
                 p.requires_grad_(".lora_" in name)
 
@@ -271,17 +276,24 @@ class Decoder(nn.Module):
     def adapted(self) -> list[Linear]:
         return [m for m in self.modules() if isinstance(m, Linear) and hasattr(m, "lora_a")]
 
-    @contextmanager
-    def without_adapters(self) -> Iterator[None]:
-        """The network that training started from: the reference of the KL term."""
+    def frozen_adapters(self) -> Adapters:
+        """A copy of the adapters as they are, a few MB; None where they change nothing yet."""
         layers = self.adapted()
-        for m in layers:
-            m.adapted = False
+        if not any(m.lora_b.any() for m in layers):
+            return None
+        return [(m.lora_a.detach().clone(), m.lora_b.detach().clone()) for m in layers]
+
+    @contextmanager
+    def with_adapters(self, kept: Adapters) -> Iterator[None]:
+        """The network with these adapters instead of its own; None: with none."""
+        layers = self.adapted()
+        for m, pair in zip(layers, kept or [None] * len(layers), strict=True):
+            m.frozen, m.adapted = pair, kept is not None
         try:
             yield
         finally:
             for m in layers:
-                m.adapted = True
+                m.frozen, m.adapted = None, True
 
     @contextmanager
     def merged(self) -> Iterator[None]:
@@ -491,8 +503,10 @@ class Sampler:
         self.c, self.limit, self.stops = c, limit, tuple(stops)
         self.device, self.dtype = self.model.embed.device, self.model.embed.dtype
         self.chunk = self.wanted or (16 if self.device.type == "cuda" else 1)
-        self.static = self.chunk > 1 and use_triton(self.device, self.dtype)  # launches of fixed size on fixed tensors
+        # launches of fixed size on fixed tensors; what is deterministic about an operation may not be captured
+        self.static = self.chunk > 1 and use_triton(self.device, self.dtype) and not c.deterministic
         self.weights = hash(tuple(p.data_ptr() for p in self.model.parameters()))  # a graph knows them by address
+        self.head = head_for(self.model.head)
         turns: list[Turn | None] = [None] * len(prompts)
         queue = self._reserve(prompts)
         self.owner: list[int] = []  # the prompt that each row in use answers
@@ -500,7 +514,9 @@ class Sampler:
             self._admit(queue, prompts, keys)
             if not self.owner:
                 return turns
-            for _ in range(self.chunk):
+            steps = min(self.chunk, self.left)
+            self.left -= steps
+            for _ in range(steps):
                 if self.static:
                     self._replay()
                     continue
@@ -566,6 +582,7 @@ class Sampler:
         self.random[new, :self.limit] = torch.as_tensor(np.stack([uniforms(keys[i], self.limit) for i in order]),
                                                         device=self.device)
         self.owner += order
+        self.left = self.limit  # steps after which even the youngest row has ended
         self._regroup()
 
     def _regroup(self) -> None:
@@ -576,7 +593,8 @@ class Sampler:
 
     def _draw(self, n: int) -> None:
         """The next token of the first n rows."""
-        logp = ((self.hidden[:n] @ self.model.head.T).float() / self.c.temperature).log_softmax(-1)  # (n,V)
+        logits = product(self.hidden[:n], self.head.T).float()  # (n,V)
+        logp = (logits / self.c.temperature).log_softmax(-1)
         ended, count = self.done[:n], self.count[:n]
         at = torch.where(ended, self.tokens.shape[1] - 1, count)[:, None]
         drawn = draw(logp, self.random[:n].gather(1, at)[:, 0], self.c.top_p)
@@ -818,6 +836,9 @@ def recall_probe(agent: Agent, finder, rollout: Rollout, rng: random.Random):
 # ---- GRPO --------------------------------------------------------------------------------------------------------
 
 
+Reference = Decoder | Adapters  # of the KL term: the policy at the start of the stage, which adapters alone may tell
+
+
 @dataclass
 class Batch:
     """What one sampling phase leaves to train on: sequences with the reward entry each belongs to.
@@ -904,35 +925,51 @@ def micro_batches(turns: Sequence[Turn], limit: int) -> Iterator[list[list[int]]
         yield batch
 
 
-def accumulate(model: Decoder, reference: Decoder | None, c: Config, batch: Batch, chosen: Sequence[int],
-               interactions: float, limit: int) -> dict[str, float]:
-    """Adds the gradient of the chosen turns' part of the objective, micro-batch by micro-batch; returns sums over
-    tokens. interactions: the number of turns that the objective is a mean of."""
-    turns, device = [batch.turns[i] for i in chosen], model.embed.device
+# sums over the tokens of an update; mismatch: |log pi scored - log pi sampled|, outside: ratios not in [0.8, 1.25]
+SUMS = ("tokens", "kl", "clip_low", "clip_high", "entropy", "loss", "mismatch", "outside", "broken")
+
+
+def micro_loss(model: Decoder, reference: Reference, c: Config, batch: Batch, entry: Sequence[int],
+               micro: Sequence[Sequence[int]], turns: Sequence[Turn], interactions: float):
+    """The micro-batch `micro` of `turns`, whose reward entries are `entry`: (loss, SUMS (9) fp64, largest mismatch,
+    packed tokens). Nothing here waits for the device."""
+    device, order = model.embed.device, [i for group in micro for i in group]
+    packed = pack([(turns[g[0]].prefix, [(turns[i].given, turns[i].sampled) for i in g]) for g in micro], device)
+    new, entropy = score(model, packed, c.temperature)
+    ref = reference_logprobs(model, reference, packed, c) if c.kl else None
+    old = torch.tensor([x for i in order for x in turns[i].logprobs], dtype=new.dtype, device=device)
+    offsets = torch.tensor([0, *itertools.accumulate(packed.counts)], device=device)
+    rollout = torch.tensor([entry[i] for i in order], device=device)
     rewards = torch.tensor(batch.rewards, dtype=torch.float64, device=device)
-    group = torch.tensor(batch.group, device=device)
-    total = dict.fromkeys(("tokens", "kl", "clip_low", "clip_high", "entropy", "loss", "trained", "broken"), 0.0)
+    loss, stats = grpo_loss(new, old, ref, rewards, torch.tensor(batch.group, device=device), rollout, offsets,
+                            interactions, c.eps_low, c.eps_high, c.kl, c.divide_by_std)
+    with torch.no_grad():
+        gap = (new - old).abs()
+        stats |= {"entropy": entropy.sum(), "loss": loss, "mismatch": gap.sum(),
+                  "outside": (gap > math.log(1.25)).sum(),  # log 1.25 = -log 0.8
+                  "broken": ~(torch.isfinite(new).all() & torch.isfinite(old).all())}  # clipping can hide an inf
+        sums = torch.stack([stats[name].to(device, torch.float64) for name in SUMS])
+    return loss, sums, gap.max(), packed.layout.total
+
+
+def accumulate(model: Decoder, reference: Reference, c: Config, batch: Batch, chosen: Sequence[int],
+               interactions: float, limit: int) -> tuple[dict[str, float], float]:
+    """Adds the gradient of the chosen turns' part of the objective, micro-batch by micro-batch. Returns SUMS by name
+    with `trained`, the packed tokens, and the largest mismatch. interactions: the number of turns that the objective
+    is a mean of."""
+    turns, entry = [batch.turns[i] for i in chosen], [batch.entry[i] for i in chosen]
+    total = torch.zeros(len(SUMS), dtype=torch.float64, device=model.embed.device)
+    largest, trained = total.new_zeros(()), 0
     for micro in micro_batches(turns, limit):
-        order = [i for group_ in micro for i in group_]
-        packed = pack([(turns[g[0]].prefix, [(turns[i].given, turns[i].sampled) for i in g]) for g in micro], device)
-        new, entropy = score(model, packed, c.temperature)
-        ref = reference_logprobs(model, reference, packed, c) if c.kl else None
-        old = torch.tensor([x for i in order for x in turns[i].logprobs], dtype=new.dtype, device=device)
-        total["broken"] += not bool(torch.isfinite(new).all() & torch.isfinite(old).all())  # clipping can hide an inf
-        offsets = F.pad(torch.tensor(packed.counts, device=device).cumsum(0), (1, 0))
-        rollout = torch.tensor([batch.entry[chosen[i]] for i in order], device=device)
-        loss, stats = grpo_loss(new, old, ref, rewards, group, rollout, offsets, interactions, c.eps_low, c.eps_high,
-                                c.kl, c.divide_by_std)
+        loss, sums, most, tokens = micro_loss(model, reference, c, batch, entry, micro, turns, interactions)
         loss.backward()
-        for name in ("tokens", "kl", "clip_low", "clip_high"):
-            total[name] += float(stats[name])
-        total["entropy"] += float(entropy.detach().sum())
-        total["loss"] += float(loss.detach())
-        total["trained"] += packed.layout.total
-    return total
+        total += sums
+        largest = torch.maximum(largest, most)
+        trained += tokens
+    return dict(zip(SUMS, total.tolist(), strict=True)) | {"trained": trained}, float(largest)
 
 
-def update(model: Decoder, reference: Decoder | None, optimizer, c: Config, batch: Batch,
+def update(model: Decoder, reference: Reference, optimizer, c: Config, batch: Batch,
            entries: set[int]) -> dict[str, float]:
     """One optimiser step on the turns of the given reward entries, those of all ranks together. Micro-batches never
     change the gradient; if memory runs out, they are halved, once."""
@@ -941,7 +978,8 @@ def update(model: Decoder, reference: Decoder | None, optimizer, c: Config, batc
     interactions = int(ranks.total([len(chosen)], device)[0])
     while True:
         try:
-            total = accumulate(model, reference, c, batch, chosen, interactions, int(c.micro_tokens * model.share))
+            total, largest = accumulate(model, reference, c, batch, chosen, interactions,
+                                        int(c.micro_tokens * model.share))
             break
         except torch.OutOfMemoryError:
             if model.share < 1:
@@ -958,17 +996,24 @@ def update(model: Decoder, reference: Decoder | None, optimizer, c: Config, batc
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    per_token = {name: total[name] / max(1.0, total["tokens"]) for name in ("kl", "clip_low", "clip_high", "entropy")}
-    return per_token | {"grad_norm": norm, "loss": total["loss"], "skipped": float(skipped),
-                        "tokens_trained": total["trained"]}
+    per_token = {name: total[name] / max(1.0, total["tokens"]) for name in (
+        "kl", "clip_low", "clip_high", "entropy", "mismatch")}
+    return per_token | {"mismatch_max": ranks.largest(largest, device),
+                        "mismatch_outside": total["outside"] / max(1.0, total["tokens"]), "grad_norm": norm,
+                        "loss": total["loss"], "skipped": float(skipped), "tokens_trained": total["trained"]}
+
+
+def reference_of(model: Decoder, c: Config) -> Reference:
+    """The policy as it is now, frozen: a copy of its adapters, or of the whole network where that is trained."""
+    return model.frozen_adapters() if c.lora_rank else copy.deepcopy(model).requires_grad_(False)
 
 
 @torch.no_grad()
-def reference_logprobs(model: Decoder, reference: Decoder | None, packed: Packed, c: Config) -> torch.Tensor:
-    """Log-probs under the policy that training started from: a frozen copy, or the network with its adapters off."""
-    if reference is not None:
+def reference_logprobs(model: Decoder, reference: Reference, packed: Packed, c: Config) -> torch.Tensor:
+    """Log-probs under the policy that the stage started from."""
+    if isinstance(reference, Decoder):
         return score(reference, packed, c.temperature)[0]
-    with model.without_adapters():
+    with model.with_adapters(reference):
         return score(model, packed, c.temperature)[0]
 
 
@@ -993,8 +1038,10 @@ class Policy:
         self.c, self.tokenizer = c, load_tokenizer(*filter(None, [self.source]))
         if c.vocab:
             check_vocabulary(self.tokenizer, c.vocab)
-        with torch.device("meta" if c.model else device):
+        with torch.device("meta" if c.model else "cpu"):  # its generator is the CPU's, so that a seed means the same
             self.model = Decoder(c, self.tokenizer.size)
+        if not c.model:
+            self.model.to(device)
 
     def load_base(self, folder: RunFolder) -> None:
         """Weights that training starts from. Frozen ones are read once; afterwards only the adapters are reset."""
@@ -1080,15 +1127,21 @@ SHIPPED_BASE = Path(__file__).parent / "data" / "nano" / "base.safetensors"
 def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available here; use --device cpu")
-    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cpu")
+    if name != "cpu" and torch.cuda.is_available():  # with its index, as every tensor there says its device
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
         torch.cuda.set_device(device)
     try:
         use_triton(device)
     except ValueError as e:
         raise InputError(str(e)) from None
     return device
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for what the device was told to do: before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 # ---- Stages ------------------------------------------------------------------------------------------------------
@@ -1138,6 +1191,7 @@ def train_base(run: Run) -> None:
                     g["lr"] = base * scale
                 o.step()
                 o.zero_grad(set_to_none=True)
+            synchronise(run.device)
             seconds = time.perf_counter() - start
             state |= {"step": step + 1, "seconds": state["seconds"] + seconds, "tokens": state["tokens"] + tokens}
             run.write({"stage": "base", "step": step, "loss": loss, "seconds": seconds, "tokens": tokens})
@@ -1201,10 +1255,7 @@ def train_policy(run: Run, name: str, start: str) -> None:
     if run.folder.finished(name):
         return
     run.load(start)
-    reference = None
-    if c.kl and not c.lora_rank:
-        reference = Decoder(c, run.tokenizer.size).to(run.device).requires_grad_(False)
-        reference.load_state_dict(model.state_dict())
+    reference = reference_of(model, c) if c.kl else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=c.lr, weight_decay=0.0)
     state = {"stage": name, "step": 0, "seconds": 0.0, "tokens_prompts": 0, "tokens_sampled": 0,
              "tokens_trained": 0, "rewards": [], "poisoned": 0}
@@ -1256,8 +1307,10 @@ def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
                    if g in signal_ and first <= d < first + c.update_documents}
         if ranks.total([len(entries)], run.device)[0]:
             rows.append(update(run.model, reference, optimizer, c, batch, entries))
+    synchronise(run.device)
     seconds = time.perf_counter() - began
     mean = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]} if rows else {}
+    mean |= {k: v for k, v in rows[0].items() if "mismatch" in k} if rows else {}  # later ones have moved on purpose
     mean["tokens_trained"] = sum(r["tokens_trained"] for r in rows)
     signals, groups = ranks.total([len(signal_), len(set(batch.group))], run.device)
     speed = mean["tokens_trained"] / max(1e-9, seconds - sampled)
@@ -1306,8 +1359,10 @@ def header(run: Run) -> None:
         refuse_too_large(c, len(run.model.embed), torch.cuda.get_device_properties(run.device).total_memory)
     parameters = sum(p.numel() for p in run.model.parameters())
     minutes, per_step = estimate(run)
-    if run.device.type == "cuda" and c.preset == "nano":
-        print("note: the preset nano is made for CPUs; --preset small is the one for a GPU")
+    if run.device.type == "cuda" and c.deterministic:
+        print("note: --deterministic samples without captured graphs, which is slower")
+    if commit() == "unknown":
+        print("note: no git checkout here: results will not say which commit they are of")
     print(printable(
           f"memtrain {commit()}  preset {c.preset}  run {run.folder.path}  seed {c.seed}  stages {c.stages}\n"
           f"  device   {run.device} ({torch.get_num_threads()} threads), kernels: {kernels_in_use(run.device)}\n"
@@ -1332,8 +1387,10 @@ def estimate(run: Run) -> tuple[float, int]:
     packed = pack(rows, run.device)
     spent = []
     for _ in range(3):
+        synchronise(run.device)
         began = time.perf_counter()
         (-score(run.model, packed)[0].mean()).backward()
+        synchronise(run.device)
         spent.append(time.perf_counter() - began)
     run.model.zero_grad(set_to_none=True)
     rate = packed.layout.total / min(spent)  # tokens/s forward and backward

@@ -43,6 +43,15 @@ def total(values: Sequence[float], device: torch.device | str = "cpu") -> list[f
     return sums.tolist()
 
 
+def largest(value: float, device: torch.device | str = "cpu") -> float:
+    """The largest value of all ranks."""
+    if WORLD == 1:
+        return value
+    most = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return float(most)
+
+
 def mean(values: Sequence[float], device: torch.device | str = "cpu") -> float:
     """Mean over the values of all ranks; 0 if there is none."""
     amount, count = total([float(sum(values)), len(values)], device)

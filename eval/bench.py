@@ -355,9 +355,11 @@ def kernels(argv: Sequence[str]) -> int:
         work()
         return max(0.0, _peak_mb(device) - before)
 
-    rows, limits = bench_kernels.run(device, options.repeats, extra_mb)
-    finish("kernels", argv, options.out, device, {"rows": [asdict(r) for r in rows], "ceilings": limits},
-           bench_kernels.table(rows, limits, options.repeats))
+    for rows, limits in bench_kernels.run(device, options.repeats, extra_mb):
+        result = {"rows": [asdict(r) for r in rows], "ceilings": limits}
+        if options.out:
+            write_json(options.out, {"environment": where_measured("kernels", argv, device)} | result)
+    finish("kernels", argv, options.out, device, result, bench_kernels.table(rows, limits, options.repeats))
     return 0
 
 
@@ -697,12 +699,15 @@ def refuse_own(fields: Sequence[str], *names: str) -> None:
             raise InputError(f"--{name}: the benchmark chooses it; leave it out")
 
 
+def where_measured(name: str, argv: Sequence[str], device) -> dict:
+    return environment(SimpleNamespace(device=device)) | {"command": " ".join(["python -m eval.bench", name, *argv])}
+
+
 def finish(name: str, argv: Sequence[str], out: Path | None, device, result: dict, table: str) -> None:
-    where = environment(SimpleNamespace(device=device))
-    where["command"] = " ".join(["python -m eval.bench", name, *argv])
+    where = where_measured(name, argv, device)
     gpu = where["device"] if device.type == "cuda" else where["cpu"]
     print(f"\n{where['command']}\n{where['date']}, {gpu}, {where['threads']} threads, torch "
-          f"{where['torch']}, commit {where['commit'] or 'none'}\n\n{table}")
+          f"{where['torch']}, commit {where['commit']}\n\n{table}")
     if out:
         write_json(out, {"environment": where} | result)
         print(f"\nwritten to {out}")

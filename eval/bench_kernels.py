@@ -14,7 +14,7 @@ import gc
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -54,8 +54,8 @@ def installed(module: str) -> bool:
 
 
 def _leaves(device, dtype, *shapes) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+    generator = torch.Generator(device).manual_seed(0)  # on the card: a CPU takes seconds for a long document's
+    return [torch.randn(s, generator=generator, device=device, dtype=dtype).requires_grad_() for s in shapes]
 
 
 def _forward_backward(function: Callable, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -222,7 +222,7 @@ def attention_case(device, dtype, groups: int, prefix: int, G: int, suffix: tupl
     peers = {"memtrain": lambda: _forward_backward(lambda: memory_attention(q, k, v, layout), leaves),
              "repeated prefixes, SDPA": lambda: _forward_backward(repeated, leaves)}
     if device.type == "cuda":  # its backward pass exists for CUDA only
-        mask = create_block_mask(visible, None, None, T, T, device=device)
+        mask = create_block_mask(visible, None, None, T, T, device=device, _compile=True)  # else T x T is built
         fast = torch.compile(flex_attention)
 
         def flex():
@@ -240,7 +240,7 @@ def decode_case(device, dtype, groups: int, prefix: int, G: int, suffix: int, H:
     N = groups * G
     q, pk, pv, sk, sv = (x.detach() for x in _leaves(device, dtype, (N, H, D), *[(groups, K, prefix, D)] * 2,
                                                      *[(N, K, suffix, D)] * 2))
-    members = Members(torch.arange(groups, device=device).repeat_interleave(G), groups)
+    members = Members(torch.arange(groups).repeat_interleave(G), groups, device=device)
     far = torch.full((groups,), prefix, device=device)
     own = torch.full((N,), suffix, device=device)
 
@@ -333,13 +333,16 @@ def measure(case: Case, device, repeats: int, extra_mb: Callable[[Callable], flo
     return rows
 
 
-def run(device: torch.device, repeats: int, extra_mb: Callable[[Callable], float]) -> tuple[list[Row], dict]:
+def run(device: torch.device, repeats: int, extra_mb: Callable[[Callable], float]) -> Iterator[tuple[list[Row], dict]]:
+    """(rows so far, ceilings) after every case: what was measured is kept, whatever becomes of the rest."""
     rows, limits = [], {}
     for make in tqdm(cases(device), desc="kernels", unit="case"):
         case = make()
         limits.setdefault(case.dtype, ceilings(device, case.dtype))
         rows += measure(case, device, repeats, extra_mb, limits[case.dtype])
-    return rows, {str(k).removeprefix("torch."): v for k, v in limits.items()}
+        del case
+        gc.collect()
+        yield rows, {str(k).removeprefix("torch."): v for k, v in limits.items()}
 
 
 def table(rows: list[Row], limits: dict, repeats: int) -> str:

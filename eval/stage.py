@@ -28,10 +28,13 @@ from kernels import kernels_in_use
 
 
 def commit() -> str:
-    """Commit of the source, with a + where it was changed; empty outside a git checkout."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True, text=True,
-                          cwd=Path(__file__).parents[1], check=False)
-    return done.stdout.strip()
+    """Commit of the source, with a + where it was changed; "unknown" without git or outside a checkout."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True,
+                              text=True, cwd=Path(__file__).parents[1], check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def environment(run) -> dict:

@@ -27,6 +27,10 @@ SIGNS: dict[str, tuple[Callable[[dict], bool], str]] = {
     "responses without end": (lambda r: r["finished"] < 0.5,
                               "more than half of the responses are cut off before their stop token; raise --response, "
                               "or train a base whose responses are shorter"),
+    "sampler and scorer disagree": (
+        lambda r: r.get("mismatch_outside", 0.0) > 0.01,
+        "more than 1% of the tokens were sampled with a probability that scoring puts off by a factor of 1.25 or more, "
+        "before any update; try --dtype float32, or report it with the configuration and the card"),
     "copied prompts": (lambda r: r["copied"] > 0.5,
                        "more than half of what memories hold repeats the instruction or the problem, which every "
                        "prompt shows anyway; try a lower --lr or another --init"),

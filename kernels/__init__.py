@@ -9,6 +9,7 @@ checks are made with it.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -40,7 +41,29 @@ def kernels_in_use(device: torch.device) -> str:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block may use; what a CPU interprets fits the smallest card."""
-    if device.type != "cuda":
-        return 99 << 10
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    """Bytes of shared memory that one block may use; what runs on no card fits the smallest."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if _card(device) else 99 << 10
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many of them the card has; 4 stand for one where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if _card(device) else 4
+
+
+def _card(device: torch.device) -> bool:
+    """Whether there is a card behind `device`: tests pretend to have one."""
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
+def operator(shapes: Callable) -> Callable:
+    """Decorates a function that launches kernels: it becomes the operator memtrain::FILE_NAME of torch.library.
+
+    `shapes` takes the same arguments and returns empty outputs, so that a whole step can be tried on tensors that have
+    a shape and a device but no data, as tests/test_fake.py does, or traced by torch.compile.
+    """
+    def make(launch):
+        name = f"memtrain::{launch.__module__.rpartition('.')[2]}_{launch.__name__.strip('_')}"
+        made = torch.library.custom_op(name, launch, mutates_args=())
+        made.register_fake(shapes)
+        return made
+    return make

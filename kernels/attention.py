@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels import shared_memory, tl, triton, use_triton
+from kernels import operator, shared_memory, tl, triton, use_triton
 from kernels.layout import Layout
 
 # ---- Triton ------------------------------------------------------------------------------------------------------
@@ -222,16 +222,52 @@ def choose(table: dict[int, tuple[Tiles, ...]], head_size: int, dtype: torch.dty
     return next(t for t in fitting if shared_bytes(t, padded, dtype.itemsize, resident) <= limit)
 
 
+def _tiles(table: dict[int, tuple[Tiles, ...]], q: torch.Tensor) -> Tiles:
+    return choose(table, q.shape[-1], q.dtype, shared_memory(q.device), 1 if table is FORWARD else 2)
+
+
+@operator(lambda q, *_: (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)))
+def _launch_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile_start: torch.Tensor,
+                    tile_group: torch.Tensor, own_start: torch.Tensor, group_start: torch.Tensor,
+                    prefix_end: torch.Tensor, group_end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    if len(q):
+        _forward[len(tile_start), q.shape[1]](q, k, v, out, lse, tile_start, tile_group, own_start, group_start,
+                                              prefix_end, group_end, **_sizes(q, k, _tiles(FORWARD, q)))
+    return out, lse
+
+
+@operator(lambda q, k, v, out, do, lse, *_: (torch.empty_like(q), torch.empty_like(lse)))
+def _launch_queries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, do: torch.Tensor,
+                    lse: torch.Tensor, tile_start: torch.Tensor, tile_group: torch.Tensor, own_start: torch.Tensor,
+                    group_start: torch.Tensor, prefix_end: torch.Tensor, group_end: torch.Tensor,
+                    ) -> tuple[torch.Tensor, torch.Tensor]:
+    dq, delta = torch.empty_like(q), torch.empty_like(lse)
+    if len(q):
+        _backward_queries[len(tile_start), q.shape[1]](
+            q, k, v, out, do, lse, delta, dq, tile_start, tile_group, own_start, group_start, prefix_end, group_end,
+            **_sizes(q, k, _tiles(BACKWARD_QUERIES, q)))
+    return dq, delta
+
+
+@operator(lambda q, k, v, *_: (torch.empty_like(k), torch.empty_like(v)))
+def _launch_keys(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, lse: torch.Tensor,
+                 delta: torch.Tensor, tile_start: torch.Tensor, tile_group: torch.Tensor, own_start: torch.Tensor,
+                 own_end: torch.Tensor, prefix_end: torch.Tensor, group_end: torch.Tensor,
+                 ) -> tuple[torch.Tensor, torch.Tensor]:
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    if len(q):
+        _backward_keys[len(tile_start), k.shape[1]](
+            q, k, v, do, lse, delta, dk, dv, tile_start, tile_group, own_start, own_end, prefix_end, group_end,
+            **_sizes(q, k, _tiles(BACKWARD_KEYS, q)))
+    return dk, dv
+
+
 class _MemoryAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, layout):
-        out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        t = choose(FORWARD, q.shape[-1], q.dtype, shared_memory(q.device), 1)
-        start, group = layout.tiles(t.BM)
-        if layout.total:
-            _forward[len(start), q.shape[1]](q, k, v, out, lse, start, group, layout.own_start, *layout.group_range,
-                                             **_sizes(q, k, t))
+        out, lse = _launch_forward(q, k, v, *layout.tiles(_tiles(FORWARD, q).BM), layout.own_start,
+                                   *layout.group_range)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout = layout
         return out
@@ -239,19 +275,10 @@ class _MemoryAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         (q, k, v, out, lse), layout, do = ctx.saved_tensors, ctx.layout, do.contiguous()
-        dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
-        if layout.total:
-            limit = shared_memory(q.device)
-            t = choose(BACKWARD_QUERIES, q.shape[-1], q.dtype, limit, 2)
-            start, group = layout.tiles(t.BM)
-            _backward_queries[len(start), q.shape[1]](
-                q, k, v, out, do, lse, delta, dq, start, group, layout.own_start, *layout.group_range,
-                **_sizes(q, k, t))
-            t = choose(BACKWARD_KEYS, q.shape[-1], q.dtype, limit, 2)
-            start, group = layout.tiles(t.BN)
-            _backward_keys[len(start), k.shape[1]](
-                q, k, v, do, lse, delta, dk, dv, start, group, layout.own_start, layout.own_end,
-                *layout.group_range[1:], **_sizes(q, k, t))
+        dq, delta = _launch_queries(q, k, v, out, do, lse, *layout.tiles(_tiles(BACKWARD_QUERIES, q).BM),
+                                    layout.own_start, *layout.group_range)
+        dk, dv = _launch_keys(q, k, v, do, lse, delta, *layout.tiles(_tiles(BACKWARD_KEYS, q).BN), layout.own_start,
+                              layout.own_end, *layout.group_range[1:])
         return dq, dk, dv, None
 
 

@@ -42,7 +42,7 @@ class Cache:
         self.start = torch.zeros(rows, dtype=torch.long, device=device)  # (R) positions before the suffix
         self.group: list[int] = []
         self.groups_used, self.static = 0, False
-        self.members = Members(torch.zeros(rows, dtype=torch.long, device=device), groups)
+        self.members = Members([0] * rows, groups, device=device)
 
     @staticmethod
     def elements(layers: int, key_heads: int, head_size: int, rows: int, groups: int, suffix_room: int,
@@ -66,18 +66,19 @@ class Cache:
         """Slots for all groups and rollouts of a packed batch of prompts; returns attend(layer, q, k, v) for its
         forward pass: memory attention, which puts keys and values away. Call regroup() before decoding."""
         first_row, first_group = self.used, self.groups_used
-        self.group += (layout.group + first_group).tolist()
+        prefix_lengths, suffix_lengths, group = layout.host_lengths
+        self.group += (group + first_group).tolist()
         self.groups_used += layout.groups
         rows, groups = slice(first_row, self.used), slice(first_group, self.groups_used)
         self.prefix_lengths[groups], self.lengths[rows] = layout.prefix_lengths, layout.suffix_lengths
         self.start[rows] = layout.prefix_lengths[layout.group]
 
-        def places(start, lengths):
-            index = torch.arange(int(lengths.max()), device=layout.device)
+        def places(start, lengths, longest):
+            index = torch.arange(longest, device=layout.device)
             return index * (index < lengths[:, None]) + start[:, None]
 
-        parts = [(self.prefix, groups, places(layout.prefix_start, layout.prefix_lengths)),  # (b,p)
-                 (self.suffix, rows, places(layout.suffix_start, layout.suffix_lengths))]  # (n,s)
+        parts = [(self.prefix, groups, places(layout.prefix_start, layout.prefix_lengths, prefix_lengths.max())),
+                 (self.suffix, rows, places(layout.suffix_start, layout.suffix_lengths, suffix_lengths.max()))]
 
         def attend(layer, q, k, v):
             for caches, slots, index in parts:
@@ -116,11 +117,11 @@ class Cache:
     def regroup(self, rows: int | None = None, groups: int | None = None, most: int | None = None) -> None:
         """Tells the kernels who reads which prefix. rows, groups, most: sizes to launch for, whatever is in use; then
         nothing that a captured launch reads changes its place."""
-        group, self.static = torch.tensor(self.group), rows is not None
+        self.static = rows is not None
         if self.static:
-            self.members.replace(Members(group, groups, most), rows)
+            self.members.replace(Members(self.group, groups, most), rows)
         else:
-            self.members = Members(group, self.groups_used).to(self.lengths.device)
+            self.members = Members(self.group, self.groups_used, device=self.lengths.device)
 
 
 def _moves(live: Sequence[int]) -> list[tuple[int, int]]:

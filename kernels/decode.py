@@ -22,33 +22,33 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
-from kernels import tl, triton, use_triton
+from kernels import multiprocessors, operator, tl, triton, use_triton
+from kernels.layout import before
 
 
 class Members:
     """Which rollouts belong to which group. Built once for all layers and many tokens.
 
-    group (N) int64, in any order; groups: B. order (N) int32: the rollouts, group after group; offsets (B+1) int32:
+    group: N ints, in any order; groups: B. order (N) int32: the rollouts, group after group; offsets (B+1) int32:
     those of group b are order[offsets[b]:offsets[b+1]]. most: rollouts to expect in a group, the largest unless given.
     row (N): place of each rollout in a (B, most) grid; full: that grid has no gap and the rollouts are in its order.
     """
 
-    def __init__(self, group: torch.Tensor, groups: int, most: int | None = None):
-        counts = torch.bincount(group, minlength=groups)
-        first = F.pad(counts.cumsum(0), (1, 0))
-        self.most, self.offsets = most or int(counts.max()), first.int()
-        order = group.argsort(stable=True)
-        place, index = torch.empty_like(order), torch.arange(len(group), device=group.device)
-        place[order] = index
-        self.order, self.row = order.int(), group * self.most + place - first[group]
-        self.full = groups * self.most == len(group) and bool((self.row == index).all())
-
-    def to(self, device: torch.device) -> Members:
-        self.offsets, self.order, self.row = (x.to(device) for x in (self.offsets, self.order, self.row))
-        return self
+    def __init__(self, group, groups: int, most: int | None = None, device="cpu"):
+        group = np.asarray(group.cpu() if torch.is_tensor(group) else group, dtype=np.int64)
+        counts = np.bincount(group, minlength=groups)
+        first = before(counts)
+        self.most = most or int(counts.max())
+        order = np.argsort(group, kind="stable")
+        place = np.empty_like(order)
+        place[order] = np.arange(len(group))
+        row = group * self.most + place - first[group]
+        self.full = groups * self.most == len(group) and bool((row == np.arange(len(group))).all())
+        self.offsets, self.order, self.row = (torch.from_numpy(x).to(device) for x in (
+            first.astype(np.int32), order.astype(np.int32), row))
 
     def replace(self, other: Members, rows: int) -> None:
         """Takes over `other` in place, for a launch over `rows` rollouts, of which `other` may know fewer: the rest
@@ -141,10 +141,13 @@ def _decode_suffix(Q, K, V, lengths, ACC, M, L, O, scale, room, splits, N, H: tl
     tl.store(O + row[:, None] * D + d[None, :], (acc / l[:, None]).to(O.dtype.element_ty), mask=here)
 
 
-def _decode(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths, members: Members):
+@operator(lambda q, *_: torch.empty_like(q))
+def _decode(q: torch.Tensor, prefix_k: torch.Tensor, prefix_v: torch.Tensor, prefix_lengths: torch.Tensor,
+            suffix_k: torch.Tensor, suffix_v: torch.Tensor, suffix_lengths: torch.Tensor, offsets: torch.Tensor,
+            order: torch.Tensor, most: int) -> torch.Tensor:
     (N, H, D), (B, K, P, _) = q.shape, prefix_k.shape
     R, out = H // K, torch.empty_like(q)
-    rows = members.most * R
+    rows = most * R
     sizes = {"H": H, "R": R, "D": D, "BD": max(16, triton.next_power_of_2(D)), "BN": tile(D, q.dtype),
              "EXACT": q.dtype == torch.float32, "num_warps": 4, "num_stages": 2}
     scale = 1 / (math.sqrt(D) * math.log(2))
@@ -154,8 +157,8 @@ def _decode(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_le
     acc = q.new_empty(splits, N, H, D, dtype=torch.float32)
     m, l = q.new_empty(2, splits, N, H, dtype=torch.float32)
     if splits:
-        _decode_prefix[B, K * tiles, splits](q, prefix_k, prefix_v, prefix_lengths, members.offsets, members.order,
-                                             acc, m, l, scale, P, split, N, BM=BM, **sizes)
+        _decode_prefix[B, K * tiles, splits](q, prefix_k, prefix_v, prefix_lengths, offsets, order, acc, m, l, scale,
+                                             P, split, N, BM=BM, **sizes)
     _decode_suffix[N, K](q, suffix_k, suffix_v, suffix_lengths, acc, m, l, out, scale, suffix_k.shape[2], splits, N,
                          BM=max(16, triton.next_power_of_2(R)), **sizes)
     return out
@@ -163,8 +166,7 @@ def _decode(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_le
 
 def _split(prefix: int, programs: int, tile: int, device: torch.device) -> tuple[int, int]:
     """(keys a split, splits) of prefixes of at most `prefix` keys, where `programs` blocks run without splitting."""
-    cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = max(1, 4 * cores // max(1, programs))
+    wanted = max(1, 4 * multiprocessors(device) // max(1, programs))
     split = max(SPLIT, triton.cdiv(triton.cdiv(prefix, wanted), tile) * tile)
     return split, triton.cdiv(prefix, split)
 
@@ -194,7 +196,8 @@ def memory_decode(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suf
         return memory_decode_reference(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths,
                                        members)
     caches = [x if x.is_contiguous() else x.contiguous() for x in (prefix_k, prefix_v, suffix_k, suffix_v)]
-    return _decode(q.contiguous(), *caches[:2], prefix_lengths, *caches[2:], suffix_lengths, members)
+    return _decode(q.contiguous(), *caches[:2], prefix_lengths, *caches[2:], suffix_lengths, members.offsets,
+                   members.order, members.most)
 
 
 # ---- PyTorch reference -------------------------------------------------------------------------------------------

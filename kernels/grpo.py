@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels import tl, triton, use_triton
+from kernels import operator, tl, triton, use_triton
 
 STATS = ("loss", "tokens", "clip_low", "clip_high", "kl", "zero_advantage", "ratio_max", "ratio_min")
 ROLLOUTS = 32  # compared at a time by _advantages
@@ -101,16 +101,39 @@ def _loss(NEW, OLD, REF, ADVANTAGE, ROLLOUT, OFFSETS, GRADIENT, PARTS, interacti
     tl.store(out + 7 * S, tl.min(least))
 
 
+@operator(lambda rewards, *_: rewards.new_empty(len(rewards), dtype=torch.float32))
+def _launch_advantages(rewards: torch.Tensor, group: torch.Tensor, by_std: bool) -> torch.Tensor:
+    """rewards (R) fp64, group (R) int64 -> (R) fp32."""
+    advantages = rewards.new_empty(len(rewards), dtype=torch.float32)
+    if len(rewards):
+        _advantages[triton.cdiv(len(rewards), ROLLOUTS),](rewards, group, advantages, len(rewards), BY_STD=by_std,
+                                                          BLOCK=ROLLOUTS, num_warps=4)
+    return advantages
+
+
+def _gradient_and_parts(new, old, ref, advantages, rollout, *_):
+    return torch.empty_like(new), new.new_empty(len(STATS), len(rollout))
+
+
+@operator(_gradient_and_parts)
+def _launch_loss(new: torch.Tensor, old: torch.Tensor, ref: torch.Tensor | None, advantages: torch.Tensor,
+                 rollout: torch.Tensor, offsets: torch.Tensor, interactions: float, low: float, high: float,
+                 beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    S = len(rollout)
+    gradient, parts = torch.empty_like(new), new.new_empty(len(STATS), S)
+    if S:
+        _loss[S,](new, old, new if ref is None else ref, advantages, rollout, offsets, gradient, parts, interactions,
+                  low, high, beta, S, HAS_REF=ref is not None, BLOCK=TOKENS, num_warps=4)
+    return gradient, parts
+
+
 class _GrpoLoss(torch.autograd.Function):
     """The gradient is made in the forward pass, which has everything at hand; backward only scales it."""
 
     @staticmethod
     def forward(ctx, new, old, ref, advantages, rollout, offsets, interactions, low, high, beta):
-        S = len(rollout)
-        gradient, parts = torch.empty_like(new), new.new_empty(len(STATS), S)
-        if S:
-            _loss[S,](new, old, new if ref is None else ref, advantages, rollout, offsets, gradient, parts,
-                      float(interactions), low, high, beta, S, HAS_REF=ref is not None, BLOCK=TOKENS, num_warps=4)
+        gradient, parts = _launch_loss(new, old, ref, advantages, rollout, offsets, float(interactions), low, high,
+                                       beta)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(parts)
         return parts[0].sum(), parts
@@ -121,10 +144,7 @@ class _GrpoLoss(torch.autograd.Function):
 
 
 def _triton(new, old, ref, rewards, group, rollout, offsets, interactions, low, high, beta, divide_by_std):
-    advantages = torch.empty(len(rewards), dtype=torch.float32, device=new.device)
-    if len(rewards):
-        _advantages[triton.cdiv(len(rewards), ROLLOUTS),](rewards.double(), group, advantages, len(rewards),
-                                                    BY_STD=divide_by_std, BLOCK=ROLLOUTS, num_warps=4)
+    advantages = _launch_advantages(rewards.double().contiguous(), group.contiguous(), divide_by_std)
     loss, parts = _GrpoLoss.apply(new.contiguous(), old.contiguous(), None if ref is None else ref.contiguous(),
                                   advantages, rollout.contiguous(), offsets.contiguous(), interactions, low, high,
                                   beta)
@@ -150,15 +170,16 @@ def grpo_loss(new: torch.Tensor, old: torch.Tensor, ref: torch.Tensor | None, re
     (S,): the rollout of each sequence here. offsets (S+1,): token ranges of the sequences. interactions: M above.
     Log-probs are fp32 (or fp64), rewards of any float type, ids and offsets int64. Diagnostics are sums over tokens
     (tokens, kl, clip_low, clip_high, zero_advantage: tokens whose advantage is 0) and extremes (ratio_max, ratio_min).
-    ValueError names the argument that does not fit.
+    ValueError names the argument that does not fit; values are looked at where that waits for no card.
     """
+    looked_at = not new.is_cuda
     if not new.shape == old.shape or (ref is not None and ref.shape != new.shape):
         raise ValueError(f"old, ref: expected the shape of new, {tuple(new.shape)}")
-    if len(offsets) != len(rollout) + 1 or int(offsets[0]) != 0 or int(offsets[-1]) != len(new):
+    if len(offsets) != len(rollout) + 1 or (looked_at and (int(offsets[0]) != 0 or int(offsets[-1]) != len(new))):
         raise ValueError(f"offsets: expected {len(rollout) + 1} ascending values from 0 to {len(new)}")
     if rewards.shape != group.shape:
         raise ValueError(f"group: {len(group)} ids for {len(rewards)} rewards")
-    if len(rollout) and not 0 <= int(rollout.min()) <= int(rollout.max()) < len(rewards):
+    if len(rollout) and looked_at and not 0 <= int(rollout.min()) <= int(rollout.max()) < len(rewards):
         raise ValueError(f"rollout: expected indices into {len(rewards)} rewards")
     tensors = {"old": old, "ref": ref, "rewards": rewards, "group": group, "rollout": rollout, "offsets": offsets}
     for name, tensor in tensors.items():
@@ -208,13 +229,13 @@ def grpo_loss_reference(new, old, ref, rewards, group, rollout, offsets, interac
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
     objective = torch.minimum(ratio * advantage, clipped * advantage)
     with torch.no_grad():
-        stats = {"tokens": torch.tensor(float(len(new))),
+        stats = {"tokens": new.new_tensor(float(len(new))),
                  "clip_low": ((ratio < 1 - eps_low) & (advantage < 0)).sum().float(),
                  "clip_high": ((ratio > 1 + eps_high) & (advantage > 0)).sum().float(),
                  "zero_advantage": (advantage == 0).sum().float(),
-                 "ratio_max": ratio.max() if len(new) else torch.tensor(1.0),
-                 "ratio_min": ratio.min() if len(new) else torch.tensor(1.0),
-                 "kl": torch.tensor(0.0)}
+                 "ratio_max": ratio.max() if len(new) else new.new_ones(()),
+                 "ratio_min": ratio.min() if len(new) else new.new_ones(()),
+                 "kl": new.new_zeros(())}
     if ref is not None:
         delta = ref - new
         kl = delta.exp() - delta - 1

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+
+
+def before(counts: np.ndarray) -> np.ndarray:
+    """(n) counts -> (n+1): how many come before each, and how many there are."""
+    return np.concatenate([[0], counts.cumsum()]).astype(np.int64)
 
 
 class Layout:
@@ -19,52 +24,59 @@ class Layout:
     """
 
     def __init__(self, prefix_lengths, suffix_lengths, group, device="cpu"):
-        prefix, suffix, group = (torch.as_tensor(x, dtype=torch.long)
-                                 for x in (prefix_lengths, suffix_lengths, group))
+        prefix, suffix, group = (np.asarray(x, dtype=np.int64) for x in (prefix_lengths, suffix_lengths, group))
         if len(suffix) != len(group):
             raise ValueError(f"group: {len(group)} entries for {len(suffix)} suffixes")
-        if len(group) and (group.diff().lt(0).any() or group.min() < 0 or group.max() >= len(prefix)):
+        if len(group) and ((np.diff(group) < 0).any() or group[0] < 0 or group[-1] >= len(prefix)):
             raise ValueError("group: must ascend and name one of the prefixes")
-        self._tiles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.groups, self.suffixes, self.device = len(prefix), len(suffix), torch.device(device)
-        tokens = prefix.clone().index_add_(0, group, suffix)  # (B) tokens of a whole group
-        start = F.pad(tokens.cumsum(0), (1, 0))  # (B+1)
-        before = F.pad(suffix.cumsum(0), (1, 0))[:-1]  # (N) suffix tokens before this one, over all groups
-        group_before = F.pad(torch.zeros_like(prefix).index_add_(0, group, suffix).cumsum(0), (1, 0))[:-1]
-        self.prefix_start, self.prefix_lengths = start[:-1].to(device), prefix.to(device)  # (B)
-        suffix_start = start[:-1][group] + prefix[group] + before - group_before[group]
-        self.suffix_start, self.suffix_lengths = suffix_start.to(device), suffix.to(device)  # (N)
-        self.group, self.total = group.to(device), int(tokens.sum())
-        first = torch.cat([start[:-1], suffix_start])  # (B+N) where each prefix and each suffix starts
-        length, origin = torch.cat([prefix, suffix]), torch.cat([torch.zeros_like(prefix), prefix[group]])
-        order = (first * 2 + (length > 0)).argsort()  # an empty prefix shares its start with what follows
-        shift = (origin - first)[order].repeat_interleave(length[order])
-        self.positions = (torch.arange(self.total) + shift).to(device)  # (T) within its own sequence
+        # counted on the host: the device is only told, and never waited for
+        within = np.bincount(group, suffix, len(prefix)).astype(np.int64)  # (B) suffix tokens of a group
+        start = before(prefix + within)  # (B+1)
+        suffix_start = start[:-1][group] + prefix[group] + before(suffix)[:-1] - before(within)[:-1][group]
+        self.groups, self.suffixes, self.total = len(prefix), len(suffix), int(start[-1])
         if self.total >= 2**31:
             raise ValueError(f"prefix_lengths, suffix_lengths: {self.total} packed tokens, expected fewer than 2^31")
-        self._host = start, prefix, first[order], length[order]  # on the CPU
+        first = np.concatenate([start[:-1], suffix_start])  # (B+N) where each prefix and each suffix starts
+        length, origin = np.concatenate([prefix, suffix]), np.concatenate([np.zeros_like(prefix), prefix[group]])
+        order = (first * 2 + (length > 0)).argsort()  # an empty prefix shares its start with what follows
+        shift = (origin - first)[order].repeat(length[order])
+        self._tiles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._host = start, prefix, suffix, group, first[order], length[order]
+        self._wanted = torch.device(device)
+        self.prefix_start, self.prefix_lengths = self._moved(start[:-1]), self._moved(prefix)  # (B)
+        self.suffix_start, self.suffix_lengths = self._moved(suffix_start), self._moved(suffix)  # (N)
+        self.group, self.positions = self._moved(group), self._moved(np.arange(self.total) + shift)  # (N), (T)
+        self.device = self.positions.device  # where the tensors are: "cuda" alone is no device of a tensor
+
+    def _moved(self, x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self._wanted)
+
+    @property
+    def host_lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(B) prefix lengths, (N) suffix lengths, (N) groups, where they can be looked at without waiting."""
+        return self._host[1:4]
 
     # ---- what the kernels read: int32, on the device -------------------------------------------------------------
 
-    def _part(self, values: torch.Tensor) -> torch.Tensor:
+    def _part(self, values: np.ndarray) -> torch.Tensor:
         """(B+N) values of prefixes and suffixes in packed order -> (T) int32 of their tokens."""
-        return values.repeat_interleave(self._host[3]).int().to(self.device)
+        return self._moved(values.repeat(self._host[5]).astype(np.int32))
 
     @cached_property
     def own_start(self) -> torch.Tensor:
         """(T) packed index where the own part of a token starts: its suffix, or the prefix for a prefix token."""
-        return self._part(self._host[2])
+        return self._part(self._host[4])
 
     @cached_property
     def own_end(self) -> torch.Tensor:
         """(T) packed index after the last token of that part."""
-        return self._part(self._host[2] + self._host[3])
+        return self._part(self._host[4] + self._host[5])
 
     @cached_property
     def group_range(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Three (B): packed index of each group's start, of the end of its prefix, and of its end."""
         start, prefix = self._host[:2]
-        return tuple(x.int().to(self.device) for x in (start[:-1], start[:-1] + prefix, start[1:]))
+        return tuple(self._moved(x.astype(np.int32)) for x in (start[:-1], start[:-1] + prefix, start[1:]))
 
     def tiles(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Every group in tiles of `size` tokens: first packed index and group of each, both (tiles) int32.
@@ -73,13 +85,13 @@ class Layout:
         with its longest work at the end.
         """
         if size not in self._tiles:
-            start, _, *_ = self._host
-            count = -(-start.diff() // size)  # (B)
-            group = torch.arange(self.groups).repeat_interleave(count)
-            within = torch.arange(len(group)) - F.pad(count.cumsum(0), (1, 0))[:-1].repeat_interleave(count)
-            order = within.argsort(descending=True, stable=True)
+            start = self._host[0]
+            count = -(-np.diff(start) // size)  # (B)
+            group = np.arange(self.groups).repeat(count)
+            within = np.arange(len(group)) - before(count)[:-1].repeat(count)
+            order = np.argsort(-within, kind="stable")
             first = start[:-1][group] + within * size
-            self._tiles[size] = tuple(x[order].int().to(self.device) for x in (first, group))
+            self._tiles[size] = tuple(self._moved(x[order].astype(np.int32)) for x in (first, group))
         return self._tiles[size]
 
     # ---- what the references read: padded indices ----------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import shared_memory, tl, triton, use_triton
+from kernels import multiprocessors, operator, shared_memory, tl, triton, use_triton
 
 # ---- Triton ------------------------------------------------------------------------------------------------------
 
@@ -122,63 +122,98 @@ def _sizes(hidden) -> dict:
 
 def _shares(rows: int, vocabulary: int, sizes: dict, device: torch.device) -> tuple[int, int]:
     """(vocabulary entries a share, shares): enough programs for the card where there are few rows."""
-    cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    wanted = max(1, 4 * cores // max(1, triton.cdiv(rows, sizes["BM"])))
+    wanted = max(1, 4 * multiprocessors(device) // max(1, triton.cdiv(rows, sizes["BM"])))
     share = triton.cdiv(triton.cdiv(vocabulary, wanted), sizes["BV"]) * sizes["BV"]
     return share, triton.cdiv(vocabulary, share)
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in fp32, whatever the dtype of the operands."""
-    if a.is_cuda and a.dtype != torch.float32:
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a (n,k) @ b (k,m) in fp32 (fp64 where they are): a logit of 20 that is rounded to bf16 is off by up to 0.06."""
+    if a.is_cuda and a.dtype.itemsize == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return widened(a) @ widened(b)
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def head_for(weight: torch.Tensor) -> torch.Tensor:
+    """weight as `product` takes it many times: off CUDA no library multiplies bf16 to fp32, so that it is widened."""
+    return weight if weight.is_cuda else widened(weight)
+
+
+def _rows(hidden, *_):
+    return tuple(hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+
+
+@operator(_rows)
+def _launch_forward(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, temperature: float,
+                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> log-prob, entropy, log-sum-exp, each (N) fp32."""
+    (N, C), V, sizes = hidden.shape, len(weight), _sizes(hidden)
+    share, shares = _shares(N, V, sizes, hidden.device)
+    most, total, mean, chosen = hidden.new_empty(4, shares, N, dtype=torch.float32)
+    if N:
+        _forward[triton.cdiv(N, sizes["BM"]), shares](hidden, weight, target, most, total, mean, chosen, N, C, V,
+                                                      share, 1 / temperature, **sizes)
+    top = most.amax(0)  # (N)
+    part = (most - top).exp()
+    total = (total * part).sum(0)
+    lse = top + total.log()
+    # a target outside the vocabulary can't be looked for without waiting for the card: it shows as NaN
+    known = torch.where((target >= 0) & (target < V), 0.0, torch.nan)
+    return chosen.sum(0) - lse + known, lse - (mean * part).sum(0) / total, lse
+
+
+def _gradients(hidden, weight, *rest):
+    return tuple(torch.empty_like(x) if wanted else x.new_empty(0)
+                 for x, wanted in zip((hidden, weight), rest[-2:], strict=True))
+
+
+@operator(_gradients)
+def _launch_backward(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, lse: torch.Tensor,
+                     entropy: torch.Tensor, g_logprob: torch.Tensor, g_entropy: torch.Tensor, temperature: float,
+                     for_hidden: bool, for_weight: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> gradients of hidden and weight; one that is not wanted is empty."""
+    (N, C), V, sizes = hidden.shape, len(weight), _sizes(hidden)
+    d_hidden = torch.empty_like(hidden) if for_hidden else hidden.new_empty(0)
+    d_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else weight.new_empty(0)
+    rows, columns = min(N, ROWS), min(V, BUFFER // max(1, min(N, ROWS)))
+    for r in range(0, N, max(1, rows)):
+        x = hidden[r:r + rows]
+        sums = hidden.new_zeros(len(x), C, dtype=torch.float32) if for_hidden else None
+        for v in range(0, V, columns):
+            w = weight[v:v + columns]
+            dz = hidden.new_empty(len(x), len(w))
+            _logit_gradient[triton.cdiv(len(x), sizes["BM"]), triton.cdiv(len(w), sizes["BV"])](
+                x, weight, target[r:r + rows], lse[r:], entropy[r:], g_logprob[r:], g_entropy[r:], dz, len(x), C, V,
+                v, len(w), 1 / temperature, **sizes)
+            if for_hidden:
+                sums += product(dz, w)
+            if for_weight:
+                d_weight[v:v + columns] += product(dz.T, x)
+        if for_hidden:
+            d_hidden[r:r + rows] = sums
+    return d_hidden, d_weight.to(weight.dtype)
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature):
         ctx.set_materialize_grads(False)
-        (N, C), V, sizes = hidden.shape, len(weight), _sizes(hidden)
-        share, shares = _shares(N, V, sizes, hidden.device)
-        most, total, mean, chosen = hidden.new_empty(4, shares, N, dtype=torch.float32)
-        if N:
-            _forward[triton.cdiv(N, sizes["BM"]), shares](hidden, weight, target, most, total, mean, chosen, N, C, V,
-                                                          share, 1 / temperature, **sizes)
-        top = most.amax(0)  # (N)
-        part = (most - top).exp()
-        total = (total * part).sum(0)
-        lse = top + total.log()
-        entropy = lse - (mean * part).sum(0) / total
+        logprob, entropy, lse = _launch_forward(hidden, weight, target, temperature)
         ctx.save_for_backward(hidden, weight, target, lse, entropy)
         ctx.temperature = temperature
-        return chosen.sum(0) - lse, entropy
+        return logprob, entropy
 
     @staticmethod
     def backward(ctx, g_logprob, g_entropy):
         hidden, weight, target, lse, entropy = ctx.saved_tensors
-        (N, C), V, sizes = hidden.shape, len(weight), _sizes(hidden)
         g_logprob, g_entropy = (torch.zeros_like(lse) if g is None else g.contiguous() for g in (g_logprob, g_entropy))
         wanted = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden) if wanted[0] else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
-        rows, columns = min(N, ROWS), min(V, BUFFER // max(1, min(N, ROWS)))
-        for r in range(0, N, max(1, rows)):
-            x = hidden[r:r + rows]
-            sums = hidden.new_zeros(len(x), C, dtype=torch.float32) if wanted[0] else None
-            for v in range(0, V, columns):
-                w = weight[v:v + columns]
-                dz = hidden.new_empty(len(x), len(w))
-                _logit_gradient[triton.cdiv(len(x), sizes["BM"]), triton.cdiv(len(w), sizes["BV"])](
-                    x, weight, target[r:r + rows], lse[r:], entropy[r:], g_logprob[r:], g_entropy[r:], dz, len(x), C,
-                    V, v, len(w), 1 / ctx.temperature, **sizes)
-                if wanted[0]:
-                    sums += _product(dz, w)
-                if wanted[1]:
-                    d_weight[v:v + columns] += _product(dz.T, x)
-            if wanted[0]:
-                d_hidden[r:r + rows] = sums
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
+        made = _launch_backward(hidden, weight, target, lse, entropy, g_logprob, g_entropy, ctx.temperature, *wanted)
+        return *(d if want else None for d, want in zip(made, wanted, strict=True)), None, None
 
 
 # ---- The function ------------------------------------------------------------------------------------------------
@@ -190,7 +225,8 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Ten
 
     hidden and weight: fp32, bf16 or fp16 (or fp64, and then so are the results). Differentiable in hidden and, where
     it requires grad, in weight. Sums are taken in fp32. ValueError on a shape, dtype or device that does not fit, a
-    target outside the vocabulary or a temperature <= 0.
+    target outside the vocabulary (on CUDA its log-prob is NaN instead: a look would wait for the card) or a
+    temperature <= 0.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: expected (N,C) and (V,C)")
@@ -203,7 +239,7 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Ten
         raise ValueError(f"target {target.dtype}: expected int64")
     if temperature <= 0:
         raise ValueError(f"temperature {temperature}: must be above 0")
-    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < len(weight):
+    if len(target) and not target.is_cuda and not 0 <= int(target.min()) <= int(target.max()) < len(weight):
         raise ValueError(f"target: ids must lie in 0..{len(weight) - 1}")
     if not use_triton(hidden.device, hidden.dtype):
         return _Reference.apply(hidden, weight, target, temperature)
@@ -226,8 +262,9 @@ class _Reference(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logprob = hidden.new_empty(len(hidden), dtype=wide)
         entropy, lse = torch.empty_like(logprob), torch.empty_like(logprob)
+        head = head_for(weight)
         for rows in _chunks(len(hidden), len(weight)):
-            z = (hidden[rows] @ weight.T).to(wide).div_(temperature)  # (n,V)
+            z = product(hidden[rows], head.T).div_(temperature)  # (n,V)
             lse[rows] = z.logsumexp(-1)
             logprob[rows] = z.gather(-1, target[rows, None])[:, 0] - lse[rows]
             p = (z - lse[rows, None]).exp_()
@@ -241,8 +278,9 @@ class _Reference(torch.autograd.Function):
         hidden, weight, target, lse, entropy = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
+        head = head_for(weight)
         for rows in _chunks(len(hidden), len(weight)):
-            z = (hidden[rows] @ weight.T).to(lse.dtype).div_(ctx.temperature).sub_(lse[rows, None])  # log p (n,V)
+            z = product(hidden[rows], head.T).div_(ctx.temperature).sub_(lse[rows, None])  # log p (n,V)
             p = z.exp()
             dz = torch.zeros_like(p)
             if g_logprob is not None:

@@ -98,12 +98,14 @@ def test_no_state_of_a_global_generator_has_to_be_kept(folder, lottery, tiny, to
 
 
 def row_of(**values) -> dict:
-    return {"entropy": 0.05, "all_zero": 0.5, "all_one": 0.0, "empty": 0.0, "finished": 0.97, "copied": 0.1} | values
+    return {"entropy": 0.05, "all_zero": 0.5, "all_one": 0.0, "empty": 0.0, "finished": 0.97, "copied": 0.1,
+            "mismatch_outside": 0.0} | values
 
 
 BAD_ROWS = {"entropy collapse": {"entropy": 0.0001}, "all-zero rewards": {"all_zero": 1.0},
             "all-one rewards": {"all_one": 1.0}, "empty responses": {"empty": 0.8},
-            "responses without end": {"finished": 0.1}, "copied prompts": {"copied": 0.9}}
+            "responses without end": {"finished": 0.1}, "copied prompts": {"copied": 0.9},
+            "sampler and scorer disagree": {"mismatch_outside": 0.02}}
 
 
 @pytest.mark.parametrize("name", SIGNS)

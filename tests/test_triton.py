@@ -142,9 +142,9 @@ def decode_agrees(module, counts=(3, 1, 4), heads=4, key_heads=2, size=32, dtype
     q = randn(len(group), heads, size, dtype=dtype)
     caches = [randn(n, key_heads, int(most.max()) + 3, size, dtype=dtype)
               for n, most in ((len(counts), prefix_lengths),) * 2 + ((len(group), suffix_lengths),) * 2]
-    members = module.Members(group.to(DEVICE), len(counts))
+    members = module.Members(group, len(counts), device=DEVICE)
     if idle:
-        fixed = module.Members(torch.zeros(len(group) + idle, dtype=torch.long, device=DEVICE), len(counts) + 1)
+        fixed = module.Members([0] * (len(group) + idle), len(counts) + 1, device=DEVICE)
         fixed.replace(module.Members(group, len(counts), max(counts) + 2), len(group) + idle)
         members = fixed
     mine = [x.detach() for x, _ in caches]
