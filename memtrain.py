@@ -495,8 +495,7 @@ class Sampler:
                         raise InputError(f"out of memory while sampling with half of --cache-gb {c.cache_gb}; lower "
                                          f"it, or --sample-rows {c.sample_rows}") from None
                     self.share, self.storage, self.cache = 0.5, None, None
-                    self.caches.clear()
-                    self.graphs.clear()
+                    self._forget()
                 tqdm.write(f"out of memory while sampling: going on with half of --cache-gb {c.cache_gb}")
 
     def _run(self, c, prompts, keys, limit, stops) -> list[Turn]:
@@ -536,19 +535,24 @@ class Sampler:
         shape, rows = (m.layers, m.key_heads, m.head_size, *slots), slots[0]
         size = Cache.elements(*shape)
         if self.storage is None or size > len(self.storage) or self.storage.dtype != self.dtype:
-            self.caches.clear()
-            self.graphs.clear()
+            self._forget()
             self.storage = None  # given back before the next one is made
             self.storage = torch.zeros(size, dtype=self.dtype, device=self.device)
+        if self.tokens is None or rows > len(self.tokens) or self.limit > self.tokens.shape[1] - 1:
+            self._forget()
+            self._buffers(rows, m.width)
         if shape not in self.caches:
             self.caches[shape] = Cache(self.storage, *shape)
         self.cache, self.shape = self.caches[shape], shape
-        if self.tokens is None or rows > len(self.tokens) or self.limit > self.tokens.shape[1] - 1:
-            self.graphs.clear()
-            self._buffers(rows, m.width)
         self.cache.clear()
         self.most = max(min(len(g), rows) for g in groups)
         return deque(g[i:i + rows] for g in groups for i in range(0, len(g), rows))
+
+    def _forget(self) -> None:
+        """Drops what knows a tensor by its address; with the last graph goes the memory that they shared."""
+        self.caches.clear()
+        self.graphs.clear()
+        self.pool = None
 
     def _buffers(self, rows: int, width: int) -> None:
         """What is known of each row. A row that has ended writes into one column more than there are tokens."""

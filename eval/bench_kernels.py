@@ -288,7 +288,7 @@ class Row:
     fastest: float
     slowest: float
     extra_mb: float
-    deviation: float  # largest difference to the first peer, in units of its largest value
+    deviation: float  # largest difference to the first peer, as `difference` has it
     compute_share: float  # of the measured matrix product
     copy_share: float  # of the measured copy
 
@@ -314,6 +314,12 @@ def _seconds(work: Callable, device) -> float:
     return time.perf_counter() - began
 
 
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference in units of b's largest value; of a loss, a sum of advantages that cancel to almost nothing,
+    in units of an advantage."""
+    return float((a - b).abs().max() / (b.abs().max().clamp(min=1e-30) if b.ndim else 1.0))
+
+
 def measure(case: Case, device, repeats: int, extra_mb: Callable[[Callable], float],
             limits: tuple[float, float]) -> list[Row]:
     """A row a peer. extra_mb(work): peak memory beyond what was held before."""
@@ -321,8 +327,7 @@ def measure(case: Case, device, repeats: int, extra_mb: Callable[[Callable], flo
     for name, peer in case.peers.items():
         result = peer()  # also the warm-up, and what torch.compile compiles
         truth = truth or result
-        deviation = max(float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-30))
-                        for a, b in zip(result, truth, strict=True))
+        deviation = max(difference(a.float(), b.float()) for a, b in zip(result, truth, strict=True))
         del result
         gc.collect()
         extra = extra_mb(peer)
@@ -358,6 +363,6 @@ def table(rows: list[Row], limits: dict, repeats: int) -> str:
     lines += ["", *(f"ceilings in {k}: matrix product {a / 1e12:.2f} TFLOP/s, copy {b / 1e9:.0f} GB/s"
                     for k, (a, b) in limits.items())]
     lines.append(f"forward and backward (decode: forward), median of {repeats}; extra: peak memory beyond the inputs; "
-                 "differs: from the first line, in units of its largest value")
+                 "differs: from the first line, in units of its largest value, losses in units of an advantage")
     lines += [f"not measured: {name} (not installed)" for module, name in PACKAGES.items() if not installed(module)]
     return "\n".join(lines)

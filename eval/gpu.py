@@ -29,7 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT = 1
-LINES = 40  # of a step's output that are kept
+LINES = 150  # of a step's output that are kept
 LEAST = 8.0  # seconds: with less left no step is started
 
 
@@ -66,14 +66,15 @@ def bench(name: str, seconds: float, text: str, *command: str, cuda: bool = True
 
 
 def tests(name: str, seconds: float, text: str, *chosen: str) -> Step:
-    command = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *SPREAD, *chosen)
+    command = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb", "short", *chosen)
     return Step(name, seconds, text, command, TESTS, True)
 
 
 STEPS = (
     own("probe", 40, "card, versions, free memory, and the measured ceilings: matrix products and a copy", KERNELS),
-    tests("tests", 70, "the GPU tests: kernels, sampler, a GRPO step, LoRA, a tiny run to its report",
-          "tests/test_triton.py", "tests/test_gpu.py", "-k", "not broken and not six_generations"),
+    tests("tests", 60, "the GPU tests: sampler, a GRPO step, LoRA, a tiny run to its report", "tests/test_gpu.py"),
+    tests("kernel-tests", 60, "the kernels' own tests", "tests/test_triton.py", *SPREAD, "-k",
+          "not broken and not six_generations"),
     own("kernels", 40, "every kernel against fp64 at the shapes of real models, forward and backward", KERNELS, True),
     own("parity", 40, "sampler with graphs = eager = CPU; sampled = scored; a GRPO gradient against fp64"),
     own("nano", 60, "20 MemTrain steps of the preset nano: reward, seconds, mismatch"),
@@ -85,8 +86,8 @@ STEPS = (
     own("small", 60, "60 steps of the preset small's base: seconds a step, loss"),
     bench("peers", 90, "a whole GRPO step beside TRL's", "trl", "--shape", "0.6b", "--repeats", "2", "--groups", "1"),
     own("tiles", 60, "other tile sizes of the kernels, timed: the fastest of each", KERNELS, True),
-    tests("mutants", 60, "kernels broken on purpose are noticed on the card too", "tests/test_triton.py", "-k",
-          "broken"),
+    tests("mutants", 60, "kernels broken on purpose are noticed on the card too", "tests/test_triton.py",
+          *SPREAD, "-k", "broken"),
     own("run", 400, "the main command, python memtrain.py, from its first step to its report"),
 )
 

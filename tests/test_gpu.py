@@ -75,19 +75,27 @@ def test_deterministic_runs_capture_nothing(tiny, decoder):
     assert turns == sampler(c, prompts(6, 61), [("gpu", i) for i in range(6)], 24, (1,)) and not sampler.graphs
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
-def test_sampled_log_probs_are_the_scored_ones(tiny, decoder, dtype, tolerance):
-    c = tiny("--lora-rank", "2", "--dtype", "bfloat16") if dtype == torch.bfloat16 else tiny()
-    model = moved(decoder(c, 61), dtype)
+def gaps(model, c) -> torch.Tensor:
+    """|log pi scored - log pi sampled| of every sampled token."""
     turns = sampled(model, c, 16)
     groups = memtrain.group_by_prefix([t.prefix for t in turns])
     rows = [(turns[g[0]].prefix, [(turns[i].given, turns[i].sampled) for i in g]) for g in groups]
-    packed = memtrain.pack(rows, CUDA)
     with torch.no_grad():
-        scored = memtrain.score(model, packed)[0].cpu()
-    recorded = torch.tensor([x for g in groups for i in g for x in turns[i].logprobs])
-    gap = (scored - recorded).abs()
-    assert gap.max() <= tolerance if dtype == torch.float32 else gap.mean() <= tolerance
+        scored = memtrain.score(model, memtrain.pack(rows, CUDA))[0].cpu()
+    return (scored - torch.tensor([x for g in groups for i in g for x in turns[i].logprobs])).abs()
+
+
+def test_sampled_log_probs_are_the_scored_ones(tiny, decoder):
+    c = tiny()
+    assert gaps(moved(decoder(c, 61)), c).max() <= 1e-5
+
+
+def test_sampled_log_probs_are_the_scored_ones_in_bf16(tokenizer):
+    """Of the shipped base: random weights make logits so large that bf16 leaves little of them."""
+    c = memtrain.parse(["--stages", "memtrain"])
+    model = memtrain.Decoder(c, tokenizer.size)
+    memtrain.load_checkpoint(memtrain.SHIPPED_BASE, model, tokenizer)
+    assert gaps(moved(model, torch.bfloat16), c).mean() <= 2e-2
 
 
 class Kept:

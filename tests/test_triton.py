@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -93,7 +94,8 @@ def attention_agrees(module, layout, heads=4, key_heads=2, size=32, dtype=torch.
     weight = torch.randn(truth.shape)
     gradients = torch.autograd.grad(out, mine, weight.to(DEVICE, dtype))
     truths = torch.autograd.grad(truth, true, weight.to(dtype).double())
-    return all(close(a, b, dtype, least=0.1) for a, b in zip((out, *gradients), (truth, *truths), strict=True))
+    # where one key is all there is, gradients cancel to zero: the error is in units of what cancels
+    return all(close(a, b, dtype, least=1.0) for a, b in zip((out, *gradients), (truth, *truths), strict=True))
 
 
 @pytest.mark.parametrize("name", RAGGED)
@@ -358,20 +360,33 @@ def test_kernels_refuse_what_they_do_not_take():
             attention.memory_attention(bad, bad, bad, layout)
     with pytest.raises(ValueError, match="one dtype"):
         attention.memory_attention(x, x.half(), x, layout)
+    zeros = partial(torch.zeros, device=DEVICE)
     with pytest.raises(ValueError, match="suffix_lengths"):
-        members = Members(torch.zeros(2, dtype=torch.long), 1)
-        decode.memory_decode(torch.zeros(2, 2, 8), *torch.zeros(2, 1, 2, 3, 8), torch.ones(1),
-                             *torch.zeros(2, 2, 2, 1, 8), torch.ones(3), members)
+        decode.memory_decode(zeros(2, 2, 8), *zeros(2, 1, 2, 3, 8), zeros(1), *zeros(2, 2, 2, 1, 8), zeros(3),
+                             Members([0, 0], 1, device=DEVICE))
     with pytest.raises(ValueError, match="fp32, bf16"):
-        logprob.linear_logprob(torch.zeros(2, 3).int(), torch.zeros(4, 3).int(), torch.zeros(2).long())
+        logprob.linear_logprob(zeros(2, 3).int(), zeros(4, 3).int(), zeros(2).long())
     with pytest.raises(ValueError, match="expected int64"):
-        logprob.linear_logprob(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2).int())
-    arguments = case(dtype=torch.float16)
+        logprob.linear_logprob(zeros(2, 3), zeros(4, 3), zeros(2).int())
+    arguments = [x.to(DEVICE) if torch.is_tensor(x) else x for x in case(dtype=torch.float16)]
     with pytest.raises(ValueError, match="fp32 log-probs"):
         grpo.grpo_loss(*arguments)
-    arguments[5] = arguments[5] + 3
-    with pytest.raises(ValueError, match="rollout"):
-        grpo.grpo_loss(*arguments)
+    if DEVICE.type == "cpu":  # values are looked at where that waits for no card
+        arguments[5] = arguments[5] + 3
+        with pytest.raises(ValueError, match="rollout"):
+            grpo.grpo_loss(*arguments)
+
+
+def test_a_target_outside_the_vocabulary_never_passes_for_a_log_prob(monkeypatch):
+    """Refused on a CPU; on a card, where a look would wait for it, the log-prob is NaN, and a step that has one is
+    skipped."""
+    hidden, weight = randn(2, 8)[0], randn(5, 8)[0]
+    target = torch.tensor([4, 5], device=DEVICE)
+    if DEVICE.type == "cpu":
+        with pytest.raises(ValueError, match=r"ids must lie in 0\.\.4"):
+            logprob.linear_logprob(hidden, weight, target)
+    seen = logprob._LinearLogprob.apply(hidden, weight, target, 1.0)[0]
+    assert seen[0].isfinite() and seen[1].isnan()
 
 
 def test_kernels_build_for_six_generations():
