@@ -499,16 +499,8 @@ class Sampler:
                 tqdm.write(f"out of memory while sampling: going on with half of --cache-gb {c.cache_gb}")
 
     def _run(self, c, prompts, keys, limit, stops) -> list[Turn]:
-        self.c, self.limit, self.stops = c, limit, tuple(stops)
-        self.device, self.dtype = self.model.embed.device, self.model.embed.dtype
-        self.chunk = self.wanted or (16 if self.device.type == "cuda" else 1)
-        # launches of fixed size on fixed tensors; what is deterministic about an operation may not be captured
-        self.static = self.chunk > 1 and use_triton(self.device, self.dtype) and not c.deterministic
-        self.weights = hash(tuple(p.data_ptr() for p in self.model.parameters()))  # a graph knows them by address
-        self.head = head_for(self.model.head)
         turns: list[Turn | None] = [None] * len(prompts)
-        queue = self._reserve(prompts)
-        self.owner: list[int] = []  # the prompt that each row in use answers
+        queue = self._begin(c, prompts, limit, stops)
         while True:
             self._admit(queue, prompts, keys)
             if not self.owner:
@@ -525,6 +517,18 @@ class Sampler:
                 self._forward(len(self.owner))
             if self.chunk > 1:
                 self._retire(prompts, turns)
+
+    def _begin(self, c, prompts, limit, stops) -> deque[list[int]]:
+        """Sets up for these prompts; the queue of those that wait for a slot."""
+        self.c, self.limit, self.stops = c, limit, tuple(stops)
+        self.device, self.dtype = self.model.embed.device, self.model.embed.dtype
+        self.chunk = self.wanted or (16 if self.device.type == "cuda" else 1)
+        # launches of fixed size on fixed tensors; what is deterministic about an operation may not be captured
+        self.static = self.chunk > 1 and use_triton(self.device, self.dtype) and not c.deterministic
+        self.weights = hash(tuple(p.data_ptr() for p in self.model.parameters()))  # a graph knows them by address
+        self.head = head_for(self.model.head)
+        self.owner: list[int] = []  # the prompt that each row in use answers
+        return self._reserve(prompts)
 
     def _reserve(self, prompts) -> deque[list[int]]:
         """Sizes cache and buffers; returns the queue: groups of prompts with equal prefixes, in parts that fit."""
@@ -1229,22 +1233,21 @@ def imitate(model: Decoder, rows, c: Config, step: int, device) -> tuple[float, 
     for micro in bounded(sorted(rows, key=lambda r: len(r[0])), c.micro_tokens):
         packed = pack([(p, [(g, r) for g, r, _ in s]) for p, s in micro], device)
         weight = [torch.full((len(r),), w) for _, s in micro for _, r, w in s]
-        ranges = zip(packed.layout.prefix_start.tolist(), packed.layout.prefix_lengths.tolist(), strict=True)
-        text = torch.cat([torch.arange(start, start + n - 1) for start, n in ranges])
-        text = text[torch.rand(len(text), generator=generator) < 0.2].to(device)
-        weight = torch.cat([*weight, torch.full((len(text),), 0.6)]).to(device)
+        text = packed.layout.within_prefixes()
+        text = text[torch.rand(len(text), generator=generator).numpy() < 0.2]
+        weight = torch.cat([*weight, torch.full((len(text),), 0.6)])
         total += float(weight.sum())
-        batches.append((packed, text, weight))
-    loss = 0.0
+        batches.append((packed, torch.from_numpy(text).to(device), weight.to(device)))
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     for packed, text, weight in batches[ranks.RANK::ranks.WORLD]:
         packed.source = torch.cat([packed.source, text])
         packed.target = torch.cat([packed.target, packed.ids[text + 1]])
         logprob, _ = score(model, packed)
         part = -(logprob * weight).sum() / total
         part.backward()
-        loss += float(part.detach())
+        loss += part.detach()
     ranks.sum_gradients(model.parameters())
-    return ranks.total([loss], device)[0], sum(p.layout.total for p, _, _ in batches)
+    return ranks.total([float(loss)], device)[0], sum(p.layout.total for p, _, _ in batches)
 
 
 RECENT = 5  # steps whose mean reward decides which checkpoint is the best: one step's is noise

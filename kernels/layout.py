@@ -56,6 +56,11 @@ class Layout:
         """(B) prefix lengths, (N) suffix lengths, (N) groups, where they can be looked at without waiting."""
         return self._host[1:4]
 
+    def within_prefixes(self) -> np.ndarray:
+        """Packed indices of all prefix tokens but the last of each, on the host."""
+        start, prefix = self._host[:2]
+        return np.concatenate([np.arange(s, s + n - 1) for s, n in zip(start[:-1], prefix, strict=True)])
+
     # ---- what the kernels read: int32, on the device -------------------------------------------------------------
 
     def _part(self, values: np.ndarray) -> torch.Tensor:
