@@ -153,8 +153,8 @@ def run(step: Step, device: str, out: Path, limit: float) -> dict:
     record = {"name": step.name, "limit": round(limit, 1)}
     folder = Path(tempfile.mkdtemp(prefix=f"gpu-{step.name}-"))
     result, log = folder / "result.json", folder / "log"
-    words = {"device": device, "result": result, "out": out, "seconds": f"{limit:.0f}"}
-    command = [sys.executable, *(word.format(**words) for word in step.command)]
+    words = {"{device}": device, "{result}": str(result), "{out}": str(out), "{seconds}": f"{limit:.0f}"}
+    command = [sys.executable, *(words.get(word, word) for word in step.command)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
         filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
     began, state = time.monotonic(), "failed"

@@ -54,7 +54,8 @@ def test_from_a_folder_to_an_adapter(model, lottery, monkeypatch, capsys, folder
     rows = [json.loads(line) for line in Path("runs/t/metrics.jsonl").read_text().splitlines()]
     others = ["memagent", "memtrain+memagent", "mem1", "memtrain+mem1"]
     assert [r["stage"] for r in rows] == ["memtrain"] * 2 + others
-    assert rows[1]["kl"] > 0 and rows[0]["kl"] == pytest.approx(0, abs=1e-6), "the reference has its adapters off"
+    assert rows[1]["kl"] > 0, "the reference stays where it was"
+    assert [r["kl"] for r in (rows[0], *rows[2:])] == pytest.approx([0] * 5, abs=1e-6), "each stage has its own"
     size = Path("runs/t/memtrain/checkpoint.safetensors").stat().st_size
     assert size < Path(model, "model.safetensors").stat().st_size, "adapters only"
 
@@ -72,7 +73,9 @@ def test_from_a_folder_to_an_adapter(model, lottery, monkeypatch, capsys, folder
     assert load_tokenizer(Path("merged")).fingerprint == load_tokenizer(Path(model)).fingerprint
 
     assert run("--model", model, "--run", "u", "--init", "adapter", "--stages", "memtrain",
-               "--memtrain-steps", "0") == 0
+               "--memtrain-steps", "1") == 0
+    (row,) = (json.loads(line) for line in Path("runs/u/metrics.jsonl").read_text().splitlines())
+    assert row["kl"] == pytest.approx(0, abs=1e-6), "the adapter that a stage starts from is its reference"
     Path("text.txt").write_text("Paris and the Seine in 1803, by Victor Hugo.\n" * 40)
     capsys.readouterr()
     assert main(["read", "text.txt", "--question", "Who?", "--checkpoint", "runs/t/memtrain", "--device", "cpu"]) == 0

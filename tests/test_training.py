@@ -612,6 +612,59 @@ def test_lora(tiny, decoder, tokenizer, base_checkpoint, reading, monkeypatch):
         assert (score(adapted, packed)[0] - base).abs().max() > 1e-3, "the adapters are on again"
 
 
+@pytest.mark.parametrize("fields", [(), ("--lora-rank", "2")], ids=["all weights", "LoRA"])
+def test_every_stage_is_held_to_the_policy_that_it_starts_from(folder, base_checkpoint, lottery, monkeypatch, fields):
+    """KL 0 at the first step of each stage, also of those that go on from another, and the same after an interruption
+    in the middle of one."""
+    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    command = [*TINY, "--stages", "memtrain,memagent,mem1", "--init", base_checkpoint(), "--memtrain-steps", "2",
+               "--memagent-steps", "3", "--lr", "0.01", "--warmup", "1", "--save-every", "1", *fields]
+
+    def divergences(run: str) -> dict[str, list[float]]:
+        found = {}
+        for line in Path(f"runs/{run}/metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            found.setdefault(row["stage"], []).append(row["kl"])
+        return found
+
+    assert memtrain.main([*command, "--run", "whole"]) == 0
+    whole = divergences("whole")
+    assert set(whole) == {"memtrain", "memagent", "memtrain+memagent", "mem1", "memtrain+mem1"}
+    for stage, kl in whole.items():
+        assert kl[0] == pytest.approx(0, abs=1e-6) and max(kl[1:]) > 1e-5, stage
+    step, calls = memtrain.train_step, []
+
+    def interrupted(run, kind, *rest):
+        calls.append(kind)
+        if calls.count("memagent") == 6:
+            raise KeyboardInterrupt
+        return step(run, kind, *rest)
+
+    monkeypatch.setattr(memtrain, "train_step", interrupted)
+    assert memtrain.main([*command, "--run", "parts"]) == 130
+    assert len(divergences("parts")["memtrain+memagent"]) == 2
+    monkeypatch.setattr(memtrain, "train_step", step)
+    assert memtrain.main([*command, "--run", "parts"]) == 0
+    assert divergences("parts") == whole
+
+
+def test_sampler_and_scorer_are_said_to_agree(agent, lottery):
+    """mismatch: of a step's first update, in fp32 what rounding leaves; the share outside [0.8, 1.25] and the largest
+    are of all tokens, so that one wrong token shows."""
+    a = agent()
+    batch = memtrain.collect(a, memtrain.Data(a.c, a.tokenizer), "memtrain", 0)
+    optimizer = torch.optim.AdamW(a.model.parameters(), lr=0.0)
+    row = memtrain.update(a.model, None, optimizer, dataclasses.replace(a.c, kl=0.0), batch, set(batch.entry))
+    assert 0 <= row["mismatch"] <= 1e-5 and row["mismatch_max"] <= 1e-4 and row["mismatch_outside"] == 0
+    turn = batch.turns[0]
+    batch.turns[0] = dataclasses.replace(turn, logprobs=[turn.logprobs[0] - 1.0, *turn.logprobs[1:]])
+    row = memtrain.update(a.model, None, optimizer, dataclasses.replace(a.c, kl=0.0), batch, set(batch.entry))
+    tokens = sum(len(t.sampled) for t in batch.turns)
+    assert row["mismatch_max"] == pytest.approx(1, abs=1e-3)
+    assert row["mismatch_outside"] == pytest.approx(1 / tokens)
+    assert row["mismatch"] == pytest.approx(1 / tokens, rel=0.05)
+
+
 # ---- checkpoints, interruption, resumption
 
 
