@@ -36,7 +36,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import hashlib
 import itertools
 import math
 import os
@@ -44,7 +43,6 @@ import random
 import sys
 import time
 from array import array
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -54,11 +52,9 @@ from data import InputError
 from data.config import (
     COMMANDS,
     FREE_FIELDS,
-    PRESETS,
     TRAINED,
     Config,
     as_evaluated,
-    cache_slots,
     check,
     command_options,
     given_fields,
@@ -70,31 +66,17 @@ from data.config import (
     rope_scaling,
 )
 from data.terminal import outlive_terminal, printable
-
-
-def plan(argv: Sequence[str]) -> None:
-    """python memtrain.py plan: what a configuration will need."""
-    from eval.plan import main
-
-    main(argv, parse, PRESETS)
-
-
-def study(argv: Sequence[str]) -> int:
-    """python memtrain.py --seeds ... --ablations --scaling: several runs, each a process, and one report of them."""
-    from eval.study import main
-
-    return main(argv)
-
+from eval import commands
 
 if __name__ == "__main__":  # --help, typos, plans and studies are answered here, before torch is loaded
     outlive_terminal()
     try:
         if sys.argv[1:2] == ["plan"]:
-            sys.exit(plan(sys.argv[2:]))
+            sys.exit(commands.plan(sys.argv[2:]))
         if sys.argv[1:] and sys.argv[1] in COMMANDS:
             command_options(sys.argv[1], sys.argv[2:])
         elif is_study(parse(sys.argv[1:])):
-            sys.exit(study(sys.argv[1:]))
+            sys.exit(commands.study(sys.argv[1:]))
     except InputError as e:
         sys.exit(refusal(e, sys.argv[1:]))
 
@@ -107,9 +89,9 @@ from tqdm import tqdm
 
 from data import ranks
 from data.checkpoint import load_checkpoint, save_checkpoint
-from data.files import output, read_json
+from data.files import read_json
 from data.folder import Interrupt, Log, RunFolder, Stopped, deaf
-from data.pretrained import export_adapter, export_weights, load_adapter, load_weights, locate, read_shape
+from data.pretrained import load_adapter, load_weights, locate, read_shape
 from data.problems import Data
 from data.prompts import FULL, MASK_PROBLEM, SHORT, Prompts
 from data.retrieval import Retriever
@@ -123,15 +105,16 @@ from data.search import (
 )
 from data.tasks import Problem, cut_middle, recall_target, sections
 from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from eval.header import header
 from eval.metrics import exact_match, extract_boxed
 from eval.stage import command, commit, earlier_results, evaluate
 from eval.watch import signs, watch
-from kernels import kernels_in_use, use_triton
+from kernels import synchronise, use_triton
 from kernels.attention import memory_attention
-from kernels.cache import Cache, move
 from kernels.grpo import grpo_loss
-from kernels.layout import Layout
-from kernels.logprob import head_for, linear_logprob, product
+from kernels.logprob import linear_logprob
+from kernels.packing import Packed, bounded, group_by_prefix, pack
+from kernels.sampling import Sampler, Turn
 
 # ---- Decoder -----------------------------------------------------------------------------------------------------
 
@@ -333,64 +316,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-# ---- Packed batches ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Packed:
-    """Rows [prefix | suffix 1 | ... ] back to back, and which tokens are scored.
-
-    ids (T); layout; source (M): packed index whose hidden state predicts each scored token; target (M); counts:
-    scored tokens of each suffix, in order.
-    """
-
-    ids: torch.Tensor
-    layout: Layout
-    source: torch.Tensor
-    target: torch.Tensor
-    counts: list[int]
-
-
-def pack(rows, device="cpu") -> Packed:
-    """rows: [(prefix ids, [(given ids, sampled ids), ...]), ...]. The sampled tokens are scored: who wrote a token
-    decides, never its text. The last one is predicted but never read."""
-    ids, prefix_lengths, suffix_lengths, group, source, target, counts = [], [], [], [], [], [], []
-    for b, (prefix, suffixes) in enumerate(rows):
-        ids += prefix
-        prefix_lengths.append(len(prefix))
-        for given, sampled in suffixes:
-            first = len(ids) + len(given) - 1
-            source += range(first, first + len(sampled))
-            target += sampled
-            ids += given
-            ids += sampled[:-1]
-            suffix_lengths.append(len(given) + len(sampled) - 1)
-            group.append(b)
-            counts.append(len(sampled))
-    layout = Layout(prefix_lengths, suffix_lengths, group, device)
-    ids, source, target = (torch.tensor(x, dtype=torch.long, device=device) for x in (ids, source, target))
-    return Packed(ids, layout, source, target, counts)
-
-
-def bounded(rows, limit: int) -> Iterator[list]:
-    """Consecutive rows [(prefix, [(given, sampled, ...), ...]), ...] in batches of at most about `limit` tokens."""
-    batch, used = [], 0
-    for row in rows:
-        size = len(row[0]) + sum(len(given) + len(sampled) for given, sampled, *_ in row[1])
-        if batch and used + size > limit:
-            yield batch
-            batch, used = [], 0
-        batch.append(row)
-        used += size
-    yield batch
-
-
-def group_by_prefix(prefixes: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices of equal prefixes together, in order of first appearance."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, prefix in enumerate(prefixes):
-        groups.setdefault(tuple(prefix), []).append(i)
-    return list(groups.values())
+# ---- Scoring -----------------------------------------------------------------------------------------------------
 
 
 def score(model: Decoder, packed: Packed, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -400,263 +326,6 @@ def score(model: Decoder, packed: Packed, temperature: float = 1.0) -> tuple[tor
 
     hidden = model(packed.ids, packed.layout.positions, attend, packed.source)  # (M,C)
     return linear_logprob(hidden, model.head, packed.target, temperature)
-
-
-# ---- Sampling ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One interaction: its prompt (shared prefix, given tokens), what the policy sampled, and how likely it was."""
-
-    prefix: list[int]
-    given: list[int]
-    sampled: list[int]
-    logprobs: list[float]
-
-
-def uniforms(key: tuple, count: int) -> np.ndarray:
-    """`count` uniform numbers that follow from `key` alone, so that one rollout can be replayed without the rest."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(count)
-
-
-def running_sum(p: torch.Tensor, block: int = 256) -> torch.Tensor:
-    """Cumulated rows of p (N,V). torch vouches for no order of addition in cumsum on CUDA: there --deterministic sums
-    blocks by a product with a triangle of ones, and then their totals."""
-    if not (p.is_cuda and torch.are_deterministic_algorithms_enabled()):
-        return p.cumsum(-1)
-    return blocked_sum(p, block)
-
-
-def blocked_sum(p: torch.Tensor, block: int) -> torch.Tensor:
-    N, V = p.shape
-    parts = F.pad(p, (0, -V % block)).view(N, -1, block)
-    parts = parts @ torch.ones(block, block, dtype=p.dtype, device=p.device).triu()  # (N,blocks,block)
-    if parts.shape[1] > 1:
-        parts = parts + F.pad(blocked_sum(parts[:, :, -1], block)[:, :-1], (1, 0))[:, :, None]
-    return parts.reshape(N, -1)[:, :V]
-
-
-def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
-    """p (N,V) with everything behind the smallest set of tokens of mass >= top_p set to zero."""
-    if top_p >= 1:
-        return p
-    if p.is_cuda:  # without a look at the values, which a captured graph could not take
-        ordered, index = p.sort(-1, descending=True)
-        return torch.zeros_like(p).scatter_(-1, index, ordered * (running_sum(ordered) - ordered < top_p))
-    most, best = p.max(-1, keepdim=True)  # (N,1): mostly it is enough alone, and sorting is what takes time
-    kept, wide = torch.zeros_like(p).scatter_(-1, best, most), most[:, 0] < top_p
-    ordered, index = p[wide].sort(-1, descending=True)
-    ordered[running_sum(ordered) - ordered >= top_p] = 0
-    kept[wide] = torch.zeros_like(ordered).scatter_(-1, index, ordered)
-    return kept
-
-
-def draw(logp: torch.Tensor, u: torch.Tensor, top_p: float) -> torch.Tensor:
-    """logp (N,V), u (N) uniform fp64 -> (N) token ids, by inverting the cumulated probabilities."""
-    # fp64: over a large vocabulary an fp32 running sum would shift the draw
-    total = running_sum(nucleus(logp.exp(), top_p).double())
-    drawn = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True)[:, 0]
-    return drawn.clamp(max=logp.shape[1] - 1)
-
-
-class Sampler:
-    """Decodes responses side by side. Keys and values lie in a Cache that is allocated once and sized beforehand;
-    responses that have ended make room for the next prompts in the queue.
-
-    chunk: steps between two looks at what has ended; 16 on CUDA, where with the kernels each step is a captured graph:
-    drawing and stop checks happen on the device. One elsewhere: the batch shrinks once a quarter of it has ended.
-    """
-
-    def __init__(self, model: Decoder, chunk: int = 0):
-        self.model, self.wanted = model, chunk
-        self.storage: torch.Tensor | None = None  # of keys and values; every shape of batch has a Cache over it
-        self.caches: dict[tuple, Cache] = {}
-        self.tokens: torch.Tensor | None = None
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
-        self.pool = None
-        self.share = 1.0  # of --cache-gb; halved once if memory runs out all the same
-        self.prompt_tokens = 0  # that have been prefilled so far
-
-    @torch.no_grad()
-    def __call__(self, c: Config, prompts: Sequence[tuple], keys: Sequence[tuple], limit: int,
-                 stops: Sequence[int]) -> list[Turn]:
-        """One response of at most `limit` tokens, the stop token included, to each (prefix, given) prompt; equal
-        prefixes are shared. keys: what each response's random numbers follow from. Turns in the order of prompts."""
-        if not prompts:
-            return []
-        with self.model.merged():
-            while True:
-                try:
-                    return self._run(c, prompts, keys, limit, stops)
-                except torch.OutOfMemoryError:
-                    if self.share < 1:
-                        raise InputError(f"out of memory while sampling with half of --cache-gb {c.cache_gb}; lower "
-                                         f"it, or --sample-rows {c.sample_rows}") from None
-                    self.share, self.storage, self.cache = 0.5, None, None
-                    self._forget()
-                tqdm.write(f"out of memory while sampling: going on with half of --cache-gb {c.cache_gb}")
-
-    def _run(self, c, prompts, keys, limit, stops) -> list[Turn]:
-        turns: list[Turn | None] = [None] * len(prompts)
-        queue = self._begin(c, prompts, limit, stops)
-        while True:
-            self._admit(queue, prompts, keys)
-            if not self.owner:
-                return turns
-            steps = min(self.chunk, self.left)
-            self.left -= steps
-            for _ in range(steps):
-                if self.static:
-                    self._replay()
-                    continue
-                self._draw(len(self.owner))
-                if self.chunk == 1:  # what has ended need not go through the model
-                    self._retire(prompts, turns)
-                self._forward(len(self.owner))
-            if self.chunk > 1:
-                self._retire(prompts, turns)
-
-    def _begin(self, c, prompts, limit, stops) -> deque[list[int]]:
-        """Sets up for these prompts; the queue of those that wait for a slot."""
-        self.c, self.limit, self.stops = c, limit, tuple(stops)
-        self.device, self.dtype = self.model.embed.device, self.model.embed.dtype
-        self.chunk = self.wanted or (16 if self.device.type == "cuda" else 1)
-        # launches of fixed size on fixed tensors; what is deterministic about an operation may not be captured
-        self.static = self.chunk > 1 and use_triton(self.device, self.dtype) and not c.deterministic
-        self.weights = hash(tuple(p.data_ptr() for p in self.model.parameters()))  # a graph knows them by address
-        self.head = head_for(self.model.head)
-        self.owner: list[int] = []  # the prompt that each row in use answers
-        return self._reserve(prompts)
-
-    def _reserve(self, prompts) -> deque[list[int]]:
-        """Sizes cache and buffers; returns the queue: groups of prompts with equal prefixes, in parts that fit."""
-        m, groups = self.model.c, group_by_prefix([p for p, _ in prompts])
-        token_bytes = 2 * m.layers * m.key_heads * m.head_size * self.dtype.itemsize
-        slots = cache_slots(self.c, map(len, groups), max(len(given) for _, given in prompts),
-                            max(len(p) for p, _ in prompts), self.limit, token_bytes, self.share)
-        shape, rows = (m.layers, m.key_heads, m.head_size, *slots), slots[0]
-        size = Cache.elements(*shape)
-        if self.storage is None or size > len(self.storage) or self.storage.dtype != self.dtype:
-            self._forget()
-            self.storage = None  # given back before the next one is made
-            self.storage = torch.zeros(size, dtype=self.dtype, device=self.device)
-        if self.tokens is None or rows > len(self.tokens) or self.limit > self.tokens.shape[1] - 1:
-            self._forget()
-            self._buffers(rows, m.width)
-        if shape not in self.caches:
-            self.caches[shape] = Cache(self.storage, *shape)
-        self.cache, self.shape = self.caches[shape], shape
-        self.cache.clear()
-        self.most = max(min(len(g), rows) for g in groups)
-        return deque(g[i:i + rows] for g in groups for i in range(0, len(g), rows))
-
-    def _forget(self) -> None:
-        """Drops what knows a tensor by its address; with the last graph goes the memory that they shared."""
-        self.caches.clear()
-        self.graphs.clear()
-        self.pool = None
-
-    def _buffers(self, rows: int, width: int) -> None:
-        """What is known of each row. A row that has ended writes into one column more than there are tokens."""
-        def empty(*shape, dtype=torch.long):
-            return torch.zeros(rows, *shape, dtype=dtype, device=self.device)
-
-        self.hidden, self.token = empty(width, dtype=self.dtype), empty()  # (R,C), (R) last token drawn
-        self.count, self.done = empty(), empty(dtype=torch.bool)  # (R) tokens drawn, (R)
-        self.tokens = empty(self.limit + 1)  # (R,limit+1)
-        self.logprobs = empty(self.limit + 1, dtype=torch.float32)
-        self.random = empty(self.limit + 1, dtype=torch.float64)
-
-    def _admit(self, queue: deque[list[int]], prompts, keys) -> None:
-        """Takes groups from the queue while there are slots, and prefills them."""
-        cache, (rows, groups, *_), taken = self.cache, self.cache.capacity, []
-        while queue and cache.used + sum(map(len, taken)) + len(queue[0]) <= rows and (
-                cache.groups_used + len(taken) < groups):
-            taken.append(queue.popleft())
-        if not taken:
-            return
-        first, order = cache.used, [i for g in taken for i in g]
-        packed_rows = [(prompts[g[0]][0], [(prompts[i][1], [0]) for i in g]) for g in taken]
-        # in parts: one pass over all prompts took twice as long on a CPU, its activations fit no cache
-        for part in bounded(packed_rows, self.c.micro_tokens):
-            p, at = pack(part, self.device), cache.used
-            self.prompt_tokens += p.layout.total
-            hidden = self.model(p.ids, p.layout.positions, cache.add(p.layout), p.source)  # at the last given token
-            self.hidden[at:cache.used] = hidden
-        new = slice(first, cache.used)
-        self.done[new], self.count[new] = False, 0
-        self.random[new, :self.limit] = torch.as_tensor(np.stack([uniforms(keys[i], self.limit) for i in order]),
-                                                        device=self.device)
-        self.owner += order
-        self.left = self.limit  # steps after which even the youngest row has ended
-        self._regroup()
-
-    def _regroup(self) -> None:
-        if self.static:
-            self.cache.regroup(*self.cache.capacity[:2], self.most)
-        else:
-            self.cache.regroup()
-
-    def _draw(self, n: int) -> None:
-        """The next token of the first n rows."""
-        logits = product(self.hidden[:n], self.head.T).float()  # (n,V)
-        logp = (logits / self.c.temperature).log_softmax(-1)
-        ended, count = self.done[:n], self.count[:n]
-        at = torch.where(ended, self.tokens.shape[1] - 1, count)[:, None]
-        drawn = draw(logp, self.random[:n].gather(1, at)[:, 0], self.c.top_p)
-        self.token[:n] = drawn
-        self.tokens[:n].scatter_(1, at, drawn[:, None])
-        self.logprobs[:n].scatter_(1, at, logp.gather(1, drawn[:, None]))
-        count += ~ended
-        stopped = count >= self.limit
-        for stop in self.stops:
-            stopped |= drawn == stop
-        ended |= stopped
-
-    def _forward(self, n: int) -> None:
-        """The tokens drawn last go through the model."""
-        if n:
-            cache = self.cache
-            self.hidden[:n] = self.model(self.token[:n], cache.start[:n] + cache.lengths[:n], cache.decode)
-            cache.lengths[:n] += ~self.done[:n]
-
-    def _replay(self) -> None:
-        """_draw and _forward over the next power of two of rows: once as they are, then captured, then replayed."""
-        n = min(max(8, 1 << (self.cache.used - 1).bit_length()), self.cache.capacity[0])
-        key = (n, self.most, self.shape, self.limit, self.stops, self.c.temperature, self.c.top_p, self.weights)
-        if key not in self.graphs or self.device.type != "cuda":
-            self.graphs[key] = None  # kernels are compiled and libraries set up
-            self._draw(n)
-            self._forward(n)
-            return
-        if self.graphs[key] is None:
-            self.graphs[key] = torch.cuda.CUDAGraph()
-            self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all: no graph leaves anything in it
-            with torch.cuda.graph(self.graphs[key], pool=self.pool):
-                self._draw(n)
-                self._forward(n)
-        self.graphs[key].replay()
-
-    def _retire(self, prompts, turns) -> None:
-        """Takes out what has ended, in batches: closing the gaps copies keys and values."""
-        n = self.cache.used
-        done = self.done[:n].tolist()
-        if 4 * sum(done) < n:
-            return
-        ended = [i for i, over in enumerate(done) if over]
-        rows = torch.tensor(ended, device=self.device)
-        of = (x[rows].tolist() for x in (self.tokens, self.logprobs, self.count))
-        for i, tokens, logprobs, count in zip(ended, *of, strict=True):
-            turns[self.owner[i]] = Turn(*prompts[self.owner[i]], tokens[:count], logprobs[:count])
-        moves = self.cache.keep([i for i, over in enumerate(done) if not over])
-        move([self.hidden, self.token, self.count, self.done, self.tokens, self.logprobs, self.random], moves)
-        for source, target in moves:
-            self.owner[target] = self.owner[source]
-        del self.owner[self.cache.used:]
-        if self.owner:
-            self._regroup()
 
 
 # ---- The memory loop ---------------------------------------------------------------------------------------------
@@ -1146,12 +815,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def synchronise(device: torch.device) -> None:
-    """Waits for what the device was told to do: before a clock is read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 # ---- Stages ------------------------------------------------------------------------------------------------------
 
 
@@ -1357,53 +1020,6 @@ def run_stages(run: Run) -> None:
 # ---- Command line ------------------------------------------------------------------------------------------------
 
 
-def header(run: Run) -> None:
-    """What is about to run, on what, and about how long it takes. InputError where the card is too small for it."""
-    from eval.plan import refuse_too_large
-
-    c, data = run.c, run.data
-    if run.device.type == "cuda":
-        refuse_too_large(c, len(run.model.embed), torch.cuda.get_device_properties(run.device).total_memory)
-    parameters = sum(p.numel() for p in run.model.parameters())
-    minutes, per_step = estimate(run)
-    if run.device.type == "cuda" and c.deterministic:
-        print("note: --deterministic samples without captured graphs, which is slower")
-    if commit() == "unknown":
-        print("note: no git checkout here: results will not say which commit they are of")
-    print(printable(
-          f"memtrain {commit()}  preset {c.preset}  run {run.folder.path}  seed {c.seed}  stages {c.stages}\n"
-          f"  device   {run.device} ({torch.get_num_threads()} threads), kernels: {kernels_in_use(run.device)}\n"
-          f"  model    {parameters / 1e6:.2f} M parameters, {run.tokenizer.size} tokens"
-          f"{f', LoRA rank {c.lora_rank}' if c.lora_rank else ''}\n"
-          f"  corpus   {data.train.name}: {len(data.train)} passages to train on, {len(data.held_out)} held out; "
-          f"entities: {data.finder.name}; {len(data.questions)} evaluation questions\n"
-          f"  window   {c.window} = {c.window - c.section - c.memory - c.response} instruction and problem + "
-          f"{c.section} section + {c.memory} memory + {c.response} response; order {c.prompt_order}\n"
-          f"  GRPO     {c.documents} documents x {c.group} rollouts x {c.recall_group} recalls; "
-          f"{c.memtrain_steps} MemTrain + {c.memagent_steps} MemAgent + {c.mem1_steps} MEM1 steps; about "
-          f"{per_step:,} tokens a step\n"
-          f"  time     about {minutes:.0f} minutes in all on this machine"), flush=True)
-
-
-def estimate(run: Run) -> tuple[float, int]:
-    """(minutes, packed tokens of one MemTrain step), from a second of training measured here and now."""
-    from eval.plan import packed_tokens, work
-
-    c = run.c
-    rows = [([5] * c.section, [([6] * c.memory, [7] * 20)] * 8)] * 4
-    packed = pack(rows, run.device)
-    spent = []
-    for _ in range(3):
-        synchronise(run.device)
-        began = time.perf_counter()
-        (-score(run.model, packed)[0].mean()).backward()
-        synchronise(run.device)
-        spent.append(time.perf_counter() - began)
-    run.model.zero_grad(set_to_none=True)
-    rate = packed.layout.total / min(spent)  # tokens/s forward and backward
-    return sum(work(c).values()) / rate / 60, packed_tokens(c, "memtrain")
-
-
 def open_checkpoint(options: argparse.Namespace, fields: Sequence[str]) -> Policy:
     """The policy of --checkpoint RUN/STAGE, with the configuration of its run, or the base that `fields` describe."""
     if options.checkpoint is None:
@@ -1429,39 +1045,20 @@ def open_checkpoint(options: argparse.Namespace, fields: Sequence[str]) -> Polic
     return policy
 
 
-def read_command(argv: Sequence[str]) -> None:
-    """python memtrain.py read FILE: the memory after each section of a text, then the answer."""
-    from eval.read import read
-
-    options, fields = command_options("read", argv)
-    policy = open_checkpoint(options, fields)
-    c = as_evaluated(policy.c)
-    torch.set_num_threads(c.threads or os.cpu_count() or 1)
-    read(Agent(policy.model, policy.tokenizer, c), options.file, options.question, options.out, Interrupt())
-
-
-def export_command(argv: Sequence[str]) -> None:
-    """python memtrain.py export: a checkpoint in the form that other tools read."""
-    options, fields = command_options("export", argv)
-    if output(options.to).exists() and not (options.to.is_dir() and not any(options.to.iterdir())):
-        raise InputError(f"--to {options.to}: exists and is not an empty folder; give a new one")
-    policy = open_checkpoint(options, fields)
-    if options.format == "peft":
-        export_adapter(options.to, policy.model)
-    else:
-        export_weights(options.to, policy.model, policy.source)
-    print(f"{options.to}: {', '.join(sorted(p.name for p in options.to.iterdir()))}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         if argv and argv[0] in COMMANDS:
-            {"plan": plan, "read": read_command, "export": export_command}[argv[0]](argv[1:])
+            if argv[0] == "read":
+                commands.read(argv[1:], open_checkpoint, Agent)
+            elif argv[0] == "export":
+                commands.export(argv[1:], open_checkpoint)
+            else:
+                commands.plan(argv[1:])
             return 0
         c = parse(argv)
         if is_study(c):
-            return study(argv)
+            return commands.study(argv)
         torch.set_num_threads(c.threads or os.cpu_count() or 1)
         if c.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
@@ -1469,11 +1066,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = Run(c)
         try:
             if ranks.FIRST:
-                header(run)
+                header(run, score)
             run_stages(run)
         finally:
             if ranks.FIRST:
                 run.log.close()
+    except torch.OutOfMemoryError as e:
+        return refusal(InputError(str(e).partition("\n")[0]), argv)
     except InputError as e:
         return refusal(e, argv)
     except (Stopped, KeyboardInterrupt):

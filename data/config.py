@@ -203,6 +203,24 @@ class Config:
     eval_systems: str = option("", "evaluation", "what to evaluate, like base,memtrain+memagent; if empty, the base "
                                "(also with the whole document in one window) and all that was trained")
 
+    def cache_slots(self, members: Iterable[int], given: int, prefix: int, limit: int, token_bytes: int,
+                    share: float = 1.0) -> tuple[int, int, int, int]:
+        """(rollouts, prefixes, room of a suffix, room of a prefix) of the cache that --cache-gb and --sample-rows leave
+        to prompts of groups of `members`, at most `given` tokens behind a prefix and `limit` sampled. token_bytes: keys
+        and values of one token; share: of --cache-gb. InputError where not even one turn fits."""
+        # multiples of 16, so that few shapes serve all turns
+        suffix, prefix = (-(-n // 16) * 16 for n in (limit + given, max(1, prefix)))
+        budget, rows, count = int(share * self.cache_gb * 1e9 / token_bytes), 0, 0
+        for size in members:
+            fits = min(self.sample_rows, (budget - (count + 1) * prefix) // suffix) - rows
+            if fits < size and count:
+                break
+            rows, count = rows + min(fits, size), count + 1
+        if rows < 1:
+            raise InputError(f"--cache-gb {self.cache_gb:g}: too little for one turn of {prefix + suffix} tokens; "
+                             f"raise it, or lower --section or --response")
+        return rows, count, suffix, prefix
+
 
 # The paper's setting for real weights; one GPU learns adapters, whose learning rate is above the paper's 1e-6 for all
 # weights. LoRA rank and rate are ours, not measured.
@@ -394,24 +412,6 @@ def searchers(trained: Sequence[str]) -> list[str]:
 def as_evaluated(c: Config) -> Config:
     """The same loop, sampled with less noise."""
     return dataclasses.replace(c, temperature=c.eval_temperature, top_p=c.eval_top_p)
-
-
-def cache_slots(c: Config, members: Iterable[int], given: int, prefix: int, limit: int, token_bytes: int,
-                share: float = 1.0) -> tuple[int, int, int, int]:
-    """(rollouts, prefixes, room of a suffix, room of a prefix) of the cache that --cache-gb and --sample-rows leave to
-    prompts of groups of `members`, at most `given` tokens behind a prefix and `limit` sampled. token_bytes: keys and
-    values of one token; share: of --cache-gb. InputError where not even one turn fits."""
-    suffix, prefix = (-(-n // 16) * 16 for n in (limit + given, max(1, prefix)))  # so that few shapes serve all turns
-    budget, rows, count = int(share * c.cache_gb * 1e9 / token_bytes), 0, 0
-    for size in members:
-        fits = min(c.sample_rows, (budget - (count + 1) * prefix) // suffix) - rows
-        if fits < size and count:
-            break
-        rows, count = rows + min(fits, size), count + 1
-    if rows < 1:
-        raise InputError(f"--cache-gb {c.cache_gb:g}: too little for one turn of {prefix + suffix} tokens; "
-                         f"raise it, or lower --section or --response")
-    return rows, count, suffix, prefix
 
 
 def check(c: Config) -> None:

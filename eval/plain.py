@@ -24,7 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from memtrain import Agent, Batch, Config, Decoder, Turn, draw, uniforms
+from kernels.sampling import draw, uniforms
+from memtrain import Agent, Batch, Config, Decoder, Turn
 
 # Rows of a padded batch, chosen by CPU seconds for 2 documents of the nano preset on one core of an AMD EPYC: training
 # with 4, 8, 16, 32, 64 rows took 6.0, 5.4, 5.9, 7.0, 9.6, sampling with 16, 32, 64, 128 took 2.2, 2.2, 2.3, 2.4.

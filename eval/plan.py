@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from data import InputError
 from data.arms import jobs
-from data.config import TRAINED, cache_slots, is_study, kind_of, readers, searchers
+from data.config import TRAINED, is_study, kind_of, readers, searchers
 from data.files import output, write_json
 
 GB = 1e9
@@ -260,7 +260,7 @@ def training(calls: tuple[Call, ...], limit: int) -> Passes:
 def slots(c, calls: Sequence[Call]) -> list[tuple[int, int, int, int]]:
     """(rows, groups, suffix room, prefix room) of the cache in each of these calls, as the Sampler will have it.
     InputError where a single turn doesn't fit."""
-    return [cache_slots(c, itertools.repeat(x.members, x.groups), x.given, x.prefix, x.limit or c.response,
+    return [c.cache_slots(itertools.repeat(x.members, x.groups), x.given, x.prefix, x.limit or c.response,
                         token_bytes(c))
             for x in calls]
 
@@ -424,7 +424,7 @@ def forward_bytes(c, tokens: int, adapters: bool) -> float:
     return tokens * (element(c) * (3 * c.width + 2 * query + 2 * key + wide * c.hidden) + 4 * c.head_size + 24)
 
 
-DRAW = 20  # bytes a logit at the worst moment of memtrain.draw: log-probs in fp32, probabilities and their sum in fp64
+DRAW = 20  # bytes a logit at the worst moment of sampling.draw: log-probs in fp32, probabilities and their sum in fp64
 DRAW_NUCLEUS = 52  # with top_p < 1: sorted copies with their indices, and the sort's workspace
 
 

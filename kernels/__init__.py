@@ -67,3 +67,9 @@ def operator(shapes: Callable) -> Callable:
         made.register_fake(shapes)
         return made
     return make
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for what the device was told to do: before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -264,7 +264,7 @@ def test_an_answer_comes_soon(argument, limit, tmp_path):
 
 
 def test_a_damaged_checkpoint_of_the_run_itself_is_named(folder, base_checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "2",
                "--save-every", "1"]
     assert main(command) == 0
@@ -298,7 +298,7 @@ def test_one_process_a_run_folder(folder, base_checkpoint, capsys):
 
 @pytest.mark.parametrize("room", [1_000, 10_000])  # bytes a file may have: no configuration; no checkpoint
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(room, folder, base_checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--memtrain-steps", "1", "--memagent-steps", "1"]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
@@ -331,7 +331,7 @@ def small_disk(folder):
 @pytest.mark.parametrize("room", [200, 600, 1000])  # fills up with the first checkpoint, the second stage, later
 def test_a_disk_that_fills_up(room, small_disk, base_checkpoint, capsys, monkeypatch):
     """A real one: what was saved stays whole, and the run goes on once there is room."""
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     small_disk(room)
     command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--memtrain-steps", "2", "--memagent-steps", "1",
                "--save-every", "1"]
@@ -347,7 +347,7 @@ def test_a_disk_that_fills_up(room, small_disk, base_checkpoint, capsys, monkeyp
 
 def test_a_run_folder_of_another_configuration(folder, base_checkpoint, capsys, monkeypatch):
     """The field that differs is named and nothing is touched; what may differ, may."""
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "0"]
     assert main(command) == 0
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
@@ -374,7 +374,7 @@ def test_a_pickle_is_refused_unexecuted_wherever_a_file_is_read(folder, base_che
     import eval.report
     from data.tokenizer import load_tokenizer
 
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     pickle = importlib.import_module("pickle")
     with pytest.raises(TypeError):  # what it returned is no object
         pickle.loads(BOMB) + ""
@@ -424,7 +424,7 @@ def test_no_code_of_ours_could_load_a_pickle():
                                   "memtrain/checkpoint.safetensors", "memtrain/previous.safetensors.tmp",
                                   "results.json.tmp"])
 def test_nothing_is_followed_out_of_a_run_folder(name, folder, base_checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "0"]
     (folder / "mine").mkdir()
     (folder / "mine" / "precious").write_text("do not touch")
@@ -438,7 +438,7 @@ def test_nothing_is_followed_out_of_a_run_folder(name, folder, base_checkpoint, 
 
 def test_a_run_folder_may_itself_be_a_link(folder, base_checkpoint, monkeypatch):
     """To another disk, where there is room."""
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     (folder / "disk").mkdir()
     (folder / "runs").mkdir()
     (folder / "runs/t").symlink_to(folder / "disk")
@@ -449,7 +449,7 @@ def test_a_run_folder_may_itself_be_a_link(folder, base_checkpoint, monkeypatch)
 
 def test_the_last_two_checkpoints_and_the_best_are_kept(folder, base_checkpoint, monkeypatch):
     """The best by the mean reward of the last five steps; as links, which cost no room."""
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     rewards, step = [0.0, 0.5, 1.0, 0.9, 0.9, 0.1, 0.1], memtrain.train_step
     monkeypatch.setattr(memtrain, "train_step", lambda run, kind, n, *rest: step(run, kind, n, *rest) | {
         "reward": rewards[n]})
@@ -655,7 +655,7 @@ def test_results_have_the_promised_form(smoke):
 def test_one_seed_gives_one_run(smoke, folder, monkeypatch):
     """The same command in another folder and process state: the same metrics, figures and weights."""
     monkeypatch.setattr("eval.gates.gates", lambda agent, c: {})
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     assert main(SMOKE) == 0
     one, two = smoke[0] / "runs/smoke", folder / "runs/smoke"
     rows = [[json.loads(line) for line in (p / "metrics.jsonl").read_text().splitlines()] for p in (one, two)]
@@ -679,7 +679,7 @@ def test_every_metric_is_explained_in_the_readme(smoke):
 
 
 def test_a_checkpoint_of_any_stage_starts_a_run(smoke, folder, monkeypatch):
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     for stage in ("base", "memagent"):
         shutil.copy(smoke[0] / f"runs/smoke/{stage}/checkpoint.safetensors", folder / f"{stage}.safetensors")
         assert main([*TINY, "--run", stage, "--stages", "memtrain", "--memtrain-steps", "1",
@@ -689,7 +689,7 @@ def test_a_checkpoint_of_any_stage_starts_a_run(smoke, folder, monkeypatch):
 
 def test_real_text_runs_to_its_report(folder, base_checkpoint, monkeypatch):
     """Passages and questions from files, no stage on invented text."""
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     write(c__jsonl=passages(250), q__jsonl=questions(*range(6)), t__jsonl=questions(*range(6, 9)))
     assert main([*TINY, "--corpus", "c.jsonl", "--questions", "q.jsonl", "--train-questions", "t.jsonl",
                  "--run", "real", "--init", base_checkpoint(), "--memtrain-steps", "1", "--memagent-steps", "1",
@@ -700,7 +700,7 @@ def test_real_text_runs_to_its_report(folder, base_checkpoint, monkeypatch):
 
 
 def test_evaluation_without_masked_documents(folder, base_checkpoint, monkeypatch):
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     assert main([*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "eval", "--eval-masked", "0",
                  "--eval-lengths", "1"]) == 0
     results = json.loads((folder / "runs/t/results.json").read_text())
@@ -708,7 +708,7 @@ def test_evaluation_without_masked_documents(folder, base_checkpoint, monkeypatc
 
 
 def test_a_finished_run_can_be_evaluated_at_more_lengths(folder, base_checkpoint, monkeypatch):
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     seen, base = [], base_checkpoint()
     for lengths in ("1", "1,2"):
         assert main([*TINY, "--run", "t", "--init", base, "--stages", "eval", "--eval-masked", "0",

@@ -28,6 +28,7 @@ from eval import report as reports
 from eval.faults import Moment
 from eval.watch import SIGNS, signs, watch
 from kernels.grpo import group_advantages, grpo_loss_reference
+from kernels.sampling import blocked_sum
 
 # ---- killed at any moment
 
@@ -82,7 +83,7 @@ def test_a_run_that_fails_by_itself_is_no_kill(tmp_path):
 def test_no_state_of_a_global_generator_has_to_be_kept(folder, lottery, tiny, tokenizer, monkeypatch):
     """Every random number follows from a key or a step: torch, numpy and Python's generators are not touched, so that
     a checkpoint that does not hold them loses nothing."""
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     monkeypatch.setattr("eval.gates.gates", lambda agent, c: {})
     memtrain.Data(tiny(), tokenizer).masked_problem(0)  # loads libraries, some of which draw a number for themselves
     before = torch.get_rng_state(), np.random.get_state()[1:], random.getstate()
@@ -133,7 +134,7 @@ def test_the_metrics_behind_the_signs(agent):
 
 
 def test_a_note_is_given_once_though_the_run_is_taken_up_again(folder, base_checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "8",
                "--save-every", "1"]
     step = memtrain.train_step
@@ -207,7 +208,7 @@ def test_places_for_results(tmp_path):
 
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_the_same_seed_gives_the_same_metrics(threads, folder, base_checkpoint, lottery, monkeypatch):
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     monkeypatch.setattr(torch, "use_deterministic_algorithms", (called := []).append)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")  # what main sets is taken back after the test
@@ -227,7 +228,7 @@ def test_the_sum_that_has_an_order_on_a_gpu_is_the_running_sum():
     """No GPU is needed to see that the numbers are right; that they are used there is two lines of running_sum."""
     for shape in ((3, 1), (2, 7), (2, 64), (3, 1000)):
         p = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(memtrain.blocked_sum(p, 8), p.cumsum(-1), rtol=1e-14, atol=0)
+        torch.testing.assert_close(blocked_sum(p, 8), p.cumsum(-1), rtol=1e-14, atol=0)
 
 
 # ---- terminals and signals

@@ -160,7 +160,7 @@ def test_read_says_on_a_card_what_it_says_on_a_cpu(folder, capsys):
     (folder / "text.txt").write_text("Ada Lovelace was born in London. She wrote about an engine. " * 40)
     said = {}
     for device in ("cpu", "cuda"):
-        memtrain.read_command(["text.txt", "--question", "Where was Ada Lovelace born?", "--device", device, "--out",
+        memtrain.main(["read", "text.txt", "--question", "Where was Ada Lovelace born?", "--device", device, "--out",
                                f"{device}.json", "--eval-top-p", "1e-9"])
         said[device] = json.loads((folder / f"{device}.json").read_text())
     capsys.readouterr()

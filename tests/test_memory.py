@@ -227,7 +227,7 @@ def test_readings_of_other_documents_are_refused(stand_in, tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2, "documents": []}', '{"format": 1}', "\x80", "[" * 9999,
                                   '{"format": 1, "documents": [1]}', '{"format": 1, "documents": [{"id": "x"}]}'])
 def test_what_are_no_readings_is_refused_in_one_line(text, folder, base_checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     path = folder / "runs/t/readings.json"
     path.parent.mkdir(parents=True)
     path.write_bytes(text.encode("latin-1"))
@@ -242,7 +242,7 @@ def test_what_are_no_readings_is_refused_in_one_line(text, folder, base_checkpoi
 
 def test_an_evaluation_writes_rows_and_readings(folder, base_checkpoint, monkeypatch):
     """Once for each system, from readings made anyway; a second start adds a system and reads no other again."""
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     read, calls = memtrain.Agent.read, []
 
     def counted(self, problems, keys, keep_turns=True):
@@ -281,7 +281,7 @@ def test_an_evaluation_writes_rows_and_readings(folder, base_checkpoint, monkeyp
 
 def test_what_was_lost_is_measured_again_to_the_same(folder, base_checkpoint, monkeypatch):
     """Without readings.json, or with results of before memories were measured: no row twice, the same bytes."""
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--eval-lengths", "1,2", "--stages", "eval"]
     assert memtrain.main(command) == 0
     results, readings = folder / "runs/t/results.json", folder / "runs/t/readings.json"

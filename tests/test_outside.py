@@ -166,7 +166,7 @@ def test_ten_megabytes_on_one_line(folder):
 
 
 def test_a_run_on_hostile_text(folder, base_checkpoint, monkeypatch, capfd):
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     noise = [p for p in PIECES if p.strip(" \n\r\t\0\u2028")]
     rows = [{"title": f"{piece} topic {i}", "text": f"Paris and the Seine in {1800 + i}, by Victor Hugo. {piece * 2}"}
             for i, piece in enumerate((noise * 10)[:250])]

@@ -22,10 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import memtrain
 from data import InputError
+from data.config import PRESETS
 from data.demonstrations import DemoSteps
 from eval import plan
 from kernels.cache import Cache
-from memtrain import PRESETS, Agent, Decoder, Sampler, Turn, main, micro_batches, pack, parse
+from memtrain import Agent, Decoder, Sampler, Turn, main, micro_batches, pack, parse
 
 QWEN = ("qwen3-0.6b", "qwen2.5-1.5b", "qwen3-4b", "qwen2.5-7b")
 SHAPE = {"width": 64, "layers": 8, "heads": 8, "key_heads": 2, "head_size": 16, "hidden": 160, "vocab": 512}
@@ -338,7 +339,7 @@ def test_a_run_is_refused_where_the_card_is_too_small(monkeypatch):
     run = SimpleNamespace(c=c, data=None, device=torch.device("cuda"), model=SimpleNamespace(embed=range(c.vocab)))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=25.8e9))
     with pytest.raises(InputError, match=r"25\.8 GB of GPU memory, less than the 5\d\.\d GB .* give --cache-gb"):
-        memtrain.header(run)
+        memtrain.header(run, memtrain.score)
     plan.refuse_too_large(c, c.vocab, 85e9)
 
 

@@ -146,7 +146,7 @@ def test_help_of_a_command_comes_before_torch():
 
 def test_a_run_is_exported_and_read(folder, capsys, monkeypatch, base_checkpoint):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     train = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "0"]
     assert main(train) == 0
     assert main(["export", "--checkpoint", "runs/t/memtrain", "--format", "hf", "--to", "hf"]) == 0

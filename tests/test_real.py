@@ -9,7 +9,6 @@ from conftest import randomise
 from test_cli import passages, questions, write
 from test_tokenizer import save, trained
 
-import memtrain
 from data.tokenizer import load_tokenizer
 from memtrain import main
 
@@ -47,7 +46,7 @@ def run(*argv: str) -> int:
 
 def test_from_a_folder_to_an_adapter(model, lottery, monkeypatch, capsys, folder):
     """Trained with LoRA on bf16 weights, resumed, evaluated, exported, taken up again as --init, read with."""
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     assert run("--model", model, "--run", "t") == 0, capsys.readouterr().err
     results = json.loads(Path("runs/t/results.json").read_text())
     assert {r["system"] for r in results["long_qa"]} >= {"base", "memtrain", "memagent", "memtrain+memagent"}
@@ -84,7 +83,7 @@ def test_from_a_folder_to_an_adapter(model, lottery, monkeypatch, capsys, folder
 
 def test_adapters_stay_with_their_base(model, monkeypatch, capsys):
     """The folder of --model holds other weights of the same shape by now."""
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     assert run("--model", model, "--run", "t", "--stages", "memtrain", "--memtrain-steps", "1") == 0
     network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     kept = {p.name: p.read_bytes() for p in Path(model).iterdir() if "token" in p.name}

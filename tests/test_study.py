@@ -351,7 +351,7 @@ def test_a_group_of_one_recall_enters_the_reward_and_is_not_trained_on(agent, lo
 
 
 def test_one_stage_trains_memagent_on_top_of_memtrain_alone(folder, base_checkpoint, monkeypatch):
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     assert main([*SMALLEST, "--init", base_checkpoint(), "--stages", "memtrain,memtrain+memagent"]) == 0
     stages = [json.loads(line)["stage"] for line in Path("runs/t/metrics.jsonl").read_text().splitlines()]
     assert stages == ["memtrain"] * 2 + ["memtrain+memagent"] * 2 and not Path("runs/t/memagent").exists()
@@ -359,7 +359,7 @@ def test_one_stage_trains_memagent_on_top_of_memtrain_alone(folder, base_checkpo
 
 def test_a_finished_base_is_taken_up_without_its_sharpening(folder, base_checkpoint, monkeypatch):
     """It is sharpened at the end of every base stage: going on from a sharpened one would do it twice."""
-    monkeypatch.setattr(memtrain, "estimate", lambda run: (0.0, 0))
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     monkeypatch.setattr("eval.gates.gates", lambda agent, c: {})
     base, seen = base_checkpoint(), []
 
