@@ -45,6 +45,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def flush(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt":  # can't open a folder, nor sync what is open for reading; only a power cut tells
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
