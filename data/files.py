@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -80,7 +81,9 @@ def read_json(path: Path, remedy: str) -> dict:
 
 
 def json_bytes(value) -> bytes:
-    return json.dumps(value, indent=1).encode() + b"\n"
+    """Indented, but a list of numbers is one line."""
+    text = json.dumps(value, indent=1)  # within a string a line break is \n, so that "[" and a line break open a list
+    return re.sub(r'\[\n[^]["{}]*]', lambda found: re.sub(r"\s", "", found[0]), text).encode() + b"\n"
 
 
 def write_json(path: Path, value) -> None:
