@@ -94,7 +94,7 @@ def write_json(path: Path, value) -> None:
 
 ROOT = Path(__file__).parents[1]
 SOURCE = {"memtrain.py", "data", "kernels", "eval", "tests", "README.md", "LICENSE", "pyproject.toml",
-          "requirements.txt", ".git", ".gitignore", ".ci"}
+          "requirements.txt", ".git", ".gitattributes", ".gitignore", ".ci"}
 
 
 def output(path: Path, option: str = "--out") -> Path:
