@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,6 +46,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def flush(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt":  # can't open a folder, nor sync what is open for reading; only a power cut tells
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -78,7 +81,9 @@ def read_json(path: Path, remedy: str) -> dict:
 
 
 def json_bytes(value) -> bytes:
-    return json.dumps(value, indent=1).encode() + b"\n"
+    """Indented, but a list of numbers is one line."""
+    text = json.dumps(value, indent=1)  # within a string a line break is \n, so that "[" and a line break open a list
+    return re.sub(r'\[\n[^]["{}]*]', lambda found: re.sub(r"\s", "", found[0]), text).encode() + b"\n"
 
 
 def write_json(path: Path, value) -> None:
@@ -89,7 +94,7 @@ def write_json(path: Path, value) -> None:
 
 ROOT = Path(__file__).parents[1]
 SOURCE = {"memtrain.py", "data", "kernels", "eval", "tests", "README.md", "LICENSE", "pyproject.toml",
-          "requirements.txt", ".git", ".gitignore", ".ci"}
+          "requirements.txt", ".git", ".gitattributes", ".gitignore", ".ci"}
 
 
 def output(path: Path, option: str = "--out") -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import queue
@@ -13,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from data import InputError
@@ -28,6 +28,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self.held = FileLock(path / ".lock", is_singleton=True)  # the system's: it goes with the process that holds it
 
     def compare(self, config: dict, free: Iterable[str], defaults: dict) -> None:
         """InputError if the folder was started with another configuration, in which the fields `free` may differ, or
@@ -56,23 +57,21 @@ class RunFolder:
         another has."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self.held = (self.path / ".lock").open("w", encoding="utf-8")
-        try:
-            fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{self.path}: another process is at work on it; wait for it or choose another "
-                             f"--run") from None
+            try:
+                self.held.acquire(blocking=False)
+            except Timeout:
+                raise InputError(f"{self.path}: another process is at work on it; wait for it or choose another "
+                                 f"--run") from None
 
     def locked(self) -> bool:
         """Whether another process is at work on it."""
-        try:
-            with (self.path / ".lock").open("r+") as file:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
+        if not (self.path / ".lock").exists():
             return False
-        except OSError:
+        try:
+            with self.held.acquire(blocking=False):
+                return False
+        except OSError:  # filelock's Timeout is one
             return True
-        return False
 
     def tidy(self) -> None:
         """Clears up behind a killed process: half written files go, and each .json says what its checkpoint holds."""
@@ -187,6 +186,8 @@ class Wandb:
             self._give_up(f"no answer within {self.patience:g} seconds")
 
 
+HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # Windows has none
+
 
 class Interrupt:
     """Ctrl-C or SIGTERM once: finish the step, save, leave. Twice: leave at once. SIGHUP, from a terminal that is
@@ -197,7 +198,8 @@ class Interrupt:
     def __init__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in HANGUP:
+            signal.signal(number, signal.SIG_IGN)
 
     def handle(self, number, frame):
         if self.asked:
@@ -209,7 +211,7 @@ class Interrupt:
 
 def deaf(worker: int) -> None:
     """For a process that helps a run: the terminal sends Ctrl-C to both, and only the run decides when to stop."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, *HANGUP):
         signal.signal(number, signal.SIG_IGN)
 
 

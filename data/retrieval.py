@@ -9,11 +9,12 @@ later taken for an index. The file says which corpus it is of. Loads bm25s and n
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from data import InputError
 from data.files import replacing, writing
@@ -128,10 +129,8 @@ def _keep(corpus: Corpus, folder: Path) -> Any:
         if folder.exists() and (strangers := sorted({p.name for p in folder.iterdir()} - OWN)):
             raise InputError(f"{folder}: holds no index but other files ({strangers[0]}); give a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w", encoding="utf-8")  # ends with its process, however that ends
+        lock = FileLock(folder / LOCK).acquire()  # ends with its process, however that ends
     with lock:
-        with writing(folder):
-            fcntl.lockf(lock, fcntl.LOCK_EX)
         if path.exists():  # another process has built it meanwhile
             return _load(path, corpus)
         index = _build(corpus)

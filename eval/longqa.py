@@ -34,7 +34,7 @@ def long_qa_row(agent, system: str, seed: int, length: int, problems: Sequence[P
 
 
 def scores(answers: Sequence[str | None], problems: Sequence[Problem]) -> dict:
-    """em with its 95% Wilson interval, f1, sub_em, the 0/1 of each problem, and [correct, n] of each kind."""
+    """em with its 95% Wilson interval, f1, sub_em, a 0 or 1 for each problem, and [correct, n] of each kind."""
     correct = [int(exact_match(a, p.answers)) for a, p in zip(answers, problems, strict=True)]
     low, high = wilson_interval(sum(correct), len(correct))
     kinds: dict[str, list[int]] = {}
@@ -44,7 +44,7 @@ def scores(answers: Sequence[str | None], problems: Sequence[Problem]) -> dict:
         count[1] += 1
     mean = lambda metric: sum(metric(a, p.answers) for a, p in zip(answers, problems, strict=True)) / len(problems)  # noqa: E731
     return {"em": sum(correct) / len(correct), "em_low": low, "em_high": high, "f1": mean(f1),
-            "sub_em": mean(sub_exact_match), "correct": correct, "kinds": kinds}
+            "sub_em": mean(sub_exact_match), "correct": "".join(map(str, correct)), "kinds": kinds}
 
 
 def held_out_rows(agent, system: str, seed: int, problems: Sequence[Problem], finder, probe,

@@ -47,7 +47,7 @@ CHECKS: dict[str, tuple[Callable, str]] = {
     "positive": (lambda v: number(v) and v > 0, "a number above 0"),
     "number": (number, "a number"),
     "share": (lambda v: number(v) and 0 <= v <= 1, "a number in [0, 1]"),
-    "bits": (lambda v: isinstance(v, list) and all(_count(x) and x <= 1 for x in v), "a list of 0 and 1"),
+    "bits": (lambda v: isinstance(v, list) and all(_count(x) and x <= 1 for x in v), "zeros and ones"),
     "bit": (lambda v: _count(v) and v <= 1, "0 or 1"),
     "kinds": (lambda v: isinstance(v, dict) and all(map(_pair, v.values())), "{kind: [correct, asked]}"),
     "pairs": (lambda v: isinstance(v, list) and all(map(_pair, v)), "a list of [kept, asked]"),
@@ -136,6 +136,8 @@ def _check_rows(path: Path, section: str, rows) -> list[dict]:
         raise InputError(f"{path}: {section} must be a list of objects")
     for index, row in enumerate(rows):
         where = f"{path}: {section}[{index}]"
+        if isinstance(bits := row.get("correct"), str) and not bits.strip("01"):  # "0110"; older runs hold a list
+            row["correct"] = list(map(int, bits))
         _check(where, row, SCHEMA[section])
         if "correct" in row:
             asked, right = row["n"] * (2 if section == "search_qa" else 1), sum(row["correct"])

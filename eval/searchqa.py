@@ -13,7 +13,7 @@ def search_row(agent, retriever, system: str, seed: int, problems: Sequence[Sear
     """One row of results.json: `system` on these pairs of questions, all of one benchmark.
 
     em is the mean over questions, as MEM1's reward is; its interval takes the questions for independent. correct:
-    the 0/1 of each question, pair by pair. found: share of the pieces of evidence that some search returned, null
+    a 0 or 1 for each question, pair by pair. found: share of the pieces of evidence that some search returned, null
     where the gold passages are not known.
     """
     episodes = agent.search(problems, [("search", seed, system, p.id) for p in problems], retriever)
@@ -24,7 +24,7 @@ def search_row(agent, retriever, system: str, seed: int, problems: Sequence[Sear
     found = [share for e in episodes if (share := evidence(e)) is not None]
     states = [len(m) for e in episodes for m in e.memories]
     return {"system": system, "seed": seed, "benchmark": problems[0].kind, "n": n, "em": sum(correct) / len(correct),
-            "em_low": low, "em_high": high, "correct": correct,
+            "em_low": low, "em_high": high, "correct": "".join(map(str, correct)),
             "f1": sum(f1(a, gold) for a, gold in zip(answers, golds, strict=True)) / len(golds),
             "turns": sum(len(e.turns) for e in episodes) / n,
             "searches": sum(bool(a.query) for e in episodes for a in e.actions) / n,

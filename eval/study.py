@@ -137,13 +137,13 @@ class Child:
             self.folder.rmdir()
 
 
-LIBC = ctypes.CDLL(None)
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _orphans_stop() -> None:
     """In a new process: should the study be killed, its runs are told to save and stop (Linux: PR_SET_PDEATHSIG).
     Otherwise they would go on, and lock their folders for whoever starts the study again."""
-    if sys.platform == "linux":
+    if LIBC:
         LIBC.prctl(1, signal.SIGTERM)
 
 

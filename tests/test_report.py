@@ -14,6 +14,7 @@ import pytest
 from synthetic import SHARES, make_run, qa_row, qa_rows
 
 from data import InputError
+from data.files import json_bytes
 from eval.claims import Table, on_long_text
 from eval.paper import PAPER_TABLE1
 from eval.report import main, md, write_report
@@ -280,7 +281,8 @@ def broken(change) -> dict:
     (broken(lambda r: r.update(em=0.75)), "disagrees"),
     (broken(lambda r: r.update(n=5)), "disagrees"),
     (broken(lambda r: r.update(n=0)), "n must be a number above 0"),
-    (broken(lambda r: r.update(correct=[2, 0, 0, 0])), "a list of 0 and 1"),
+    (broken(lambda r: r.update(correct=[2, 0, 0, 0])), "zeros and ones"),
+    (broken(lambda r: r.update(correct="0020")), "zeros and ones"),
     (broken(lambda r: r.update(kinds={"bridge": [3, 2]})), "kinds must be"),
     (broken(lambda r: r.update(kinds={"bridge": 3})), "kinds must be"),
 ])
@@ -292,6 +294,19 @@ def test_bad_results_end_in_one_line(tmp_path, capsys, results, message):
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert not (tmp_path / "report.md").exists()
+
+
+def test_answers_are_digits_or_a_list(tmp_path):
+    for correct in ([1, 0, 1, 0], "1010"):
+        make_run(tmp_path, long_qa=[qa_row("base", 0, 1, [1, 0, 1, 0]) | {"correct": correct}])
+        assert load_run(tmp_path).results["long_qa"][0]["correct"] == [1, 0, 1, 0]
+
+
+def test_a_list_of_numbers_is_one_line():
+    value = {"a": [1, -0.5e-9, None], "b": [[1, 2], [3, 4]], "c": ["[\n1]", "[", 2], "d": [], 5: [{"f": [True]}]}
+    text = json_bytes(value)
+    assert json.loads(text) == json.loads(json.dumps(value))
+    assert text.splitlines()[:5] == [b"{", b' "a": [1,-5e-10,null],', b' "b": [', b"  [1,2],", b"  [3,4]"]
 
 
 def test_missing_or_unreadable_run(tmp_path, capsys):

@@ -169,7 +169,7 @@ def test_row_of_results(agent, monkeypatch):
     a = agent()
     Scripted(a, monkeypatch, " A.\nSearch: Kovemgate built", " A.\nAnswer:\\boxed{ Mobrin Kovem}\\boxed{ 9}")
     row = search_row(a, Retriever(Corpus(PASSAGES, "three")), "mem1", 4, [PAIR, PAIR])
-    assert row["benchmark"] == "made up" and row["n"] == 2 and row["correct"] == [1, 0, 1, 0] and row["em"] == 0.5
+    assert row["benchmark"] == "made up" and row["n"] == 2 and row["correct"] == "1010" and row["em"] == 0.5
     assert (row["turns"], row["searches"], row["answered"], row["malformed"], row["found"]) == (2, 1, 1, 0, 0.5)
     assert row["em_low"] < 0.5 < row["em_high"] and row["memory_tokens"] > 0
 

@@ -287,7 +287,7 @@ def test_without_its_base_nothing_is_started(stand_in, capsys):
 
 def test_one_study_a_folder(stand_in, capsys):
     Path("runs/t").mkdir(parents=True)
-    hold = ("import fcntl, time; f = open('runs/t/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX);"
+    hold = ("import filelock, time; lock = filelock.FileLock('runs/t/.lock').acquire();"
             "print('held', flush=True); time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
