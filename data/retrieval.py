@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import InputError
 from data.files import replacing, writing
-from data.nfc import nfc
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
@@ -48,7 +48,7 @@ class Retriever:
         if isinstance(queries, str):  # a string is a sequence too: its letters would become the queries
             raise TypeError("queries must be a list of strings, not one string")
         found = []
-        for words in _words([nfc(query[:LONGEST_QUERY]) for query in queries]):
+        for words in _words([unicodedata.normalize("NFC", query[:LONGEST_QUERY]) for query in queries]):
             scores = self._scores(words)  # (passages,)
             found.append([i for i in top(scores, min(k, self.size)) if scores[i] > 0])
         return found
