@@ -155,13 +155,13 @@ def _added(where: str, stated: dict, config: dict) -> list[dict]:
         every = [*(stated.get("added_tokens") or []),
                  *({**t, "id": int(i)} for i, t in (config.get("added_tokens_decoder") or {}).items())]
         found = {t["content"]: UNMARKED | t for t in reversed(every)}
-        two = next(({t["id"], found[t["content"]]["id"]} for t in every if t["id"] != found[t["content"]]["id"]), None)
+        two = next((t for t in every if t["id"] != found[t["content"]]["id"]), None)
         tokens = sorted(found.values(), key=lambda t: t["id"])
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(f"{where}: an added token without content and id; {AGAIN}") from None
     if two:
-        raise InputError(f"{where}: an added token has the ids {min(two)} and {max(two)}; give it one in "
-                         f"tokenizer.json and tokenizer_config.json")
+        raise InputError(f"{where}: the added token {two['content']!r} has the ids {found[two['content']]['id']} and "
+                         f"{two['id']}; give it one in tokenizer.json and tokenizer_config.json")
     return tokens
 
 
