@@ -11,6 +11,7 @@ InputError: one line with the path, the line (or record, or row), and what to do
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from data import InputError, hub
-from data.nfc import nfc
 from data.retrieval import Retriever, top
 
 WIKIPEDIA = hub.Source(
@@ -391,7 +391,7 @@ def _clean(text: str) -> str:
     text = OWN_PLACEHOLDER.sub(r"(\1)", text.replace("\0", ""))
     if text.isascii():
         return text
-    return nfc(re.sub("[\ud800-\udfff]", "\ufffd", text))
+    return unicodedata.normalize("NFC", re.sub("[\ud800-\udfff]", "\ufffd", text))
 
 
 def _one_line(text: str) -> str:

@@ -10,6 +10,7 @@ later taken for an index. The file says which corpus it is of. Loads bm25s and n
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from filelock import FileLock
 
 from data import InputError
 from data.files import replacing, writing
-from data.nfc import nfc
 
 if TYPE_CHECKING:
     from data.corpus import Corpus
@@ -49,7 +49,7 @@ class Retriever:
         if isinstance(queries, str):  # a string is a sequence too: its letters would become the queries
             raise TypeError("queries must be a list of strings, not one string")
         found = []
-        for words in _words([nfc(query[:LONGEST_QUERY]) for query in queries]):
+        for words in _words([unicodedata.normalize("NFC", query[:LONGEST_QUERY]) for query in queries]):
             scores = self._scores(words)  # (passages,)
             found.append([i for i in top(scores, min(k, self.size)) if scores[i] > 0])
         return found

