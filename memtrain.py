@@ -65,7 +65,7 @@ from data.config import (
     refusal,
     rope_scaling,
 )
-from data.terminal import outlive_terminal, printable
+from data.run.terminal import outlive_terminal, printable
 from eval import commands
 
 if __name__ == "__main__":  # --help, typos, plans and studies are answered here, before torch is loaded
@@ -87,14 +87,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import ranks
-from data.checkpoint import load_checkpoint, save_checkpoint
-from data.files import read_json
-from data.folder import Interrupt, Log, RunFolder, Stopped, deaf
-from data.pretrained import load_adapter, load_weights, locate, read_shape
 from data.problems import Data
 from data.prompts import FULL, MASK_PROBLEM, SHORT, Prompts
-from data.retrieval import Retriever
+from data.run import ranks
+from data.run.files import read_json
+from data.run.folder import Interrupt, Log, RunFolder, Stopped, deaf
 from data.search import (
     CORRECTION,
     Action,
@@ -104,7 +101,11 @@ from data.search import (
     split_response,
 )
 from data.tasks import Problem, cut_middle, recall_target, sections
-from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from data.text.retrieval import Retriever
+from data.weights.checkpoint import load_checkpoint, save_checkpoint
+from data.weights.loading import check_vocabulary, load_tokenizer
+from data.weights.pretrained import load_adapter, load_weights, locate, read_shape
+from data.weights.tokenizer import Tokenizer
 from eval.header import header
 from eval.metrics import exact_match, extract_boxed
 from eval.stage import command, commit, earlier_results, evaluate
@@ -822,15 +823,10 @@ def train_base(run: Run) -> None:
     """The stand-in for an instruct model: copying, then text and demonstrations of the five formats."""
     from torch.utils.data import DataLoader
 
-    from data.demonstrations import DemoSteps
+    from data.world.steps import DemoSteps
 
     c, model, path = run.c, run.model, run.folder.checkpoint("base")
-    hidden = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    heads = [] if c.tied else [{"params": [model.output], "lr": c.base_lr / 5}]
-    optimizers = (torch.optim.Muon(hidden, lr=c.base_lr, momentum=0.95, weight_decay=0.0),
-                  torch.optim.AdamW([{"params": [model.embed], "lr": c.base_lr}, *heads,
-                                     {"params": vectors, "lr": c.base_lr / 5}], betas=(0.9, 0.95), weight_decay=0.0))
+    optimizers = base_optimizers(c, model)
     rates = [[g["lr"] for g in o.param_groups] for o in optimizers]
     state = {"stage": "base", "step": 0, "seconds": 0.0, "tokens": 0}
     if path.exists():
@@ -879,6 +875,16 @@ def train_base(run: Run) -> None:
 
     state |= {"done": True, "config": dataclasses.asdict(c), "commit": commit()}
     run.save("base", state | {"gates": gates(run.agent, c) if ranks.FIRST else {}})
+
+
+def base_optimizers(c: Config, model: Decoder) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
+    """Muon for the hidden matrices, AdamW for the rest."""
+    hidden = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    heads = [] if c.tied else [{"params": [model.output], "lr": c.base_lr / 5}]
+    return (torch.optim.Muon(hidden, lr=c.base_lr, momentum=0.95, weight_decay=0.0),
+            torch.optim.AdamW([{"params": [model.embed], "lr": c.base_lr}, *heads,
+                               {"params": vectors, "lr": c.base_lr / 5}], betas=(0.9, 0.95), weight_decay=0.0))
 
 
 def copying_rows(c: Config, step: int, tokenizer: Tokenizer) -> list[tuple]:
@@ -990,7 +996,7 @@ def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
 
 
 def report(run: Run) -> None:
-    from eval.report import write_report
+    from eval.report.page import write_report
 
     path = write_report(run.folder.path)
     print(printable(f"\n{path.read_text(encoding='utf-8')}\nreport: {path}"))
@@ -1021,9 +1027,11 @@ def run_stages(run: Run) -> None:
 
 
 def open_checkpoint(options: argparse.Namespace, fields: Sequence[str]) -> Policy:
-    """The policy of --checkpoint RUN/STAGE, with the configuration of its run, or the base that `fields` describe."""
+    """The policy of --checkpoint RUN/STAGE, with the configuration of its run, or the base that `fields` describe.
+    Nothing is trained or evaluated on: fields that only that would need are not looked at."""
+    idle = ["--stages", "report"]
     if options.checkpoint is None:
-        c = parse(fields)
+        c = parse([*idle, *fields])
         policy, folder = Policy(c, choose_device(c.device)), RunFolder(Path("runs") / c.run)
         policy.load_base(folder)
         return policy
@@ -1034,7 +1042,7 @@ def open_checkpoint(options: argparse.Namespace, fields: Sequence[str]) -> Polic
     theirs = read_json(stage.parent / "config.json", remedy)
     if odd := theirs.keys() - {f.name for f in dataclasses.fields(Config)}:
         raise InputError(f"{stage.parent / 'config.json'}: {min(odd)} is no field of this version; {remedy}")
-    given = given_fields(fields)
+    given = given_fields([*idle, *fields])
     if fixed := given.keys() - FREE_FIELDS - {"seed", "eval_temperature", "eval_top_p"}:
         raise InputError(f"--{min(fixed).replace('_', '-')}: the checkpoint has a value of its own; leave it out")
     c = dataclasses.replace(Config(**theirs), **given)
@@ -1053,6 +1061,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 commands.read(argv[1:], open_checkpoint, Agent)
             elif argv[0] == "export":
                 commands.export(argv[1:], open_checkpoint)
+            elif argv[0] == "gates":
+                return commands.gates(argv[1:], open_checkpoint, Agent)
             else:
                 commands.plan(argv[1:])
             return 0

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import InputError
-from data.pretrained import read_shape
-from data.terminal import StrictParser, printable
+from data.run.terminal import StrictParser, printable
+from data.weights.pretrained import read_shape
 
 
 def memory_times(factor: float):
@@ -262,7 +262,7 @@ TRAINED = ("memtrain", "memagent", "memtrain+memagent", "mem1", "memtrain+mem1")
 STAGES = ("base", *TRAINED, "eval", "report")
 SYSTEMS = ("base-one-window", "base", *TRAINED)
 STUDY = ("seeds", "ablations", "scaling")  # fields that ask for a study: its runs are started without them
-COMMANDS = ("plan", "read", "export")  # besides training and evaluation; the plain command takes options only
+COMMANDS = ("plan", "read", "export", "gates")  # besides training and evaluation; the plain command takes options only
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths, and one
 # that ran out of memory goes on in smaller batches.
@@ -295,18 +295,21 @@ def argument_parser() -> CommandParser:
 
 
 def command_options(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(options of `python memtrain.py read` or `export`, the rest: fields of Config). InputError as in parse."""
+    """(options of `python memtrain.py read`, `export` or `gates`, the rest: fields of Config). InputError as parse."""
     if name == "read":
         parser = CommandParser(name, "Read a text of any length section by section: the memory after each, the answer.")
         parser.add_argument("file", metavar="FILE", help="text, markdown or HTML in UTF-8; - for standard input")
         parser.add_argument("--question", default="", help="answered after the last section")
         parser.add_argument("--out", type=Path, metavar="FILE", help="also write memories and answer as JSON")
+    elif name == "gates":
+        parser = CommandParser(name, "Whether a base is fit to start reinforcement learning from, step by step.")
     else:
         parser = CommandParser(name, "Write a checkpoint as a PEFT adapter, or as whole weights for transformers.")
         parser.add_argument("--format", choices=("peft", "hf"), required=True, help="adapter, or whole weights")
         parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--checkpoint", type=Path, required=name == "export", metavar="RUN/STAGE",
-                        help="like runs/nano/memtrain; read takes the shipped base, or --model's weights, without it")
+                        help="like runs/nano/memtrain; read and gates take the shipped base, or --model's weights, "
+                             "without it")
     options, fields = parser.parse_known_args(argv)
     if study := given_fields(fields).keys() & set(STUDY):
         raise InputError(f"--{min(study)}: {name} is no study; leave it out")

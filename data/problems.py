@@ -12,16 +12,16 @@ from functools import cached_property
 from pathlib import Path
 
 from data import InputError
-from data.benchmarks import load_benchmarks
 from data.config import Config, kind_of, lengths_of
-from data.corpus import Question, load_passages, load_questions
-from data.entities import make_finder
-from data.files import output
-from data.miniwiki import FAMILIES, MiniWorld
-from data.retrieval import Retriever
+from data.run.files import output
 from data.search import SearchProblem, search_problem
 from data.tasks import Problem, masked_document, qa_document
-from data.tokenizer import Tokenizer
+from data.text.benchmarks import load_benchmarks
+from data.text.corpus import Question, load_passages, load_questions
+from data.text.entities import make_finder
+from data.text.retrieval import Retriever
+from data.weights.tokenizer import Tokenizer
+from data.world.miniwiki import FAMILIES, MiniWorld
 
 
 class Data:

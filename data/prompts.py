@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.tokenizer import Tokenizer
+from data.weights.tokenizer import Tokenizer
 
 UPDATE = "Update the memory.\nProblem: {problem}\n"
 ANSWER = "Answer from the memory in \\boxed{{}}.\nProblem: {problem}\n"

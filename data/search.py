@@ -17,8 +17,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.corpus import Question
-from data.tokenizer import Tokenizer
+from data.text.corpus import Question
+from data.weights.tokenizer import Tokenizer
 
 CORRECTION = " End with one line, Search: or Answer:.\n"
 NOTHING_FOUND = " Nothing found.\n"

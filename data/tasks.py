@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from data import InputError
-from data.corpus import Corpus, Passage, Question
-from data.entities import mask_entity
 from data.prompts import MASK_PROBLEM
-from data.tokenizer import Tokenizer
+from data.text.corpus import Corpus, Passage, Question
+from data.text.entities import mask_entity
+from data.weights.tokenizer import Tokenizer
 
 MASK, TARGET = "[MASK]", "[TARGET]"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from data import InputError
 from data.config import PRESETS, as_evaluated, command_options, parse
-from data.files import output
+from data.run.files import output
 
 
 def plan(argv: Sequence[str]) -> None:
@@ -28,7 +28,7 @@ def read(argv: Sequence[str], open_checkpoint: Callable, agent: Callable) -> Non
     """python memtrain.py read FILE: the memory after each section of a text, then the answer."""
     import torch
 
-    from data.folder import Interrupt
+    from data.run.folder import Interrupt
     from eval.read import read
 
     options, fields = command_options("read", argv)
@@ -38,9 +38,17 @@ def read(argv: Sequence[str], open_checkpoint: Callable, agent: Callable) -> Non
     read(agent(policy.model, policy.tokenizer, c), options.file, options.question, options.out, Interrupt())
 
 
+def gates(argv: Sequence[str], open_checkpoint: Callable, agent: Callable) -> int:
+    """python memtrain.py gates: whether a base is fit to start reinforcement learning from; 1 where it is not."""
+    from eval.gates import gates, passed
+
+    policy = open_checkpoint(*command_options("gates", argv))
+    return int(not passed(gates(agent(policy.model, policy.tokenizer, policy.c), policy.c)))
+
+
 def export(argv: Sequence[str], open_checkpoint: Callable) -> None:
     """python memtrain.py export: a checkpoint in the form that other tools read."""
-    from data.pretrained import export_adapter, export_weights
+    from data.weights.pretrained import export_adapter, export_weights
 
     options, fields = command_options("export", argv)
     if output(options.to).exists() and not (options.to.is_dir() and not any(options.to.iterdir())):

@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from data import InputError
 from data.config import TRAINED
-from data.files import output, write_json
-from data.terminal import printable
+from data.run.files import output, write_json
+from data.run.terminal import printable
 
 ROOT = Path(__file__).parents[1]
 TINY = {  # seconds long, and every stage has steps
@@ -105,9 +105,11 @@ def announced_run(target: Moment | None, trace: Path, fields: Sequence[str]) -> 
     import torch
 
     import memtrain
-    from data import checkpoint
-    from data.folder import Log
-    from eval import gates, longqa, plots, report, stage
+    from data.run.folder import Log
+    from data.weights import checkpoint
+    from eval import gates, longqa, stage
+    from eval.report import page as report
+    from eval.report import plots
 
     # A random policy earns no reward, so that nothing would be learned or told apart: a hash of what it wrote decides.
     memtrain.Agent.boxed = lambda agent, turn: agent.tokenizer.decode(turn.sampled)

@@ -2,19 +2,17 @@
 and be careless in exactly one, keeping what its memory holds. Measured on a training world of its own, sampled as
 in training; no evaluation question is looked at.
 
-    python -m eval.gates [CHECKPOINT]      (default: the shipped base)
+    python memtrain.py gates [--checkpoint RUN/STAGE]      (default: the shipped base)
 """
 
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 
-from data.demonstrations import Demonstrator, Episode, sentences
-from data.entities import occurs
-from data.miniwiki import MiniWorld
 from data.tasks import recall_target
+from data.text.entities import occurs
+from data.world.demonstrations import Demonstrator, Episode, sentences
+from data.world.miniwiki import MiniWorld
 from eval.metrics import exact_match
 
 GATES = {  # name: (lowest, highest) that passes, what it says
@@ -128,15 +126,5 @@ def _mean(values) -> float:
     return sum(values) / max(1, len(values))
 
 
-def main(argv: list[str]) -> int:
-    from memtrain import SHIPPED_BASE, Agent, Decoder, load_checkpoint, load_tokenizer, parse
-
-    config, tokenizer = parse([]), load_tokenizer()
-    model = Decoder(config, tokenizer.size)
-    load_checkpoint(Path(argv[0]) if argv else SHIPPED_BASE, model, tokenizer)
-    value = gates(Agent(model, tokenizer, config), config)
-    return int(not all(low <= value[name] <= high for name, (low, high, _) in GATES.items()))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def passed(value: dict[str, float]) -> bool:
+    return all(low <= value[name] <= high for name, (low, high, _) in GATES.items())

@@ -49,15 +49,16 @@ class Step:
 
 # most of a test's time on a card goes into compiling its kernels, for which one core does little
 SPREAD = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
-KERNELS = ("kernels/**/*.py", "eval/gpu_steps.py")
+KERNELS = ("kernels/**/*.py", "eval/bench/gpu_steps.py")
 AGENT = (*KERNELS, "memtrain.py", "data/**/*.py", "eval/*.py")
-BENCH = (*AGENT, "eval/**/*.py")
+BENCH = (*AGENT, "eval/bench/*.py")
 TESTS = (*AGENT, "tests/test_triton.py", "tests/test_gpu.py", "tests/conftest.py", "tests/test_kernels.py")
 
 
 def own(name: str, seconds: float, text: str, sources: tuple[str, ...] = AGENT, cuda: bool = False) -> Step:
-    return Step(name, seconds, text, ("-m", "eval.gpu_steps", name, "--device", "{device}", "--result", "{result}",
-                                      "--out", "{out}", "--seconds", "{seconds}"), sources, cuda)
+    command = ("-m", "eval.bench.gpu_steps", name, "--device", "{device}", "--result", "{result}", "--out", "{out}",
+               "--seconds", "{seconds}")
+    return Step(name, seconds, text, command, sources, cuda)
 
 
 def bench(name: str, seconds: float, text: str, *command: str, cuda: bool = True) -> Step:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from data.terminal import printable
+from data.run.terminal import printable
 from eval.plan import packed_tokens, refuse_too_large, work
 from eval.stage import commit
 from kernels import kernels_in_use, synchronise

@@ -6,7 +6,7 @@ where the world knows them (the mini-world), else *entities* (the finder's); a r
     gold        facts that the answer follows from. Real text: the entities of the gold passages of a question, of the
                 sentences around [MASK] in a masked document; those that the problem itself names are left out.
     stated      a fact: one of its phrasings word for word, whitespace aside, as a sentence that has its full stop;
-                [MASK] and the name that it hides count as the same. An entity: it occurs (data.entities.occurs).
+                [MASK] and the name that it hides count as the same. An entity: it occurs (data.text.entities.occurs).
     retention   [k] = (kept, asked) k sections after a gold fact was first readable, at k = 0 in the memory written on
                 that very section. A fact is asked after for as long as no later section states it again: from there
                 on it could have been noted anew instead of kept. It counts from where it stands, also where a reader
@@ -25,13 +25,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from data import InputError
-from data.corpus import SENTENCE_END
-from data.entities import APOSTROPHE, HYPHEN, occurs
-from data.files import write_json
-from data.miniwiki import RELATIONS, Fact, MiniWorld
+from data.run.files import write_json
 from data.tasks import MASK, Problem
+from data.text.corpus import SENTENCE_END
+from data.text.entities import APOSTROPHE, HYPHEN, occurs
+from data.world.miniwiki import RELATIONS, Fact, MiniWorld
 from eval.metrics import exact_match
-from eval.results import load_readings
+from eval.report.results import load_readings
 
 FURTHER = 8  # k = 0 .. 7
 LONGEST, SHOWN = 8, 4  # the longest evaluated questions up to this are measured, kept for the viewer

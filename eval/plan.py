@@ -30,7 +30,7 @@ from typing import NamedTuple
 from data import InputError
 from data.arms import jobs
 from data.config import TRAINED, is_study, kind_of, readers, searchers
-from data.files import output, write_json
+from data.run.files import output, write_json
 
 GB = 1e9
 CONTEXT = 0.5 * GB  # CUDA's context, compiled kernels and the libraries' workspaces: an allowance
@@ -285,14 +285,14 @@ def prefill(c, calls: Sequence[Call], made: Sequence[tuple[int, int, int, int]])
 
 # ---- What a run does -------------------------------------------------------------------------------------------------
 
-# Of the demonstrations of data/demonstrations.py, counted: how many of a document's sections are shown, to how many
-# readers that differ; tokens of an answer; turns of an episode of search.
+# Of the demonstrations of data/world/demonstrations.py, counted: how many of a document's sections are shown, to how
+# many readers that differ; tokens of an answer; turns of an episode of search.
 SHOWN, READERS, SAID, TURNS = 0.68, 2.5, 6, 5.5
 COPIED = 64 * 64  # tokens of a step of copying: memtrain.copying_rows
 
 
 def demonstrated(c) -> Passes:
-    """The micro-batches of one step of the base stage, about: rows of data.demonstrations, a fifth of their prefixes
+    """The micro-batches of one step of the base stage, about: rows of data.world.steps, a fifth of their prefixes
     scored beside the responses."""
     update, answer, recall, direct, search = WORDS["short"]
     section = 0.72 * c.section  # LENGTHS are 0.75 in the mean, and a section ends with its last whole passage

@@ -22,9 +22,9 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from data import InputError
-from data.files import output, replacing
+from data.run.files import output, replacing
+from data.run.terminal import printable
 from data.tasks import sections
-from data.terminal import printable
 
 DECODER = codecs.getincrementaldecoder("utf-8-sig")
 PIECE, LINE = 1 << 16, 1 << 13  # bytes read at a time; characters after which a line is cut

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data import InputError
-from data.corpus import Corpus, Question, load_passages, load_questions
-from data.files import output, write_json
-from data.retrieval import Retriever
-from data.terminal import StrictParser, printable
+from data.run.files import output, write_json
+from data.run.terminal import StrictParser, printable
+from data.text.corpus import Corpus, Question, load_passages, load_questions
+from data.text.retrieval import Retriever
 from eval.metrics import wilson_interval
 
 DEPTHS = (3, 10)  # 3 is what a search returns in search QA

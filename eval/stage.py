@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from data import InputError
 from data.config import SYSTEMS, TRAINED, readers, searchers
-from data.files import read_json, write_json
-from eval.ledger import stage_cost
+from data.run.files import read_json, write_json
 from eval.longqa import held_out_rows, long_qa_row
 from eval.memory import Memories
-from eval.results import FORMAT, ONCE, number
+from eval.report.ledger import stage_cost
+from eval.report.results import FORMAT, ONCE, number
 from eval.searchqa import search_row
 from kernels import kernels_in_use
 
@@ -127,7 +127,7 @@ def earlier_results(path: Path) -> dict:
 class Results:
     """results.json, saved after every row, so that an interrupted evaluation goes on where it stopped.
 
-    Rows of each section of eval.results.SCHEMA; `evaluation` holds the seconds that measuring them took.
+    Rows of each section of eval.report.results.SCHEMA; `evaluation` holds the seconds that measuring them took.
     """
 
     def __init__(self, run):

@@ -37,9 +37,9 @@ from tqdm import tqdm
 from data import InputError
 from data.arms import Job, arguments, jobs
 from data.config import FREE_FIELDS, Config, lengths_of, parse
-from data.files import json_bytes, read_json, write_json, writing
-from data.folder import Interrupt, RunFolder
-from data.terminal import printable
+from data.run.files import json_bytes, read_json, write_json, writing
+from data.run.folder import Interrupt, RunFolder
+from data.run.terminal import printable
 from eval.plan import evaluated, trainings, work
 
 SCRIPT = Path(__file__).parents[1] / "memtrain.py"
@@ -348,7 +348,7 @@ class Study:
 
 def report(study: Study) -> None:
     """The pooled report, over all runs that were evaluated."""
-    from eval.report import write_report
+    from eval.report.page import write_report
 
     first, *others = [child.folder for child in study.children if child.job.arm != "base"]
     path = write_report(first, others, study.path)

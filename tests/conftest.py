@@ -18,8 +18,8 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import memtrain
-from data.miniwiki import MiniWorld
-from data.tokenizer import load_tokenizer
+from data.weights.loading import load_tokenizer
+from data.world.miniwiki import MiniWorld
 
 # A model and a step small enough for a second; windows, prompts and tokenizer are those of the nano preset.
 TINY = {"width": 24, "hidden": 40, "layers": 2, "heads": 4, "key-heads": 2, "head-size": 8, "people": 60,

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import memtrain
-from data import checkpoint, pretrained
+from data.weights import checkpoint, pretrained
 from kernels import attention, decode, grpo, logprob
 from kernels.layout import Layout
 

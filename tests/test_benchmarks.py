@@ -5,8 +5,8 @@ import json
 import pytest
 from test_corpus import DATA, FLASHRAG, HOTPOT, MUSIQUE, needs_data, refuses, write
 
-from data.benchmarks import FLASHRAG as HUB
-from data.benchmarks import REVISION, SPLITS, load_benchmarks
+from data.text.benchmarks import FLASHRAG as HUB
+from data.text.benchmarks import REVISION, SPLITS, load_benchmarks
 
 SEVEN = "triviaqa", "bamboogle", "hotpotqa", "nq", "popqa", "2wikimultihopqa", "musique"
 

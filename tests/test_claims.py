@@ -9,13 +9,13 @@ from synthetic import LENGTHS, SHARES, answers, make_run, memory_rows, qa_rows, 
 
 from data import InputError
 from data.config import ABLATIONS, Config
-from eval.claims import MIN_QUESTIONS, Table, backbones, group, on_arms, on_backbones, on_search, verdicts
-from eval.ledger import ledger, power, stage_cost
 from eval.metrics import bootstrap_mean
 from eval.plan import parameters
-from eval.report import embedded, main, overall, ranged, readings, write_report
-from eval.results import load_run
-from eval.tables import ablations, scaling
+from eval.report.claims import MIN_QUESTIONS, Table, backbones, group, on_arms, on_backbones, on_search, verdicts
+from eval.report.ledger import ledger, power, stage_cost
+from eval.report.page import embedded, main, overall, ranged, readings, write_report
+from eval.report.results import load_run
+from eval.report.tables import ablations, scaling
 
 BOTH = "memtrain+memagent"
 
@@ -239,7 +239,7 @@ def test_embedded_json_is_whole_and_can_not_end_its_element():
 
 
 def test_too_many_documents_are_left_out_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.report.VIEWER_BYTES", 20_000)
+    monkeypatch.setattr("eval.report.page.VIEWER_BYTES", 20_000)
     folder = make_run(tmp_path / "r")
     (folder / "readings.json").write_text(json.dumps({"format": 1, "documents": [reading(i, 8) for i in range(12)]}))
     data, (shown, all_) = readings([load_run(folder)])

@@ -21,11 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import memtrain
-from data.corpus import load_passages, load_questions
-from data.files import second_name
-from data.folder import Log
-from data.retrieval import Retriever
-from data.tokenizer import Tokenizer
+from data.run.files import second_name
+from data.run.folder import Log
+from data.text.corpus import load_passages, load_questions
+from data.text.retrieval import Retriever
+from data.weights.tokenizer import Tokenizer
 from memtrain import Config, main, parse
 
 ROOT = Path(memtrain.__file__).parent
@@ -286,8 +286,8 @@ def test_a_damaged_checkpoint_of_the_run_itself_is_named(folder, base_checkpoint
 def test_every_module_loads_without_unix():
     """As on Windows: no fcntl, no resource, no SIGHUP."""
     names = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-             for p in (ROOT / "memtrain.py", *(p for f in ("data", "kernels", "eval") for p in (ROOT / f).glob("*.py")))
-             if p.name != "bench_compile.py"]  # it compiles kernels, and needs Triton
+             for p in (ROOT / "memtrain.py", *(p for r in ("data", "kernels", "eval") for p in (ROOT / r).rglob("*.py")))
+             if p.name not in ("compile.py", "__main__.py")]  # the first compiles kernels, and needs Triton
     code = f"""
 import importlib, signal, sys
 del signal.SIGHUP
@@ -387,8 +387,8 @@ BOMB = b"cposix\nsystem\n(S'touch exploded'\ntR."  # a pickle that runs a comman
 
 
 def test_a_pickle_is_refused_unexecuted_wherever_a_file_is_read(folder, base_checkpoint, capsys, monkeypatch):
-    import eval.report
-    from data.tokenizer import load_tokenizer
+    import eval.report.page
+    from data.weights.loading import load_tokenizer
 
     monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     pickle = importlib.import_module("pickle")
@@ -415,7 +415,7 @@ def test_a_pickle_is_refused_unexecuted_wherever_a_file_is_read(folder, base_che
         path.parent.mkdir(parents=True)
         path.write_bytes(BOMB)
         if name == "results.json":
-            assert eval.report.main(["runs/t"]) == 2 and said in capsys.readouterr().err
+            assert eval.report.page.main(["runs/t"]) == 2 and said in capsys.readouterr().err
         else:
             refused(capsys, command, said)
     assert not list(folder.rglob("exploded"))
@@ -568,7 +568,7 @@ def test_without_wandb_a_run_goes_on_after_one_note(outage, folder, tiny, monkey
     else:
         fake.init = lambda **_: types.SimpleNamespace(log=broken, finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr("data.folder.Wandb.patience", 0.3)
+    monkeypatch.setattr("data.run.folder.Wandb.patience", 0.3)
     c, rows = tiny("--run", "t", "--wandb", "online"), [{"stage": "memtrain", "step": i} for i in range(3)]
     log = Log(folder, dataclasses.asdict(c))
     for row in rows:
@@ -592,7 +592,7 @@ def test_wandb_that_is_not_installed(folder, capsys, base_checkpoint, monkeypatc
 @pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed")
 def test_wandb_offline_writes_a_local_run(folder, tiny):
     """The real package, without a network, in a process of its own: it starts services."""
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from data.folder import Log;"
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from data.run.folder import Log;"
             "log = Log(Path('.'), {'run': 't', 'wandb': 'offline'}); log.wandb.patience = 80;"
             "log.write({'stage': 'memtrain', 'step': 0, 'reward': 0.5}); log.close()")
     subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, timeout=100, capture_output=True)

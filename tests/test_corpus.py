@@ -11,9 +11,9 @@ import pytest
 from conftest import cpu_seconds
 
 from data import InputError
-from data.corpus import HOTPOTQA, WIKIPEDIA, Corpus, Passage, load_passages, load_questions, split_text
-from data.hub import cached
-from data.retrieval import top
+from data.text.corpus import HOTPOTQA, WIKIPEDIA, Corpus, Passage, load_passages, load_questions, split_text
+from data.text.hub import cached
+from data.text.retrieval import top
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"the sample data sets are not in {DATA}")
@@ -108,7 +108,7 @@ def test_split_is_by_title_and_stable():
 
 def test_split_does_not_depend_on_the_process():
     code = (
-        "from data.corpus import *; c = Corpus([Passage(f'T{i}', 'x') for i in range(99)], 'c');"
+        "from data.text.corpus import *; c = Corpus([Passage(f'T{i}', 'x') for i in range(99)], 'c');"
         "print(c.fingerprint, [p.title for p in c.split(0.2)[1].passages]);"
         "import sys; print(sorted({'datasets', 'spacy', 'bm25s', 'pyarrow', 'torch'} & set(sys.modules)))"
     )

@@ -10,8 +10,8 @@ import pytest
 from conftest import cpu_seconds
 
 from data import InputError
-from data.corpus import load_passages
-from data.entities import RuleFinder, SpacyFinder, make_finder, mask_entity, occurs
+from data.text.corpus import load_passages
+from data.text.entities import RuleFinder, SpacyFinder, make_finder, mask_entity, occurs
 
 WIKIPEDIA = Path(__file__).parents[2] / "shared" / "data" / "wikipedia_passages.jsonl"
 needs_wikipedia = pytest.mark.skipif(not WIKIPEDIA.exists(), reason=f"sample corpus {WIKIPEDIA} is not here")

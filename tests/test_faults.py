@@ -19,13 +19,14 @@ from conftest import TINY
 
 import memtrain
 from data import InputError
-from data.files import ROOT, output
-from data.folder import Interrupt
+from data.run.files import ROOT, output
+from data.run.folder import Interrupt
+from data.run.terminal import printable
 from data.tasks import Problem
-from data.terminal import printable
-from eval import bench, faults
-from eval import report as reports
+from eval import faults
+from eval.bench import main as bench
 from eval.faults import Moment
+from eval.report import page as reports
 from eval.watch import SIGNS, signs, watch
 from kernels.grpo import group_advantages, grpo_loss_reference
 from kernels.sampling import blocked_sum
@@ -193,7 +194,7 @@ def test_every_command_with_an_out_asks_first(capsys):
     before = {p: p.read_bytes() for p in (ROOT / "data").glob("*.py")}
     for main, command in ((reports.main, ["eval/results/nano", "--out"]), (bench.main, ["step", "--out"]),
                           (faults.main, ["--out"])):
-        assert main([*command, str(ROOT / "data" / "files.py")]) == 2
+        assert main([*command, str(ROOT / "data" / "config.py")]) == 2
         assert "source of memtrain" in capsys.readouterr().err.splitlines()[-1]
     assert {p: p.read_bytes() for p in (ROOT / "data").glob("*.py")} == before
 

@@ -9,7 +9,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from synthetic import make_run, memory_rows, qa_rows, reading, search_rows, write_readings
 
-from eval.report import write_report
+from eval.report.page import write_report
 
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium here: apt-get install chromium")
 HOSTILE = [

@@ -8,10 +8,10 @@ from conftest import TINY
 
 import memtrain
 from data import InputError
-from data.corpus import Passage, Question
-from data.entities import RuleFinder
-from data.miniwiki import Fact
 from data.tasks import MASK, MASK_PROBLEM, Problem
+from data.text.corpus import Passage, Question
+from data.text.entities import RuleFinder
+from data.world.miniwiki import Fact
 from eval.memory import (
     FURTHER,
     READINGS,

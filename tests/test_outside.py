@@ -12,12 +12,12 @@ from synthetic import make_run, qa_rows
 
 import memtrain
 from data import InputError
-from data.corpus import load_passages, load_questions
-from data.entities import RuleFinder, mask_entity, occurs
 from data.tasks import masked_document, recall_target, split_sections
-from data.tokenizer import load_tokenizer
+from data.text.corpus import load_passages, load_questions
+from data.text.entities import RuleFinder, mask_entity, occurs
+from data.weights.loading import load_tokenizer
 from eval.metrics import exact_match, extract_boxed, f1, sub_exact_match
-from eval.report import md, write_report
+from eval.report.page import md, write_report
 
 TOKENIZER, FINDER = load_tokenizer(), RuleFinder()
 PIECES = ["<|user|>", "<|assistant|>", "<|end|>", "<|im_start|>", "[MASK]", "[TARGET]", "[MA\0SK]", "[ MASK ]",

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import memtrain
 from data import InputError
 from data.config import PRESETS
-from data.demonstrations import DemoSteps
+from data.world.steps import DemoSteps
 from eval import plan
 from kernels.cache import Cache
 from memtrain import Agent, Decoder, Sampler, Turn, main, micro_batches, pack, parse

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import memtrain
 from data import InputError
-from data.pretrained import export_adapter, export_weights, load_adapter, load_weights, published, read_shape
+from data.weights.pretrained import export_adapter, export_weights, load_adapter, load_weights, published, read_shape
 from memtrain import Sampler, pack, score
 
 transformers = pytest.importorskip("transformers")
@@ -163,7 +163,7 @@ def test_peft_reads_our_adapters_and_we_read_its(name, targets, saved, tmp_path)
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen2 untied, all key heads", "llama 3, scaled"])
 def test_transformers_reads_our_merged_weights(name, saved, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.pretrained.SHARD", 20_000)
+    monkeypatch.setattr("data.weights.pretrained.SHARD", 20_000)
     folder, _ = saved(name)
     model, ids = adapted(folder), sequence()
     (folder / "vocab.json").write_text("{}")

@@ -9,7 +9,7 @@ from conftest import randomise
 from test_cli import passages, questions, write
 from test_tokenizer import save, trained
 
-from data.tokenizer import load_tokenizer
+from data.weights.loading import load_tokenizer
 from memtrain import main
 
 transformers = pytest.importorskip("transformers")

@@ -14,11 +14,11 @@ import pytest
 from synthetic import SHARES, make_run, qa_row, qa_rows
 
 from data import InputError
-from data.files import json_bytes
-from eval.claims import Table, on_long_text
-from eval.paper import PAPER_TABLE1
-from eval.report import main, md, write_report
-from eval.results import load_run
+from data.run.files import json_bytes
+from eval.report.claims import Table, on_long_text
+from eval.report.page import main, md, write_report
+from eval.report.paper import PAPER_TABLE1
+from eval.report.results import load_run
 
 
 def report(*args, **kwargs) -> str:

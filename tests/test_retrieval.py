@@ -12,19 +12,20 @@ import pytest
 from conftest import cpu_seconds
 from test_corpus import DATA, HOTPOT, needs_data, refuses, write
 
-from data import InputError, retrieval
-from data.corpus import Corpus, Passage, load_passages, load_questions
-from data.retrieval import INDEX, LONGEST_QUERY, Retriever
-from eval import bench
+from data import InputError
+from data.text import retrieval
+from data.text.corpus import Corpus, Passage, load_passages, load_questions
+from data.text.retrieval import INDEX, LONGEST_QUERY, Retriever
 from eval import retrieval as judge
+from eval.bench import main as bench
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["iron", "mill", "river", "boat", "old", "bridge", "stone", "tower", "gate", "hat", "felt", "wheel"]
 BUILD = """
 import os, signal, sys
 import numpy as np
-from data.corpus import Corpus, Passage
-from data.retrieval import Retriever
+from data.text.corpus import Corpus, Passage
+from data.text.retrieval import Retriever
 corpus = Corpus([Passage(f"T{i}", f"iron mill {i % 7} word{i}") for i in range(int(sys.argv[2]))], "made")
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 write = np.savez
@@ -264,7 +265,8 @@ def test_a_full_disk_is_named(mixed, tmp_path, monkeypatch):
 
 
 def test_importing_loads_nothing_heavy():
-    code = "import data.retrieval, data.benchmarks, sys; print(sorted({'bm25s', 'numpy', 'torch'} & set(sys.modules)))"
+    code = ("import data.text.retrieval, data.text.benchmarks, sys; "
+            "print(sorted({'bm25s', 'numpy', 'torch'} & set(sys.modules)))")
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
 
 

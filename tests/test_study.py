@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-import eval.report
+import eval.report.page
 import eval.study
 import memtrain
 from data.arms import arguments, jobs
@@ -148,8 +148,8 @@ import dataclasses, json, os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from data.config import parse
-from data.files import write_json
-from data.folder import RunFolder
+from data.run.files import write_json
+from data.run.folder import RunFolder
 from eval.plan import evaluated, trainings
 
 stopped = []
@@ -189,7 +189,7 @@ def stand_in(folder, monkeypatch):
     (folder / "stand_in.py").write_text(STAND_IN)
     monkeypatch.setattr(eval.study, "SCRIPT", folder / "stand_in.py")
     monkeypatch.setattr(eval.study, "POLL", 0.02)
-    monkeypatch.setattr(eval.report, "write_report", write_report)
+    monkeypatch.setattr(eval.report.page, "write_report", write_report)
     return reports
 
 

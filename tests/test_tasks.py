@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from data import InputError
-from data.corpus import Corpus, Passage
-from data.demonstrations import DILIGENT_MASKED, DILIGENT_QUESTION, Demonstrator, DemoSteps, sentences
-from data.entities import RuleFinder, _occurrence, mask_entity, occurs
-from data.miniwiki import ASKING, CLUES, COMPARED, FILLERS, QUESTION_KINDS, RELATIONS, MiniWorld
 from data.prompts import MASK_PROBLEM, Prompts
 from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, split_sections
-from data.tokenizer import SPECIALS, load_tokenizer
+from data.text.corpus import Corpus, Passage
+from data.text.entities import RuleFinder, _occurrence, mask_entity, occurs
+from data.weights.loading import load_tokenizer
+from data.weights.tokenizer import SPECIALS
+from data.world.demonstrations import DILIGENT_MASKED, DILIGENT_QUESTION, Demonstrator, sentences
+from data.world.miniwiki import ASKING, CLUES, COMPARED, FILLERS, QUESTION_KINDS, RELATIONS, MiniWorld
+from data.world.steps import DemoSteps
 from eval.metrics import exact_match, extract_boxed
 from memtrain import Config
 

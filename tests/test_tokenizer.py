@@ -18,9 +18,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from data import InputError
-from data.chat import around_user
-from data.published import QWEN2
-from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from data.weights.chat import around_user
+from data.weights.loading import check_vocabulary, load_tokenizer
+from data.weights.published import QWEN2
+from data.weights.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[1] / "shared" / "data"
 if not SHARED.exists():
@@ -137,7 +138,7 @@ def trained(family: str, size: int = 600) -> tuple[tokenizers.Tokenizer, str]:
     made.decoder = tokenizers.decoders.ByteLevel()
     first = special if family == "smollm2" else []  # their ids come first, in the vocabulary itself
     alphabet = byte_level.alphabet()
-    made.train_from_iterator(CORPUS + [p for f in ["miniwiki.py", "tokenizer.py"] for p in
+    made.train_from_iterator(CORPUS + [p for f in ["world/miniwiki.py", "weights/tokenizer.py"] for p in
                              (Path(__file__).parents[1] / "data" / f).read_text(encoding="utf-8").splitlines(True)],
                              trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=first,
                                                  show_progress=False))
@@ -356,8 +357,9 @@ def test_smollm2_as_published(tmp_path):
 
 
 def test_our_own_vocabulary_needs_no_tokenizers_library():
-    subprocess.run([sys.executable, "-c", "import sys; from data.tokenizer import load_tokenizer; load_tokenizer(); "
-                    "assert 'tokenizers' not in sys.modules"], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", "import sys; from data.weights.loading import load_tokenizer; "
+                    "load_tokenizer(); assert 'tokenizers' not in sys.modules"], check=True,
+                   cwd=Path(__file__).parents[1])
 
 
 # ---- pieces of characters
@@ -413,7 +415,7 @@ def test_the_shipped_tokenizer_survives_a_megabyte_of_spaces(tokenizer):
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\ud83d\ude00", "é\udc80"])
 def test_lone_surrogates(text, tmp_path, tokenizer):
-    from data.corpus import _clean
+    from data.text.corpus import _clean
     for ours in (tokenizer, load_tokenizer(save(trained("qwen2"), tmp_path))):
         assert ours.encode(text) == ours.encode(_clean(text))
 
@@ -624,7 +626,7 @@ def test_the_sound_folder_of_the_table_loads(tmp_path):
 
 
 def test_a_folder_around_ranks_is_the_file(tmp_path, tokenizer):
-    from data.tokenizer import NANO_RANKS
+    from data.weights.tokenizer import NANO_RANKS
     (tmp_path / "x.tiktoken").write_bytes(NANO_RANKS.read_bytes())
     assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint == "8f51e139a0f5"
     assert (tokenizer.user, tokenizer.assistant, tokenizer.stops) == ([1533], [1534], (1535,))

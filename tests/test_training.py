@@ -21,10 +21,10 @@ from test_kernels import dense, plain_loss
 
 import memtrain
 from data import InputError
-from data.entities import occurs
-from data.files import write_json
-from data.folder import Interrupt
+from data.run.files import write_json
+from data.run.folder import Interrupt
 from data.tasks import Problem
+from data.text.entities import occurs
 from kernels.cache import Cache
 from kernels.grpo import grpo_loss
 from kernels.sampling import nucleus

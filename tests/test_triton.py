@@ -393,7 +393,7 @@ def test_kernels_build_for_six_generations():
     """Every tile that could be launched, compiled, not interpreted, hence in a process of its own. fp16, whose code
     is bf16's, is left to `python -m eval.bench compile`."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MEMTRAIN_KERNELS")}
-    code = ("from eval.bench_compile import *; rows = build_all(dtypes=('bf16', 'fp32')); "
+    code = ("from eval.bench.compile import *; rows = build_all(dtypes=('bf16', 'fp32')); "
             "print(compile_table(rows)); assert all(r.shared_kb <= r.limit_kb for r in rows)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment,
                           cwd=Path(__file__).parents[1], check=False)

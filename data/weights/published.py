@@ -23,9 +23,9 @@ from pathlib import Path
 import tokenizers
 
 from data import InputError
-from data.chat import around_user
-from data.files import read_json
-from data.tokenizer import SURROGATES, Tokenizer
+from data.run.files import read_json
+from data.weights.chat import around_user
+from data.weights.tokenizer import SURROGATES, Tokenizer
 
 AGAIN = "download the checkpoint's folder again"
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.corpus import Corpus
-from data.retrieval import INDEX, Retriever
+from data.text.corpus import Corpus
+from data.text.retrieval import INDEX, Retriever
 
 QUERIES, QUERY_WORDS = 200, 12
 BATCHES = (1, 8, 64)

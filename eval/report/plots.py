@@ -18,10 +18,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from eval.claims import BOTH, Arm, Table, longer_memagent
 from eval.metrics import wilson_interval
-from eval.paper import PAPER_ABLATIONS, PAPER_BENCHMARKS, PAPER_LENGTHS, PAPER_TABLE1, PAPER_TABLE2
-from eval.results import SYSTEMS, Run, number
+from eval.report.claims import BOTH, Arm, Table, longer_memagent
+from eval.report.paper import PAPER_ABLATIONS, PAPER_BENCHMARKS, PAPER_LENGTHS, PAPER_TABLE1, PAPER_TABLE2
+from eval.report.results import SYSTEMS, Run, number
 
 LOOKS = {  # system, or stage: (colour, dash, marker)
     "base-one-window": ("#8c8c8c", (0, (3, 2)), "o"), "base": ("#8c8c8c", "-", "s"), "memtrain": ("#d07c00", "-", "^"),

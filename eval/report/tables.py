@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.claims import BOTH, Arm, Table, against, longer_memagent, measured, points, shared
-from eval.results import SYSTEMS, Run
+from eval.report.claims import BOTH, Arm, Table, against, longer_memagent, measured, points, shared
+from eval.report.results import SYSTEMS, Run
 
 LONG = ("base-one-window", "base", "memtrain", "memagent", BOTH)  # systems of Table 1
 SEARCH = ("base", "mem1", "memtrain+mem1")  # systems of Table 2
@@ -153,7 +153,7 @@ def stages(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def costs(rows: Sequence[dict]) -> list[list[str]]:
-    """The ledger of eval.ledger in print."""
+    """The ledger of eval.report.ledger in print."""
     def show(row: dict, key: str) -> str:
         value = row.get(key)
         if value is None:

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from data import InputError
-from data.files import writing
+from data.run.files import writing
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 import memtrain
 from data import InputError
-from data.pretrained import adapter_names, load_weights, published
-from eval.bench_kernels import _seconds, ceilings
+from data.weights.pretrained import adapter_names, load_weights, published
+from eval.bench.kernels import _seconds, ceilings
 
 SHAPES = {  # transformers' names; trl: defaults of that benchmark
     "tiny": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,

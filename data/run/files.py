@@ -92,7 +92,7 @@ def write_json(path: Path, value) -> None:
         temporary.write_bytes(json_bytes(value))
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCE = {"memtrain.py", "data", "kernels", "eval", "tests", "README.md", "LICENSE", "pyproject.toml",
           "requirements.txt", ".git", ".gitattributes", ".gitignore", ".ci"}
 

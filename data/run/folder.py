@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from data import InputError
-from data.files import json_bytes, read_json, replacing, write_json, writing
-from data.terminal import printable
+from data.run.files import json_bytes, read_json, replacing, write_json, writing
+from data.run.terminal import printable
 
 
 class RunFolder:

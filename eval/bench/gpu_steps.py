@@ -1,6 +1,6 @@
 """The steps of `python -m eval.gpu`, each of which runs in a process of its own:
 
-    python -m eval.gpu_steps NAME --device cuda|cpu --result FILE [--out DIR] [--seconds N]
+    python -m eval.bench.gpu_steps NAME --device cuda|cpu --result FILE [--out DIR] [--seconds N]
 
 A step writes its figures to FILE as JSON as soon as it has them and ends with 1 where they are not as they must be.
 """
@@ -552,7 +552,8 @@ STEPS = {f.__name__: f for f in (probe, kernels, parity, nano, small, run, step,
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.gpu_steps", description="One step of python -m eval.gpu.")
+    parser = argparse.ArgumentParser(prog="python -m eval.bench.gpu_steps",
+                                     description="One step of python -m eval.gpu.")
     parser.add_argument("name", choices=STEPS)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--result", type=Path, required=True, metavar="FILE")

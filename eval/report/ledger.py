@@ -8,8 +8,8 @@ recomputation and the optimiser are not counted.
 
 from collections.abc import Sequence
 
-from eval.claims import Arm
 from eval.plan import CARDS, parameters
+from eval.report.claims import Arm
 
 THREAD_WATTS = 10.0  # a 64-thread server CPU at 280 W gives 4.4 W a thread; as much again for memory, losses, cooling
 COUNTED = ("seconds", "tokens_sampled", "tokens_prompts", "tokens_trained", "flops")

@@ -31,7 +31,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from data.corpus import Corpus, Passage, Question
+from data.text.corpus import Corpus, Passage, Question
 
 
 class Fact(NamedTuple):
@@ -382,7 +382,7 @@ class MiniWorld:
 
 def main() -> None:
     """Prints a text of the evaluation world to read, and on standard error what can be asked about it."""
-    parser = argparse.ArgumentParser(prog="python -m data.miniwiki", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m data.world.miniwiki", description=main.__doc__)
     parser.add_argument("--passages", type=int, default=60, help="lines of the text (default: 60)")
     parser.add_argument("--questions", type=int, default=3, help="questions it answers (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data import InputError
-from data.files import replacing, second_name, write_json
-from data.tokenizer import Tokenizer
+from data.run.files import replacing, second_name, write_json
+from data.weights.tokenizer import Tokenizer
 
 PREVIOUS, BEST = "previous.safetensors", "best.safetensors"
 

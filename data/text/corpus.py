@@ -19,8 +19,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data import InputError, hub
-from data.retrieval import Retriever, top
+from data import InputError
+from data.text import hub
+from data.text.retrieval import Retriever, top
 
 WIKIPEDIA = hub.Source(
     "wikimedia/wikipedia", "20231101.en", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", ("title", "text"),

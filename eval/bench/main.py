@@ -1,8 +1,8 @@
 """Benchmarks. Each prints a table and, with --out FILE, writes the same figures as JSON.
 
     python -m eval.bench step [--repeats 3] [--out FILE] [any field of memtrain.Config]
-        one GRPO step of MemTrain, by memtrain.py and by the plain implementation in eval/plain.py: seconds, tokens
-        through the model, memory; that both sampled the same tokens and have the same loss and gradient
+        one GRPO step of MemTrain, by memtrain.py and by the plain implementation in eval/bench/plain.py: seconds,
+        tokens through the model, memory; that both sampled the same tokens and have the same loss and gradient
     python -m eval.bench kernels [--repeats 5] [--device cpu|cuda] [--out FILE]
         each kernel beside peers that compute the same: seconds, extra memory, share of the measured ceilings
     python -m eval.bench compile [--out FILE]
@@ -49,11 +49,11 @@ from tqdm import tqdm
 import memtrain
 from data import InputError
 from data.config import STUDY, as_evaluated, dashes
-from data.corpus import load_passages, load_questions
-from data.files import output, write_json
-from data.miniwiki import MiniWorld
-from data.terminal import StrictParser, printable
-from eval import plain
+from data.run.files import output, write_json
+from data.run.terminal import StrictParser, printable
+from data.text.corpus import load_passages, load_questions
+from data.world.miniwiki import MiniWorld
+from eval.bench import plain
 from eval.longqa import long_qa_row
 from eval.stage import environment
 
@@ -312,7 +312,7 @@ def load_weights(c: memtrain.Config, model: memtrain.Decoder, tokenizer) -> str:
 
 
 def step(argv: Sequence[str]) -> int:
-    parser = Parser("step", "one GRPO step of MemTrain by memtrain.py and by eval/plain.py")
+    parser = Parser("step", "one GRPO step of MemTrain by memtrain.py and by eval/bench/plain.py")
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats (default: 3)")
     parser.add_argument("--plain-train-rows", type=int, default=plain.TRAIN_ROWS, metavar="N",
                         help=f"rows of a training batch of the plain side (default: {plain.TRAIN_ROWS})")
@@ -337,7 +337,7 @@ def step(argv: Sequence[str]) -> int:
 
 
 def kernels(argv: Sequence[str]) -> int:
-    from eval import bench_kernels
+    from eval.bench import kernels as bench_kernels
 
     parser = Parser("kernels", "each kernel beside peers that compute the same")
     parser.add_argument("--repeats", type=int, default=5, help="timed repeats (default: 5)")
@@ -364,7 +364,7 @@ def kernels(argv: Sequence[str]) -> int:
 
 
 def compile_kernels(argv: Sequence[str]) -> int:
-    from eval import bench_compile  # needs Triton, and kernels that are not interpreted
+    from eval.bench import compile as bench_compile  # needs Triton, and kernels that are not interpreted
 
     parser = Parser("compile", "every kernel compiled for six GPU generations")
     options, rest = parser.read(argv, at_least_one=())
@@ -392,7 +392,7 @@ def peers_parser(name: str, text: str) -> Parser:
 
 
 def read_peers(parser: Parser, argv: Sequence[str], *at_least_one: str) -> tuple[argparse.Namespace, torch.device]:
-    from eval import bench_peers
+    from eval.bench import peers as bench_peers
 
     options, rest = parser.read(argv, at_least_one=("repeats", "group", "groups", *at_least_one))
     if rest:
@@ -408,7 +408,7 @@ def read_peers(parser: Parser, argv: Sequence[str], *at_least_one: str) -> tuple
 
 
 def sample(argv: Sequence[str]) -> int:
-    from eval import bench_peers
+    from eval.bench import peers as bench_peers
 
     parser = peers_parser("sample", "tokens/s of our sampler beside transformers' generate")
     parser.add_argument("--prompt", type=int, default=640, help="tokens of a prompt (default: 640)")
@@ -422,7 +422,7 @@ def sample(argv: Sequence[str]) -> int:
 
 
 def trl(argv: Sequence[str]) -> int:
-    from eval import bench_peers
+    from eval.bench import peers as bench_peers
 
     parser = peers_parser("trl", "a whole GRPO step beside TRL's GRPOTrainer")
     chosen = bench_peers.TRL
@@ -488,7 +488,7 @@ def documents_table(result: dict) -> str:
 
 
 def retrieval(argv: Sequence[str]) -> int:
-    from eval import bench_retrieval
+    from eval.bench import retrieval as bench_retrieval
 
     parser = Parser("retrieval", "BM25 over a corpus: building, loading, searching")
     parser.add_argument("--repeats", type=int, default=5, help="how often each is timed (default: 5)")
@@ -580,7 +580,7 @@ def length(argv: Sequence[str]) -> int:
     rows = []
     for n in tqdm(memtrain.lengths_of(c), desc="length", unit="process"):
         done = subprocess.run([sys.executable, "-m", "eval.bench", "length", "--only", str(n), *fields], text=True,
-                              cwd=Path(__file__).parents[1], capture_output=True, check=False)
+                              cwd=Path(__file__).parents[2], capture_output=True, check=False)
         if done.returncode:
             raise InputError(f"at length {n}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
         rows.append(json.loads(done.stdout.splitlines()[-1]))
@@ -596,8 +596,8 @@ READER = [text for name, value in READER.items() for text in (f"--{name}", str(v
 
 
 # the process itself tells its peak: to whoever started it, its own would be counted in
-READ = ("import sys, memtrain, eval.bench; code = memtrain.main(sys.argv[1:]);"
-        "print(f'\\n{eval.bench._peak_mb(memtrain.choose_device(\"cpu\"))}', file=sys.stderr); sys.exit(code)")
+READ = ("import sys, memtrain, eval.bench.main; code = memtrain.main(sys.argv[1:]);"
+        "print(f'\\n{eval.bench.main._peak_mb(memtrain.choose_device(\"cpu\"))}', file=sys.stderr); sys.exit(code)")
 
 
 def read_texts(sizes: Sequence[float]) -> list[dict]:
@@ -734,7 +734,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,7 @@ It knows what to look for next and recognises what it finds, but it is mediocre 
 learning can repair:
 
     its state    six times in ten it forgets the old one and notes what it has just found alone, like the careless
-                 reader of data.demonstrations: what it has lost it has to search for again
+                 reader of data.world.demonstrations: what it has lost it has to search for again
     its queries  two in five say what is asked in the words of the passages (which finds it 95% of the time), two in
                  five in those of the question (50%), the others give the bare name (40%)
 """
@@ -14,9 +14,9 @@ from __future__ import annotations
 import random
 import re
 
-from data.demonstrations import Demo, Demonstrator, sentences
-from data.miniwiki import FAMILIES, RELATIONS, Fact
 from data.search import CORRECTION, observation
+from data.world.demonstrations import Demo, Demonstrator, sentences
+from data.world.miniwiki import FAMILIES, RELATIONS, Fact
 
 DILIGENT_SEARCH = 0.42  # share of turns that copy the old state
 QUERIES = {"passages' words": 0.4, "question's words": 0.4, "name": 0.2}

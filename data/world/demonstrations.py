@@ -19,14 +19,12 @@ the memory or the section.
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass, field
 
-from data.entities import RuleFinder, mask_entity, occurs
-from data.miniwiki import Fact, MiniWorld
 from data.prompts import Prompts
 from data.tasks import MASK, masked_document, qa_document, recall_target, split_sections
-from data.tokenizer import load_tokenizer
+from data.text.entities import RuleFinder, mask_entity, occurs
+from data.world.miniwiki import Fact, MiniWorld
 
 DILIGENT_MASKED, DILIGENT_QUESTION = 0.38, 0.22  # share of updates by the diligent reader
 WORN = 0.12  # share of old memories shown as they look after a writer that did not stop
@@ -250,56 +248,3 @@ class Demonstrator:
                 directs -= 1
                 demos.append(demo)
         return demos
-
-
-# answers are few tokens among many
-WEIGHTS = {"update": 2.0, "answer": 2.0, "recall": 3.0, "direct": 2.0, "search": 2.0}
-
-
-class DemoSteps:
-    """steps[i]: rows [(prefix, [(given, response, weight), ...]), ...] of training step i, for a DataLoader.
-
-    Every step has a world of its own: a world that lasted a hundred steps was learned by heart, and the loss that
-    fell by half within it said nothing about the next. i is counted from `first`. A function of (configuration, i).
-    """
-
-    def __init__(self, config, first: int = 0):
-        self.config, self.first = config, max(0, first)
-        tokenizer, orders = load_tokenizer(), sorted(("section-first", "paper"), key=config.prompt_order.__ne__)
-        self.prompts = [Prompts(tokenizer, order) for order in orders]  # its own order, and the other one
-
-    def __len__(self) -> int:
-        return self.config.base_steps - self.first
-
-    def __getitem__(self, i: int) -> list[tuple]:
-        from data.search_demonstrations import Searcher  # it builds on this file
-
-        if i >= len(self):
-            raise IndexError(i)
-        c, step = self.config, i + self.first
-        # world 0 is the one reinforcement learning reads, 99 the gates'
-        world = MiniWorld(c.base_people, 1_000_000 * (c.seed + 1) + step, "train")
-        # every fifth step in the other order, so that the two can be compared
-        demonstrator = Demonstrator(world, self.prompts[step % 5 == 4], c.section, c.memory)
-        demos = demonstrator.batch(c.seed, step, c.base_documents, c.base_answers, c.base_recalls,
-                                   c.base_directs)
-        searcher = Searcher(demonstrator, c.turns, c.hits, c.result, c.act)
-        rng = random.Random(f"search:{c.seed}:{step}")
-        demos += [searcher.episode(c.seed, rng.randrange(1 << 30), rng) for _ in range(c.base_searches)]
-        return [(d.prefix, [(g, r, WEIGHTS[d.kind]) for g, r in d.suffixes]) for d in demos]
-
-
-def tokenizer_text(words: int = 28_000) -> str:
-    """Text that the mini-world tokenizer is trained on: passages, questions and prompts of training worlds."""
-    from data import prompts as templates
-
-    fixed = [templates.UPDATE, templates.ANSWER, templates.DIRECT, templates.RECALL.format(), templates.MASK_PROBLEM,
-             templates.NO_MEMORY, "Memory: Section:\n Text:\n", "\\boxed{ }", " [MASK] [TARGET] \n"]
-    parts, count, seed = ["\n".join(fixed).replace("{{", "{").replace("}}", "}")] * 20, 0, 1000
-    while count < words:
-        world = MiniWorld(400, seed)
-        for i, passage in enumerate(world.passages[seed % 17 :: 17]):
-            parts += [passage.rendered, world.question(i).question]
-            count += len(re.findall(r"\w+", parts[-1] + parts[-2]))
-        seed += 1
-    return "\n".join(parts)

@@ -118,7 +118,7 @@ def signature(variant: Variant) -> dict[str, str]:
 
 
 def _unknown(name: str):
-    raise KeyError(f"{name}: a new kernel argument; tell eval/bench_compile.py its type")
+    raise KeyError(f"{name}: a new kernel argument; tell eval/bench/compile.py its type")
 
 
 def build(variant: Variant, capability: int) -> Compiled:

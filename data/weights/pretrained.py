@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import InputError
-from data.files import read_json, replacing, write_json, writing
+from data.run.files import read_json, replacing, write_json, writing
 
 if TYPE_CHECKING:
     import torch
@@ -276,7 +276,7 @@ def export_weights(folder: Path, model, source: Path | None) -> None:
     """
     from safetensors.torch import save_file
 
-    from data.tokenizer import NANO_RANKS
+    from data.weights.tokenizer import NANO_RANKS
 
     tensors = dict(_merged(model))
     plan, size = [[]], 0

@@ -4,7 +4,7 @@
 
 A benchmark is NAME (one of the seven, streamed from the hub in FlashRAG's form), NAME=FILE, or FILE, whose name is
 then the file's without its ending and _train, _dev or _test; "all" is the seven. Files may have FlashRAG's form or
-those of HotpotQA, 2WikiMultiHopQA and MuSiQue (data/corpus.py).
+those of HotpotQA, 2WikiMultiHopQA and MuSiQue (data/text/corpus.py).
 
 Question marks. A record without one is refused: most often its columns are swapped, or its text was cut. The seven sets
 are the exception, from the hub or from a file under their name, for their authors publish such questions: all of the
@@ -23,9 +23,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data import InputError, hub
-from data.corpus import Question, parse_questions, question_records
-from data.terminal import printable
+from data import InputError
+from data.run.terminal import printable
+from data.text import hub
+from data.text.corpus import Question, parse_questions, question_records
 
 # In the order of the paper's Table 2. Splits as search agents are commonly evaluated: test where there is one,
 # else dev.

@@ -4,7 +4,7 @@
     python -m eval.report runs/s0 runs/s1 runs/s2 --out DIR       pool runs that differ in their seed only
     python -m eval.report runs/s0 runs/s0-end-to-end --out DIR    compare arms: the first run's is the full one
 
-    results.json, metrics.jsonl, readings.json -> eval.results (checked) -> eval.claims -> tables, plots -> here
+    results.json, metrics.jsonl, readings.json -> results (checked) -> claims -> tables, plots -> here
 
 Three rules keep it honest. A verdict is read off the 95% interval of a paired difference, after rounding the interval
 outwards. Whatever was not measured is written as "not run" or "not tested", never left out. The paper's own figures
@@ -27,14 +27,14 @@ from markupsafe import Markup, escape
 
 from data import InputError
 from data.config import Config
-from data.files import output, replacing, writing
-from data.terminal import printable
-from eval import plots, tables
-from eval.claims import BOTH, FULL, REPRODUCED, Arm, Claim, backbones, verdicts
-from eval.ledger import ledger
-from eval.paper import PAPER_BENCHMARKS, PAPER_LENGTHS, PAPER_TABLE1, PAPER_TABLE2
-from eval.results import SYSTEMS, Run, load_run
-from eval.tables import LONG, Outside
+from data.run.files import output, replacing, writing
+from data.run.terminal import printable
+from eval.report import plots, tables
+from eval.report.claims import BOTH, FULL, REPRODUCED, Arm, Claim, backbones, verdicts
+from eval.report.ledger import ledger
+from eval.report.paper import PAPER_BENCHMARKS, PAPER_LENGTHS, PAPER_TABLE1, PAPER_TABLE2
+from eval.report.results import SYSTEMS, Run, load_run
+from eval.report.tables import LONG, Outside
 
 TITLES = {
     "C1": "MemTrain, without one label, lifts the base at every length.",
@@ -301,7 +301,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,10 +16,10 @@ from functools import cached_property
 
 import numpy as np
 
-from data.benchmarks import SPLITS
 from data.config import arm_of
+from data.text.benchmarks import SPLITS
 from eval.metrics import bootstrap_mean, wilson_interval
-from eval.paper import (
+from eval.report.paper import (
     PAPER_ABLATIONS,
     PAPER_DECOUPLED,
     PAPER_LENGTHS,
@@ -29,7 +29,7 @@ from eval.paper import (
     gap,
     wins,
 )
-from eval.results import Run, refuse_repeats
+from eval.report.results import Run, refuse_repeats
 
 MIN_QUESTIONS = 30  # below this a bootstrap interval means little: with one question it has no width at all
 REPRODUCED = "reproduced"

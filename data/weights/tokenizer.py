@@ -1,6 +1,6 @@
 """ids <-> text: the mini-world's own ranks or a `.tiktoken` file through tiktoken, or a published checkpoint.
 
-    python -m data.tokenizer            # rebuild data/nano/miniworld.tiktoken (about two minutes)
+    python -m data.weights.tokenizer            # rebuild data/nano/miniworld.tiktoken (about two minutes)
 
 The shipped ranks are older than the last changes to the mini-world's pages: a rebuild gives others (names and
 phrasings are the same, their order is not), and then needs a base trained anew (`--stages base`).
@@ -22,7 +22,7 @@ import tiktoken
 from data import InputError
 
 SPECIALS = ("<|user|>", "<|assistant|>", "<|end|>")
-NANO_RANKS = Path(__file__).parent / "nano" / "miniworld.tiktoken"
+NANO_RANKS = Path(__file__).parents[1] / "nano" / "miniworld.tiktoken"
 
 # Words carry their leading space, digits go in pairs (a year is two tokens, a count at most three), and the two
 # placeholders and the answer box stay whole, so that each can become one rank.
@@ -35,7 +35,7 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
-    """ids <-> text; of a published checkpoint: data.published.Published, with the same names.
+    """ids <-> text; of a published checkpoint: data.weights.published.Published, with the same names.
 
     size: the highest id + 1, specials included. user, assistant: the ids before the user's text and those between
     it and the response. stops: the ids that end a response; end, the first of them, is the one that is trained.
@@ -60,27 +60,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text` as ordinary text: "<|end|>" in a document gives its characters, never the stop id.
 
-        A lone surrogate counts as U+FFFD, as in data.corpus."""
+        A lone surrogate counts as U+FFFD, as in data.text.corpus."""
         return self._encoding.encode_ordinary(SURROGATES.sub("\ufffd", text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are no UTF-8 give U+FFFD, ids without a token nothing."""
         return b"".join([self._tokens.get(i, b"") for i in ids]).decode("utf-8", "replace")
-
-
-def load_tokenizer(path: str | Path = NANO_RANKS) -> Tokenizer:
-    """The tokenizer of a `.tiktoken` file, or of a folder: one around such a file, or a published checkpoint's.
-
-    A file has tiktoken's form, a line a rank: base64 of the bytes, a space, the rank. InputError if it isn't so.
-    """
-    path = Path(path)
-    if path.is_dir():
-        if len(stored := list(path.glob("*.tiktoken"))) != 1 or any(path.glob("tokenizer*.json")):
-            from data.published import load_published  # loads `tokenizers`
-
-            return load_published(path)
-        path = stored[0]
-    return Tokenizer(read_ranks(path), path.stem)
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -99,26 +84,3 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     if sorted(ranks.values()) != list(range(len(lines))) or any(bytes([b]) not in ranks for b in range(256)):
         raise InputError(f"tokenizer {path}: ranks must be 0..n-1 and include all 256 bytes; rebuild or replace it")
     return ranks
-
-
-def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
-    """InputError if an id of the tokenizer has no row among the `rows` of an embedding."""
-    if tokenizer.size > rows:
-        raise InputError(f"tokenizer {tokenizer.name}: its ids go up to {tokenizer.size - 1}, the model's "
-                         f"embedding has {rows} rows; give the tokenizer and the weights of one checkpoint")
-
-
-def build(path: Path = NANO_RANKS, size: int = 1533) -> None:
-    """Trains `size` ranks on mini-worlds of the training split and on the prompt templates."""
-    from tiktoken._educational import bpe_train
-
-    from data.demonstrations import tokenizer_text
-
-    ranks = bpe_train(data=tokenizer_text(), vocab_size=size, pat_str=PATTERN, visualise=None)
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in sorted(ranks.items(), key=lambda i: i[1])))
-
-
-if __name__ == "__main__":
-    build()
-    print(f"{NANO_RANKS}: {load_tokenizer().size} ids")

@@ -13,15 +13,23 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from filelock import FileLock
 
 from data import InputError
-from data.files import replacing, writing
+from data.run.files import replacing, writing
 
-if TYPE_CHECKING:
-    from data.corpus import Corpus
+
+class Corpus(Protocol):
+    """What is searched, a data.text.corpus.Corpus: passages with their rendered form, and a fingerprint of them."""
+
+    name: str
+    passages: Sequence[Any]
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
 
 # A passage is searched by its rendered form: the words of its title count like those of its text.
 SETTINGS = {"method": "lucene", "k1": 1.5, "b": 0.75, "stopwords": "english", "text": "title: text"}
@@ -32,7 +40,7 @@ LONGEST_QUERY = 10_000  # characters; a question has about 100, a page of text 3
 
 
 class Retriever:
-    """BM25 index of `corpus`, a data.corpus.Corpus; its passages are numbered as there.
+    """BM25 index of `corpus`, a data.text.corpus.Corpus; its passages are numbered as there.
 
     Raises InputError if `folder` holds the index of another corpus, one of other settings or another bm25s, a damaged
     one, or other files; nothing in it is changed then. Two processes may start on one empty folder: the second waits.

@@ -1,0 +1,1 @@
+"""What a run keeps and where it says it: folder, files, ranks, terminal."""

@@ -1,0 +1,1 @@
+"""Text from outside: corpora, the hub, question files, entities, retrieval."""

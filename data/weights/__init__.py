@@ -1,0 +1,1 @@
+"""Weights, tokenizers and chat templates: ours and published ones."""

@@ -1,0 +1,1 @@
+"""Benchmarks, which measure memtrain.py from outside: `python -m eval.bench`."""

@@ -1,0 +1,1 @@
+"""From results to claims, tables, plots and the page: `python -m eval.report RUN...`."""
