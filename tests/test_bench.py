@@ -30,13 +30,13 @@ def data():
 def pair_of(data, *fields) -> bench.Pair:
     """Random weights, none of them zero, and a head with clear favourites, the stop token now and then among them."""
     c = memtrain.parse([*TINY, "--update-documents", "2", *fields])
-    model, generator = memtrain.Decoder(c, data.weights.tokenizer.size), torch.Generator().manual_seed(1)
+    model, generator = memtrain.Decoder(c, data.tokenizer.size), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn(p.shape, generator=generator)
         model.head.mul_(0.5 if c.tied else 5)
-        model.head[data.weights.tokenizer.end] *= 3
-    return bench.Pair(c, model, data.weights.tokenizer, data, train_rows=5, sample_rows=4)
+        model.head[data.tokenizer.end] *= 3
+    return bench.Pair(c, model, data.tokenizer, data, train_rows=5, sample_rows=4)
 
 
 def sampled(pair, agent) -> memtrain.Batch:

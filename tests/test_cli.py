@@ -285,8 +285,8 @@ def test_a_damaged_checkpoint_of_the_run_itself_is_named(folder, base_checkpoint
 
 def test_every_module_loads_without_unix():
     """As on Windows: no fcntl, no resource, no SIGHUP."""
-    names = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-             for p in (ROOT / "memtrain.py", *(p for r in ("data", "kernels", "eval") for p in (ROOT / r).rglob("*.py")))
+    files = [ROOT / "memtrain.py", *(p for room in ("data", "kernels", "eval") for p in (ROOT / room).rglob("*.py"))]
+    names = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in files
              if p.name not in ("compile.py", "__main__.py")]  # the first compiles kernels, and needs Triton
     code = f"""
 import importlib, signal, sys

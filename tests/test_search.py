@@ -150,7 +150,7 @@ def test_training_pairs_differ_by_seed_and_index_and_not_between_calls(agent):
     assert pairs == [data.training_pair(i) for i in range(20)] and len({p.id for p in pairs}) == 20
     assert {p.kind for p in pairs} == {"hotpotqa", "nq"}
     asked = {q for p in pairs for q in p.questions}
-    assert not asked & {q for ps in data.text.benchmarks.values() for p in ps for q in p.questions}
+    assert not asked & {q for ps in data.benchmarks.values() for p in ps for q in p.questions}
 
 
 def test_every_family_can_be_answered_by_searching(world):
@@ -227,5 +227,5 @@ def test_a_finished_run_is_evaluated_on_its_own_benchmarks(folder, tiny, tokeniz
         (folder / f"{name}.jsonl").write_text(lines(asked(name)))
     options = ["--corpus", "c.jsonl", "--questions", "q.jsonl", "--train-questions", "t.jsonl", "--stages", "eval"]
     data = memtrain.Data(tiny(*options, "--benchmarks", "b.jsonl"), tokenizer)
-    assert {name: [p.id for p in pairs] for name, pairs in data.text.benchmarks.items()} == {"b": ["b0+b1", "b2+b3"]}
+    assert {name: [p.id for p in pairs] for name, pairs in data.benchmarks.items()} == {"b": ["b0+b1", "b2+b3"]}
     assert list(memtrain.Data(tiny(*options), tokenizer).benchmarks) == ["q"]
