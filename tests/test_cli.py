@@ -686,7 +686,7 @@ def test_one_seed_gives_one_run(smoke, folder, monkeypatch):
 
 
 def test_every_metric_is_explained_in_the_readme(smoke):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "eval/README.md").read_text(encoding="utf-8")
     explained = set(re.findall(r"`(\w+)`", readme))
     names = set()
     for line in (smoke[0] / "runs/smoke/metrics.jsonl").read_text().splitlines():
