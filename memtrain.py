@@ -18,7 +18,7 @@ pairs of questions answered with a search tool, whose results take the section's
     corpus -> tasks -> rollouts -> rewards -> advantages -> packed batch -> loss -> step -> checkpoint
                                                                         checkpoints -> evaluation -> report
 
-Differences from the paper, each with its reason, are listed in README.md. Commands:
+Differences from the paper, each with its reason, are listed in eval/README.md. Commands:
 
     python memtrain.py                                   the whole paper in miniature (preset nano, two CPU cores)
     python memtrain.py --seeds 0,1,2 --ablations --scaling    with every arm of its ablations, and one report of all

@@ -59,7 +59,7 @@ def operator(shapes: Callable) -> Callable:
     """Decorates a function that launches kernels: it becomes the operator memtrain::FILE_NAME of torch.library.
 
     `shapes` takes the same arguments and returns empty outputs, so that a whole step can be tried on tensors that have
-    a shape and a device but no data, as tests/test_fake.py does, or traced by torch.compile.
+    a shape and a device but no data, as tests/fake_card.py does, or traced by torch.compile.
     """
     def make(launch):
         name = f"memtrain::{launch.__module__.rpartition('.')[2]}_{launch.__name__.strip('_')}"

@@ -23,7 +23,7 @@ from data.run.files import ROOT, output
 from data.run.folder import Interrupt
 from data.run.terminal import printable
 from data.tasks import Problem
-from eval import faults
+from eval import faults, stage
 from eval.bench import main as bench
 from eval.faults import Moment
 from eval.report import page as reports
@@ -296,3 +296,14 @@ def test_a_signal_in_the_middle_of_a_print_is_noted(capfd):
     ("\ud800", r"\ud800"), ("Zürich 東京 🙂", "Zürich 東京 🙂"), ("\r\x9b2J", r"\r\x9b2J")])
 def test_printable(text, shown):
     assert printable(text) == shown
+
+
+def test_nothing_needs_git(folder, base_checkpoint, monkeypatch, capsys):
+    """Results say that the commit is unknown; so does the start, once."""
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
+    monkeypatch.setenv("PATH", str(folder))
+    assert stage.commit() == "unknown"
+    assert memtrain.main([*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain,eval",
+                          "--memtrain-steps", "0", "--eval-lengths", "1"]) == 0
+    assert capsys.readouterr().out.count("no git checkout here") == 1
+    assert json.loads((folder / "runs/t/results.json").read_text())["environment"]["commit"] == "unknown"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import re
 from pathlib import Path
@@ -37,5 +38,6 @@ def build(path: Path = NANO_RANKS, size: int = 1533) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m data.world.vocabulary", description=build.__doc__).parse_args()
     build()
     print(f"{NANO_RANKS}: {load_tokenizer().size} ids")

@@ -45,7 +45,7 @@ PANEL = (5.3, 3.4)  # inches of one panel in the page: still legible at the widt
 
 
 @contextmanager
-def _drawing(more: dict | None = None) -> Iterator[None]:
+def drawing(more: dict | None = None) -> Iterator[None]:
     """Our style. A letter that the font lacks is drawn as a box, in silence: names come from outside."""
     with matplotlib.rc_context(STYLE | (more or {})), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -54,7 +54,7 @@ def _drawing(more: dict | None = None) -> Iterator[None]:
 
 def inline(draw: Callable, size: tuple[float, float] = PANEL) -> str:
     """SVG of one panel for the page: draw(axes). Its ink is the page's; nothing in it is looked up elsewhere."""
-    with _drawing({"svg.fonttype": "none", "font.family": "sans-serif"}):
+    with drawing({"svg.fonttype": "none", "font.family": "sans-serif"}):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         buffer = io.StringIO()
@@ -127,7 +127,7 @@ def table1_paper(axes) -> None:
 
 def plot_table1(table: Table, stem: Path) -> None:
     """table1.svg and .png: accuracy by length, beside the paper's Qwen3-4B; one scale, one set of colours."""
-    with _drawing():
+    with drawing():
         figure = Figure(figsize=(11.4, 4.0), layout="constrained")
         ours, paper = figure.subplots(1, 2, sharey=True)
         table1_ours(table)(ours)
@@ -319,7 +319,7 @@ def plot_training(runs: Sequence[Run], path: Path) -> bool:
     path.unlink(missing_ok=True)  # no picture of an earlier run beside this report
     if not shown:
         return False
-    with _drawing():
+    with drawing():
         figure = Figure(figsize=(3.8 * len(shown), 3.0), layout="constrained")
         for axes, draw in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
             draw(axes)
