@@ -197,6 +197,16 @@ def test_different_questions_are_not_compared():
     assert claim(table, C1).state == "not tested: not the same questions everywhere"
 
 
+def test_the_committed_claims_are_what_their_runs_say(tmp_path, monkeypatch):
+    """By the command that the committed report names."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    committed = Path("eval/results/nano")
+    command = re.search(r"^    python -m eval\.report (.*)$", (committed / "report.md").read_text(), re.MULTILINE)[1]
+    assert main([*command.split(), "--out", str(tmp_path)]) == 0
+    for name in ("claims.json", "report.md"):
+        assert (tmp_path / name).read_text() == (committed / name).read_text(), f"{name}: run the command again"
+
+
 # ---------------------------------------------------------------------------------------------- several runs
 
 def test_pooling_shows_mean_and_range_of_the_seeds(tmp_path):

@@ -115,6 +115,9 @@ class Difference:
         return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]{seeds}{fewer}"
 
 
+# ------------------------------------------------------------------------------------------------ the state of a claim
+
+
 def state(d: Difference, each: Mapping | None = None, effect: float | None = None, untestable: str = "",
           undecided: str = "") -> str:
     """The state of a claim, with the reason behind a colon where it isn't "reproduced": RULE as code.
@@ -285,8 +288,8 @@ def compare(one: Table, a: str, other: Table, b: str, columns: Sequence, drop: b
     by_seed = np.mean([(p - q).mean(1) for p, q in zip(x, y, strict=True)], axis=0)
     ours, their = (float(np.mean([p.mean() for p in side])) for side in (x, y))
     return Difference(points(mean), points(low, math.floor), points(high, math.ceil), points(ours), points(their),
-                      tuple(points(float(d)) for d in by_seed), "", len(one.seeds), tuple(columns),
-                      tuple(n for n in one.columns if n not in shared(one, a, other, b)))
+                      tuple(points(float(d)) for d in by_seed), of_seeds=len(one.seeds), columns=tuple(columns),
+                      without=tuple(n for n in one.columns if n not in shared(one, a, other, b)))
 
 
 # ------------------------------------------------------------------------------------------------ arms
