@@ -48,7 +48,7 @@ from eval.report.results import SYSTEMS, Run, load_run
 from eval.report.tables import LONG, Outside
 
 TITLES = {
-    "C1": "MemTrain, without one label, lifts the base at every length.",
+    "C1": "MemTrain, without one label, lifts the base, on average over lengths.",
     "C2": "MemTrain before MemAgent beats MemAgent alone.",
     "C3": "It falls off less as documents grow.",
     "C4": "Leaving out memory recall is worse.",
