@@ -98,8 +98,8 @@ def make_run(folder: Path, seed=0, config=None, metrics=True, **results) -> Path
         "format": 2, "environment": {"memtrain": "0.1.0", "commit": "abc1234", "date": "2030-01-02", "device": "cpu",
                         "threads": 2, "command": f"python memtrain.py --run {folder.name}"},
         "config": config, "long_qa": qa_rows(seed=seed),
-        "recall": [{"system": "memtrain", "seed": seed, "n": 100, "accuracy": 0.5, "low": 0.404,
-                    "high": 0.596}],
+        "recall": [{"system": system, "seed": seed, "n": 100, "accuracy": share, "low": low, "high": high}
+                   for system, share, low, high in (("base", 0.3, 0.219, 0.396), ("memtrain", 0.5, 0.404, 0.596))],
         "masked": [{"system": "memtrain", "seed": seed, "sections": 4, "n": 100, "em": 0.25, "em_low": 0.17,
                     "em_high": 0.35}],
         "search_qa": [], "memory": [], "evaluation": {"seconds": 36.0},

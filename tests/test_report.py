@@ -1,4 +1,4 @@
-"""The report: figures, verdicts in both directions, pooling, gaps in the data, bad input.
+"""The report: figures, states in both directions, pooling, gaps in the data, bad input.
 
 All runs here are synthetic: who answers what is set by hand, no model was involved.
 """
@@ -15,7 +15,7 @@ from synthetic import SHARES, make_run, qa_row, qa_rows
 
 from data import InputError
 from data.run.files import json_bytes
-from eval.report.claims import Table, on_long_text
+from eval.report.claims import Claim, Table, on_long_text
 from eval.report.page import main, md, write_report
 from eval.report.paper import PAPER_TABLE1
 from eval.report.results import load_run
@@ -33,7 +33,9 @@ def line(text: str, start: str, section: str = "") -> list[str]:
 
 
 def table_of(**shares) -> Table:
-    return Table(qa_rows({name.replace("_", "+"): values for name, values in shares.items()}))
+    """Three seeds that agree."""
+    return Table([row for seed in range(3) for row in qa_rows(
+        {name.replace("_", "+"): values for name, values in shares.items()}, seed)])
 
 
 # ------------------------------------------------------------------------------------------------ one run
@@ -103,21 +105,23 @@ def test_plots_are_written_and_reproducible(one, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
-# ------------------------------------------------------------------------------------------------ verdicts
+# ------------------------------------------------------------------------------------------------ states
 
-def test_clear_lead_is_reproduced(one):
-    for claim in ("C1 MemTrain over base, average", "C1 MemTrain over base, at every length",
-                  "C1 MemTrain over base in one window, average",
-                  "C2 MemTrain+MemAgent over MemAgent, average",
-                  "C3 MemTrain+MemAgent loses less with length than MemAgent"):
-        assert line(one[1], claim)[3] == "**reproduced**", claim
-    average = line(one[1], "C1 MemTrain over base, average")
+def test_clear_lead_is_reproduced(tmp_path):
+    paths = [make_run(tmp_path / f"s{seed}", seed) for seed in range(3)]
+    one = report(paths[0], paths[1:])
+    for claim in ("C1 MemTrain over base, average", "C2 MemTrain+MemAgent over MemAgent, average"):
+        assert line(one, claim)[3:] == ["3 seeds; 1x, 2x, 4x, 8x", "**reproduced**"], claim
+    window = line(one, "C1 MemTrain over base in one window, average")
+    assert len(window) == 3 and window[2].startswith("+28.8 [+")
+    average = line(one, "C1 MemTrain over base, average")
     assert average[1] == "+34.2 (Qwen3-4B), +24.6 (Qwen2.5-7B)" and average[2].startswith("+23.8 [+")
     claim = "C2 MemTrain+MemAgent over MemAgent"
-    assert line(one[1], f"{claim}, 8x")[1] == "+10.9 (Qwen3-4B), +15.6 (Qwen2.5-7B)"
-    every = line(one[1], f"{claim}, at every length")
-    assert every[1] == "higher at 7 of 8 (Qwen3-4B), 8 of 8 (Qwen2.5-7B)"
-    fall = line(one[1], "C3 MemTrain+MemAgent loses less with length than MemAgent")
+    assert line(one, f"{claim}, 8x")[1] == "+10.9 (Qwen3-4B), +15.6 (Qwen2.5-7B)"
+    every = line(one, f"{claim}, at every length")
+    assert every[1:] == ["higher at 7 of 8 (Qwen3-4B), 8 of 8 (Qwen2.5-7B)", "interval above zero at 4 of 4"]
+    fall = line(one, "C3 MemTrain+MemAgent loses less with length than MemAgent")
+    assert fall[3:] == ["3 seeds; 1x, 8x", "**reproduced**"]
     assert "-17.2 against -13.3 (Qwen3-4B), -7.8 against -22.7 (Qwen2.5-7B)" in fall[1]
     assert fall[2].startswith("1x to 8x: -20.0 against -40.0; difference +20.0 [")
 
@@ -127,50 +131,80 @@ def test_untested_claims_are_named(one):
                "C6": "no run of the arm longer-memagent", "C7": "search QA not run", "C8": "runs of one backbone only"}
     for claim, reason in reasons.items():
         row = next(row for row in one[1].splitlines() if row.startswith(f"| {claim} "))
-        assert row.endswith(f"| — | not tested: {reason} |")
+        assert row.endswith(f"| — | — | **not tested**: {reason} |")
 
 
-def verdict(table: Table, claim: str) -> str:
-    return next(c.verdict for part in on_long_text(table) for c in part if c.claim == claim)
+def test_one_seed_is_inconclusive(one):
+    row = line(one[1], "C1 MemTrain over base, average")
+    assert row[2].startswith("+23.8 [+") and row[3:] == [
+        "1 seed; 1x, 2x, 4x, 8x", "**inconclusive**: 1 seed, needed: 3"]
+
+
+def claim(table: Table, name: str) -> Claim:
+    return next(c for part in on_long_text(table) for c in part if c.claim == name)
+
+
+C1, C3 = "C1 MemTrain over base, average", "C3 MemTrain+MemAgent loses less with length than MemAgent"
 
 
 @pytest.mark.parametrize(("base", "memtrain", "expected"), [
-    ((0.4,) * 4, (0.41,) * 4, "not reproduced: the interval includes zero"),
-    ((0.4,) * 4, (0.4,) * 4, "not reproduced: the interval includes zero"),
-    ((0.4,) * 4, (0.2,) * 4, "not reproduced: the difference is negative"),
+    ((0.4,) * 4, (0.41,) * 4, "not reproduced: the interval lies below half of the paper's +34.2"),
+    ((0.4,) * 4, (0.4,) * 4, "not reproduced: the interval lies below half of the paper's +34.2"),
+    ((0.4,) * 4, (0.2,) * 4, "not reproduced: the interval lies below zero"),
     ((0.2,) * 4, (0.4,) * 4, "reproduced"),
 ])
-def test_verdict_on_the_average(base, memtrain, expected):
-    assert verdict(table_of(base=base, memtrain=memtrain), "C1 MemTrain over base, average") == expected
+def test_the_average_decides(base, memtrain, expected):
+    assert claim(table_of(base=base, memtrain=memtrain), C1).state == expected
 
 
-def test_every_length_means_every_length():
+def test_a_small_effect_of_the_paper_leaves_it_open():
+    """C2 is +5.2 in the paper: an interval around zero holds half of that, too."""
+    table = table_of(memagent=(0.4,) * 4, memtrain_memagent=(0.41,) * 4)
+    assert claim(table, "C2 MemTrain+MemAgent over MemAgent, average").state == (
+        "inconclusive: the interval includes zero")
+
+
+def test_one_length_alone_decides_nothing_unless_it_lies_below_zero():
     table = table_of(base=(0.3,) * 4, memtrain=(0.6, 0.6, 0.31, 0.6))
-    assert verdict(table, "C1 MemTrain over base, average") == "reproduced"
-    assert verdict(table, "C1 MemTrain over base, at every length") == "not reproduced: not above zero at 4x"
-    assert verdict(table, "C1 MemTrain over base, 4x") == "not reproduced: the interval includes zero"
+    assert claim(table, C1).state == "reproduced"
+    assert claim(table, "C1 MemTrain over base, at every length").ours == "interval above zero at 3 of 4"
+    detail = claim(table, "C1 MemTrain over base, 4x")
+    assert detail.state == "" and detail.difference.low < 0 < detail.difference.high
+    below = table_of(base=(0.3,) * 4, memtrain=(0.6, 0.6, 0.1, 0.6))
+    assert claim(below, C1).state == "inconclusive: the interval lies below zero at 4x"
 
 
 def test_falling_off_faster_is_not_reproduced():
-    claim = "C3 MemTrain+MemAgent loses less with length than MemAgent"
     table = table_of(memagent=(0.5,) * 4, memtrain_memagent=(0.9, 0.8, 0.7, 0.6))
-    assert verdict(table, claim) == "not reproduced: the difference is negative"
+    assert claim(table, C3).state == "not reproduced: the interval lies below zero"
     rows = qa_rows({"memagent": (0.5,), "memtrain+memagent": (0.9,)}, lengths=(1,))
-    assert verdict(Table(rows), claim) == "not tested: a single length was run"
+    assert claim(Table(rows), C3).state == "not tested: a single length was run"
 
 
 def test_a_bare_edge_is_not_rounded_into_a_win():
     """With one question the bootstrap has no width; with a hair's breadth the printed interval touches 0."""
     rows = [qa_row("base", 0, 1, [0]), qa_row("memtrain", 0, 1, [1])]
-    assert "not tested: too few questions (1," in verdict(Table(rows), "C1 MemTrain over base, average")
+    assert "not tested: too few questions (1," in claim(Table(rows), C1).state
     better = [1] * 4 + [0] * 5996  # +0.07 points, lower bound about +0.02: prints as +0.0
-    rows = [qa_row("base", 0, 1, [0] * 6000), qa_row("memtrain", 0, 1, better)]
-    assert verdict(Table(rows), "C1 MemTrain over base, average").endswith("the interval includes zero")
+    rows = [qa_row(*own) for seed in range(3)
+            for own in (("base", seed, 1, [0] * 6000), ("memtrain", seed, 1, better))]
+    found = claim(Table(rows), C1)
+    assert found.difference.low == 0.0 and found.word != "reproduced"
 
 
 def test_different_questions_are_not_compared():
     table = Table(qa_rows({"base": (0.2,) * 4}) + qa_rows({"memtrain": (0.6,) * 4}, n=100))
-    assert verdict(table, "C1 MemTrain over base, average") == "not tested: not the same questions everywhere"
+    assert claim(table, C1).state == "not tested: not the same questions everywhere"
+
+
+def test_the_committed_claims_are_what_their_runs_say(tmp_path, monkeypatch):
+    """By the command that the committed report names."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    committed = Path("eval/results/nano")
+    command = re.search(r"^    python -m eval\.report (.*)$", (committed / "report.md").read_text(), re.MULTILINE)[1]
+    assert main([*command.split(), "--out", str(tmp_path)]) == 0
+    for name in ("claims.json", "report.md"):
+        assert (tmp_path / name).read_text() == (committed / name).read_text(), f"{name}: run the command again"
 
 
 # ---------------------------------------------------------------------------------------------- several runs
@@ -218,9 +252,10 @@ def test_missing_systems_and_logs_are_shown_as_not_run(tmp_path):
     assert line(text, "Base, one window")[1:] == ["not run"] * 4 + ["—"]
     ours = next(row for row in text.splitlines() if row.startswith("| + MemAgent | 50.0 ["))
     assert ours.endswith("| not run | not run | — |")
-    assert line(text, "C1 MemTrain over base, average")[2:] == ["—", "not tested: memtrain not run"]
-    assert line(text, "C2 MemTrain+MemAgent over MemAgent, at every length")[2:] == [
-        "—", "not tested: memtrain+memagent not run"]
+    assert line(text, "C1 MemTrain over base, average")[2:] == ["—", "—", "**not tested**: memtrain not run"]
+    assert line(text, "C2 MemTrain+MemAgent over MemAgent, average")[2:] == [
+        "—", "—", "**not tested**: memtrain+memagent not run"]
+    assert line(text, "C2 MemTrain+MemAgent over MemAgent, at every length")[2:] == ["—"]
     assert text.count("Not run.") == 4 and "No stage was recorded." in text and "there are no curves" in text
     assert not (folder / "training.png").exists()
 

@@ -6,9 +6,9 @@
 
     results.json, metrics.jsonl, readings.json -> results (checked) -> claims -> tables, plots -> here
 
-Three rules keep it honest. A verdict is read off the 95% interval of a paired difference, after rounding the interval
-outwards. Whatever was not measured is written as "not run" or "not tested", never left out. The paper's own figures
-stand beside ours, also where they do not flatter the paper.
+Three rules keep it honest. What became of a claim is said by one function, `claims.state`, for both pages and for
+claims.json, which has the same in figures. Whatever was not measured is written as "not run" or "not tested", never
+left out. The paper's own figures stand beside ours, also where they do not flatter the paper.
 """
 
 import argparse
@@ -27,17 +27,28 @@ from markupsafe import Markup, escape
 
 from data import InputError
 from data.config import Config
-from data.run.files import output, replacing, writing
+from data.run.files import json_bytes, output, replacing, writing
 from data.run.terminal import printable
 from eval.report import plots, tables
-from eval.report.claims import BOTH, FULL, REPRODUCED, Arm, Claim, backbones, verdicts
+from eval.report.claims import (
+    BOTH,
+    FULL,
+    INCONCLUSIVE,
+    NOT_REPRODUCED,
+    REPRODUCED,
+    RULE,
+    Arm,
+    Claim,
+    backbones,
+    verdicts,
+)
 from eval.report.ledger import ledger
 from eval.report.paper import PAPER_BENCHMARKS, PAPER_LENGTHS, PAPER_TABLE1, PAPER_TABLE2
 from eval.report.results import SYSTEMS, Run, load_run
 from eval.report.tables import LONG, Outside
 
 TITLES = {
-    "C1": "MemTrain, without one label, lifts the base at every length.",
+    "C1": "MemTrain, without one label, lifts the base, on average over lengths.",
     "C2": "MemTrain before MemAgent beats MemAgent alone.",
     "C3": "It falls off less as documents grow.",
     "C4": "Leaving out memory recall is worse.",
@@ -46,6 +57,12 @@ TITLES = {
     "C7": "MemTrain before MEM1 beats MEM1 alone at search.",
     "C8": "It holds for more than one backbone.",
 }
+INTERVALS = (
+    "Differences in percentage points with their 95% interval, rounded outwards: a paired bootstrap over questions, "
+    "with the spread of the seeds added by Student's t, which is wide where seeds are few; the two questions of a "
+    "search are drawn together. The paper's averages are over its eight lengths, ours over those of this run; for C1 "
+    "it compares with base in one window.")
+SIGNS = {REPRODUCED: "yes", NOT_REPRODUCED: "no", INCONCLUSIVE: "open"}  # the look of a state; the others are grey
 VIEWER_BYTES = 6_000_000  # of JSON for the viewer: the whole page stays under 10 MB
 
 
@@ -62,7 +79,7 @@ def content(named: dict[str, list[Arm]]) -> dict:
     """Everything that both reports say, as plain text; what came from outside is an Outside."""
     arms = next(iter(named.values()))
     full, runs = arms[0], arms[0].runs
-    everyone = [run for arm in arms for run in arm.runs]
+    everyone = [run for own in named.values() for arm in own for run in arm.runs]
     table, search, config = full.table, full.search, runs[0].config
     rows = {section: full.rows(section) for section in ("long_qa", "recall", "masked", "memory")}
     summary, detail = verdicts(named)
@@ -70,7 +87,8 @@ def content(named: dict[str, list[Arm]]) -> dict:
     known = {key: [Outside(v) for v in sorted({str(run.environment.get(key, "not recorded")) for run in everyone})]
              for key in ("commit", "date")}
     return {
-        "own_names": [Outside(run.path.resolve().name) for run in runs], "pooled": len(everyone), "arms": len(arms),
+        "own_names": [Outside(run.path.resolve().name) for run in runs], "pooled": len(everyone),
+        "arms": sum(map(len, named.values())), "rule": RULE, "intervals": INTERVALS,
         "commits": known["commit"], "dates": known["date"], "made": environments(everyone),
         "commands": [_line(run.environment.get("command", "not recorded")) for run in everyone],
         "rebuild": _line(shlex.join(["python", "-m", "eval.report", *(str(run.path) for run in everyone)])),
@@ -122,18 +140,6 @@ def _averaged(paper: dict) -> dict[str, list[list[str]]]:
 
 
 # ------------------------------------------------------------------------------------------------ html
-
-
-def overall(lines: Sequence[Claim]) -> str:
-    """One verdict of a claim's lines, the worst of them: any that isn't reproduced decides, then any not tested."""
-    found = [c.verdict.split(":")[0] for c in lines]
-    return next((v for v in ("not reproduced", "not tested") if v in found), REPRODUCED)
-
-
-def tally(lines: Sequence[Claim]) -> str:
-    """How many of a claim's lines are reproduced, where it has several."""
-    right = sum(c.verdict == REPRODUCED for c in lines)
-    return f"{right} of {len(lines)} lines reproduced" if len(lines) > 1 else ""
 
 
 def ranged(claims: Sequence[Claim]) -> list[dict]:
@@ -232,16 +238,12 @@ def html(named: dict[str, list[Arm]], said: dict, data: Markup | str) -> str:
     runs = arms[0].runs
     script = here.with_name("report.js").read_text(encoding="utf-8")
     settings, config = configuration(runs[0])
-    lines: dict[str, list[Claim]] = {}
-    for claim in said["summary"]:
-        lines.setdefault(claim.id, []).append(claim)
     environment = _environment(autoescape=True, finalize=lambda v: v if isinstance(v, Markup) else printable(str(v)))
     environment.filters["figure"] = figure_cell
-    environment.filters["sign"] = lambda v: "yes" if v == REPRODUCED else "none" if v.startswith("not tested") else "no"
+    environment.filters["sign"] = lambda claim: SIGNS.get(claim.word, "none")
     return environment.get_template("report.html.j2").render(said | {
-        "board": [{"id": key, "title": TITLES[key], "verdict": overall(own), "lines": tally(own)}
-                  for key, own in lines.items()],
-        "summary": ranged(said["summary"]), "detail": ranged(said["detail"]), "figures": figures(arms),
+        "titles": TITLES, "figures": figures(arms),
+        "summary": ranged(said["summary"]), "detail": ranged(said["detail"]),
         "trained": [(stage, plots.LOOKS.get(stage, (plots.INK,))[0]) for stage in plots.training(runs)[1]],
         "settings": settings, "config": config,
         "cost_lines": {"own": [row for row in said["costs"][:-1] if row[1] == FULL],
@@ -261,12 +263,20 @@ def _environment(**options) -> jinja2.Environment:
 def claim_cells(c: Claim) -> list[str]:
     """A claim as cells of a markdown row. Names of benchmarks, arms and backbones come from outside; brackets of
     intervals are ours."""
-    verdict = f"**{c.verdict}**" if c.verdict == REPRODUCED else md(c.verdict)
-    return [md(c.claim), c.paper, md(c.ours) if c.id == "C8" else c.ours, verdict]
+    cells = [md(c.claim), c.paper, md(c.ours) if c.id == "C8" else c.ours]
+    return [*cells, md(c.entered), f"**{c.word}**{md(c.state.removeprefix(c.word))}"] if c.state else cells
+
+
+def figures_of(c: Claim) -> dict:
+    """A claim in claims.json."""
+    d = c.difference if c.difference and not c.difference.reason else None
+    measured = {"difference": d.mean, "low": d.low, "high": d.high, "by_seed": list(d.by_seed)} if d else {}
+    return {"id": c.id, "claim": c.claim, "state": c.word, "why": c.why, "entered": c.entered, **measured}
 
 
 def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = None) -> Path:
-    """Write report.html, report.md and its plots for a run, or for several seeds and arms; returns report.md."""
+    """Write report.html, report.md, claims.json and the plots for a run, or for several seeds and arms; returns
+    report.md."""
     if out:
         output(Path(out))
     runs = [load_run(path) for path in (run_dir, *others)]
@@ -279,9 +289,10 @@ def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = 
         plots.plot_table1(arms[0].table, out / "table1")
         curves = plots.plot_training(arms[0].runs, out / "training.png")
     markdown = _environment(finalize=lambda v: md(v) if isinstance(v, Outside) else v)
-    markdown.filters |= {"cell": lambda v: md(v) if isinstance(v, Outside) else v, "lines": claim_cells}
+    markdown.filters |= {"cell": lambda v: md(v) if isinstance(v, Outside) else v, "lines": claim_cells, "md": md}
     made = {"report.html": html(named, said, data),
-            "report.md": markdown.get_template("report.md.j2").render(said, curves=curves, shown=bool(data))}
+            "report.md": markdown.get_template("report.md.j2").render(said, curves=curves, shown=bool(data)),
+            "claims.json": json_bytes([figures_of(c) for c in said["summary"]]).decode()}
     for name, text in made.items():
         with replacing(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
