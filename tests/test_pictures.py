@@ -57,4 +57,19 @@ def test_the_front_door_is_short_and_its_links_lead_somewhere():
         else:
             assert all(len(sentence.split()) <= 30 for sentence in re.split(r"(?<=[.!?:])\s", line)), line
     for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+        path, _, anchor = link.partition("#")
+        assert link.startswith("https://") or (ROOT / path).exists(), link
+        if anchor and not link.startswith("https://"):
+            titles = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), flags=re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}, link
+
+
+def test_the_front_door_says_what_the_rule_says():
+    """States and figures of README.md are those of the committed report."""
+    claims = {c["id"]: c for c in json.loads((RUN.parent / "claims.json").read_text(encoding="utf-8"))}
+    rows = re.findall(r"^\| (C\d): [^|]+\|[^|]+\|([^|]+)\|([^|]+)\|$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    assert 3 <= len(rows) <= 5
+    for name, figures, state in rows:
+        assert state.strip(" *") == claims[name]["state"], name
+        if (c := claims[name]).get("difference") is not None:  # C8 has two
+            assert f"{c['difference']:+.1f} [{c['low']:+.1f}, {c['high']:+.1f}]" in figures, name
