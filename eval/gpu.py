@@ -90,6 +90,7 @@ STEPS = (
     tests("mutants", 60, "kernels broken on purpose are noticed on the card too", "tests/test_triton.py",
           *SPREAD, "-k", "broken"),
     own("run", 400, "the main command, python memtrain.py, from its first step to its report"),
+    own("train", 3600, "preset small, base and MemTrain, as far as the time goes; its weights come back in parts"),
 )
 
 

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load
 
 from eval import gpu
 from eval.gpu import Step
@@ -166,6 +168,21 @@ def test_the_real_steps_run_on_a_cpu(tmp_path):
     assert done.returncode == 0 and states(made) == {"probe": "green", "kernels": "skipped", "nano": "green"}, made
     assert made["steps"][0]["result"]["fp32_tflops"] > 0
     assert made["steps"][2]["result"]["stages"]["memtrain"]["steps"] == 2
+
+
+def test_a_training_cut_short_brings_its_weights_and_goes_on(tmp_path):
+    def start() -> dict:
+        step = next(s for s in gpu.STEPS if s.name == "train")
+        return gpu.run(step, "cpu", tmp_path, 40.0)
+
+    first = start()
+    assert first["state"] == "green" and first["result"]["stage"] == "base", first["lines"]
+    steps = first["result"]["stages"]["base"]["steps"]
+    whole = b"".join((tmp_path / f"small.safetensors.{i}").read_bytes() for i in range(first["result"]["parts"]))
+    tensors = load(whole)
+    assert tensors["model.embed"].dtype == torch.bfloat16 and not any("optimizer" in k for k in tensors)
+    again = start()
+    assert again["state"] == "green" and again["result"]["stages"]["base"]["steps"] > steps > 0
 
 
 def test_a_committed_battery_can_be_read():

@@ -418,6 +418,42 @@ def run(device: torch.device, result: Result, options) -> bool:
     return main_command(device, result, options, *small)
 
 
+PART = 15 << 20  # bytes of a file that is brought back: machines that are lent by the minute limit them
+
+
+def train(device: torch.device, result: Result, options) -> bool:
+    """Preset small, its base and MemTrain, as far as the time goes. The run stays in DIR/train, where the next battery
+    goes on; the weights of its last stage come as DIR/small.safetensors.N, bfloat16, to be joined by cat."""
+    from safetensors.torch import load_file, save
+
+    import memtrain
+
+    tiny = () if device.type == "cuda" else ("--people", "60", "--width", "32", "--hidden", "64", "--layers", "1",
+                                             "--head-size", "8", "--base-documents", "1", "--passages", "60")
+    home = options.out / "train"
+    home.mkdir(exist_ok=True)
+    os.chdir(home)
+    began = time.perf_counter()
+    if options.seconds:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        signal.alarm(max(5, int(0.85 * options.seconds)))
+    code = memtrain.main(["--preset", "small", "--run", "small", "--stages", "base,memtrain", "--device", device.type,
+                          "--save-every", "100", *tiny])
+    signal.alarm(0)
+    run = home / "runs" / "small"
+    result.add(**stages_of(run, began), exit=code)
+    stage = next((s for s in ("memtrain", "base") if (run / s / "checkpoint.safetensors").exists()), None)
+    if stage:
+        tensors = load_file(run / stage / "checkpoint.safetensors")
+        whole = save({k: v.bfloat16().contiguous() for k, v in tensors.items() if k.startswith("model.")},
+                     {"state": (run / stage / "checkpoint.json").read_text()})
+        parts = [whole[i:i + PART] for i in range(0, len(whole), PART)]
+        for i, part in enumerate(parts):
+            (options.out / f"small.safetensors.{i}").write_bytes(part)
+        result.add(stage=stage, parts=len(parts), bytes=len(whole))
+    return code in (0, 130) and stage is not None  # 130: stopped for time, and saved
+
+
 def step(device: torch.device, result: Result, options) -> bool:
     """One GRPO step of MemTrain with Qwen3-0.6B's shape, random weights, its vocabulary and the paper's section."""
     import memtrain
@@ -548,7 +584,7 @@ def say(result: Result, name: str, rows: list[Figures]) -> None:
           sep="\n  ", flush=True)
 
 
-STEPS = {f.__name__: f for f in (probe, kernels, parity, nano, small, run, step, tiles)}
+STEPS = {f.__name__: f for f in (probe, kernels, parity, nano, small, run, step, tiles, train)}
 
 
 def main(argv: list[str] | None = None) -> int:
