@@ -33,7 +33,6 @@ K key heads, D head size, C width, V vocabulary, G group size.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import itertools
@@ -57,7 +56,6 @@ from data.config import (
     as_evaluated,
     check,
     command_options,
-    given_fields,
     is_study,
     kind_of,
     lengths_of,
@@ -90,7 +88,6 @@ from tqdm import tqdm
 from data.problems import Data
 from data.prompts import FULL, MASK_PROBLEM, SHORT, Prompts
 from data.run import ranks
-from data.run.files import read_json
 from data.run.folder import Interrupt, Log, RunFolder, Stopped, deaf
 from data.search import (
     CORRECTION,
@@ -610,7 +607,7 @@ SUMS = ("tokens", "kl", "clip_low", "clip_high", "entropy", "loss", "mismatch", 
 def micro_loss(model: Decoder, reference: Reference, c: Config, batch: Batch, entry: Sequence[int],
                micro: Sequence[Sequence[int]], turns: Sequence[Turn], interactions: float):
     """The micro-batch `micro` of `turns`, whose reward entries are `entry`: (loss, SUMS (9) fp64, largest mismatch,
-    packed tokens). Nothing here waits for the device."""
+    packed tokens). Nothing is read back from the device."""
     device, order = model.embed.device, [i for group in micro for i in group]
     packed = pack([(turns[g[0]].prefix, [(turns[i].given, turns[i].sampled) for i in g]) for g in micro], device)
     new, entropy = score(model, packed, c.temperature)
@@ -713,6 +710,7 @@ class Policy:
             self.source = locate(c.model, c.revision)
             c = dataclasses.replace(c, **read_shape(self.source))
             check(c)
+        c = dataclasses.replace(c, dtype=choose_dtype(c, device))
         self.c, self.tokenizer = c, load_tokenizer(*filter(None, [self.source]))
         if c.vocab:
             check_vocabulary(self.tokenizer, c.vocab)
@@ -720,6 +718,15 @@ class Policy:
             self.model = Decoder(c, self.tokenizer.size)
         if not c.model:
             self.model.to(device)
+
+    @classmethod
+    def of(cls, c: Config, folder: Path, checkpoint: Path | None = None) -> Policy:
+        """The policy of a checkpoint in a run's folder; without one the base that the configuration starts from."""
+        policy = cls(c, choose_device(c.device))
+        policy.load_base(RunFolder(folder))
+        if checkpoint:
+            load_checkpoint(checkpoint, policy.model, policy.tokenizer)
+        return policy
 
     def load_base(self, folder: RunFolder) -> None:
         """Weights that training starts from. Frozen ones are read once; afterwards only the adapters are reset."""
@@ -814,6 +821,16 @@ def choose_device(name: str) -> torch.device:
     except ValueError as e:
         raise InputError(str(e)) from None
     return device
+
+
+def choose_dtype(c: Config, device: torch.device) -> str:
+    """--dtype; auto is bfloat16 where weights are frozen and the hardware multiplies it, and float32 elsewhere, where
+    it would be emulated and slower."""
+    if c.dtype != "auto":
+        return c.dtype
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bfloat16" if c.lora_rank and fast else "float32"
 
 
 # ---- Stages ------------------------------------------------------------------------------------------------------
@@ -1026,43 +1043,16 @@ def run_stages(run: Run) -> None:
 # ---- Command line ------------------------------------------------------------------------------------------------
 
 
-def open_checkpoint(options: argparse.Namespace, fields: Sequence[str]) -> Policy:
-    """The policy of --checkpoint RUN/STAGE, with the configuration of its run, or the base that `fields` describe.
-    Nothing is trained or evaluated on: fields that only that would need are not looked at."""
-    idle = ["--stages", "report"]
-    if options.checkpoint is None:
-        c = parse([*idle, *fields])
-        policy, folder = Policy(c, choose_device(c.device)), RunFolder(Path("runs") / c.run)
-        policy.load_base(folder)
-        return policy
-    stage = options.checkpoint.parent if options.checkpoint.suffix else options.checkpoint
-    path, remedy = stage / "checkpoint.safetensors", "give RUN/STAGE, like runs/nano/memtrain"
-    if not path.is_file():
-        raise InputError(f"--checkpoint {options.checkpoint}: there is no {path}; {remedy}")
-    theirs = read_json(stage.parent / "config.json", remedy)
-    if odd := theirs.keys() - {f.name for f in dataclasses.fields(Config)}:
-        raise InputError(f"{stage.parent / 'config.json'}: {min(odd)} is no field of this version; {remedy}")
-    given = given_fields([*idle, *fields])
-    if fixed := given.keys() - FREE_FIELDS - {"seed", "eval_temperature", "eval_top_p"}:
-        raise InputError(f"--{min(fixed).replace('_', '-')}: the checkpoint has a value of its own; leave it out")
-    c = dataclasses.replace(Config(**theirs), **given)
-    check(c)
-    policy = Policy(c, choose_device(c.device))
-    policy.load_base(RunFolder(stage.parent))
-    load_checkpoint(path, policy.model, policy.tokenizer)
-    return policy
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         if argv and argv[0] in COMMANDS:
             if argv[0] == "read":
-                commands.read(argv[1:], open_checkpoint, Agent)
+                commands.read(argv[1:], Policy.of, Agent)
             elif argv[0] == "export":
-                commands.export(argv[1:], open_checkpoint)
+                commands.export(argv[1:], Policy.of)
             elif argv[0] == "gates":
-                return commands.gates(argv[1:], open_checkpoint, Agent)
+                return commands.gates(argv[1:], Policy.of, Agent)
             else:
                 commands.plan(argv[1:])
             return 0

@@ -143,8 +143,8 @@ class Config:
     lora_targets: str = option("q,k,v,o,gate,up,down", "LoRA", "projections that have one")
     lora_merge: bool = option(True, "LoRA", "add them to the weights while sampling: faster, for a second copy of "
                               "these weights meanwhile")
-    dtype: str = option("float32", "LoRA", "float32 or bfloat16, of frozen weights, activations and caches; what is "
-                        "trained is float32")
+    dtype: str = option("float32", "LoRA", "of frozen weights, activations and caches: float32, bfloat16, or auto, "
+                        "which is bfloat16 where the hardware multiplies it; what is trained is float32")
     recompute: bool = option(False, "LoRA", "recompute a block's activations in the backward pass")
 
     window: int = option(280, "window", "tokens of one turn, prompt and response (paper: 8192)")
@@ -203,6 +203,11 @@ class Config:
     eval_systems: str = option("", "evaluation", "what to evaluate, like base,memtrain+memagent; if empty, the base "
                                "(also with the whole document in one window) and all that was trained")
 
+    @property
+    def half(self) -> bool:
+        """Whether frozen weights take two bytes; `auto` is taken for the bfloat16 that it is on a card."""
+        return self.dtype == "bfloat16" or (self.dtype == "auto" and self.lora_rank > 0)
+
     def cache_slots(self, members: Iterable[int], given: int, prefix: int, limit: int, token_bytes: int,
                     share: float = 1.0) -> tuple[int, int, int, int]:
         """(rollouts, prefixes, room of a suffix, room of a prefix) of the cache that --cache-gb and --sample-rows leave
@@ -225,7 +230,7 @@ class Config:
 # The paper's setting for real weights; one GPU learns adapters, whose learning rate is above the paper's 1e-6 for all
 # weights. LoRA rank and rate are ours, not measured.
 PAPER = {"corpus": "wikipedia", "questions": "hotpotqa", "train_questions": "hotpotqa:train", "passages": 150,
-         "related": 29, "masked_sections": 8, "train_sections": 6, "embed_norm": False, "dtype": "bfloat16",
+         "related": 29, "masked_sections": 8, "train_sections": 6, "embed_norm": False, "dtype": "auto",
          "prompts": "full", "window": 8192, "section": 5120, "memory": 1023, "response": 1024,
          "benchmarks": "all", "result": 1024, "act": 128, "memtrain_steps": 300, "memagent_steps": 500,
          "mem1_steps": 200, "documents": 32, "update_documents": 32, "kl": 1e-3,
@@ -457,8 +462,8 @@ def check(c: Config) -> None:
     refuse(c.prompt_order not in ("section-first", "paper"),
            f"--prompt-order {c.prompt_order}: choose section-first or paper")
     refuse(c.prompts not in ("short", "full"), f"--prompts {c.prompts}: choose short or full")
-    refuse(c.dtype not in ("float32", "bfloat16"), f"--dtype {c.dtype}: choose float32 or bfloat16")
-    refuse(c.dtype != "float32" and not c.lora_rank, f"--dtype {c.dtype}: weights that are trained stay float32; give "
+    refuse(c.dtype not in ("auto", "float32", "bfloat16"), f"--dtype {c.dtype}: choose auto, float32 or bfloat16")
+    refuse(c.dtype == "bfloat16" and not c.lora_rank, f"--dtype {c.dtype}: weights that are trained stay float32; give "
                                                      f"--lora-rank, or --dtype float32")
     refuse(not set(c.lora_targets.split(",")) <= set(PROJECTIONS),
            f"--lora-targets {c.lora_targets}: choose from {','.join(PROJECTIONS)}")

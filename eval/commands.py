@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from data import InputError
-from data.config import PRESETS, as_evaluated, command_options, parse
-from data.run.files import output
+from data.config import FREE_FIELDS, PRESETS, Config, as_evaluated, check, command_options, given_fields, parse
+from data.run.files import output, read_json
+
+
+def open_checkpoint(options: argparse.Namespace, fields: Sequence[str], policy: Callable) -> Any:
+    """The policy of --checkpoint RUN/STAGE, with the configuration of its run, or the base that `fields` describe.
+    policy: memtrain.Policy.of. Nothing is trained or evaluated: fields that only that needs are not looked at."""
+    idle = ["--stages", "report"]
+    if options.checkpoint is None:
+        c = parse([*idle, *fields])
+        return policy(c, Path("runs") / c.run)
+    stage = options.checkpoint.parent if options.checkpoint.suffix else options.checkpoint
+    path, remedy = stage / "checkpoint.safetensors", "give RUN/STAGE, like runs/nano/memtrain"
+    if not path.is_file():
+        raise InputError(f"--checkpoint {options.checkpoint}: there is no {path}; {remedy}")
+    theirs = read_json(stage.parent / "config.json", remedy)
+    if odd := theirs.keys() - {f.name for f in dataclasses.fields(Config)}:
+        raise InputError(f"{stage.parent / 'config.json'}: {min(odd)} is no field of this version; {remedy}")
+    given = given_fields([*idle, *fields])
+    if fixed := given.keys() - FREE_FIELDS - {"seed", "eval_temperature", "eval_top_p"}:
+        raise InputError(f"--{min(fixed).replace('_', '-')}: the checkpoint has a value of its own; leave it out")
+    c = dataclasses.replace(Config(**theirs), **given)
+    check(c)
+    return policy(c, stage.parent, path)
 
 
 def plan(argv: Sequence[str]) -> None:
@@ -24,7 +50,7 @@ def study(argv: Sequence[str]) -> int:
     return main(argv)
 
 
-def read(argv: Sequence[str], open_checkpoint: Callable, agent: Callable) -> None:
+def read(argv: Sequence[str], policy: Callable, agent: Callable) -> None:
     """python memtrain.py read FILE: the memory after each section of a text, then the answer."""
     import torch
 
@@ -32,30 +58,30 @@ def read(argv: Sequence[str], open_checkpoint: Callable, agent: Callable) -> Non
     from eval.read import read
 
     options, fields = command_options("read", argv)
-    policy = open_checkpoint(options, fields)
-    c = as_evaluated(policy.c)
+    opened = open_checkpoint(options, fields, policy)
+    c = as_evaluated(opened.c)
     torch.set_num_threads(c.threads or os.cpu_count() or 1)
-    read(agent(policy.model, policy.tokenizer, c), options.file, options.question, options.out, Interrupt())
+    read(agent(opened.model, opened.tokenizer, c), options.file, options.question, options.out, Interrupt())
 
 
-def gates(argv: Sequence[str], open_checkpoint: Callable, agent: Callable) -> int:
+def gates(argv: Sequence[str], policy: Callable, agent: Callable) -> int:
     """python memtrain.py gates: whether a base is fit to start reinforcement learning from; 1 where it is not."""
     from eval.gates import gates, passed
 
-    policy = open_checkpoint(*command_options("gates", argv))
-    return int(not passed(gates(agent(policy.model, policy.tokenizer, policy.c), policy.c)))
+    opened = open_checkpoint(*command_options("gates", argv), policy)
+    return int(not passed(gates(agent(opened.model, opened.tokenizer, opened.c), opened.c)))
 
 
-def export(argv: Sequence[str], open_checkpoint: Callable) -> None:
+def export(argv: Sequence[str], policy: Callable) -> None:
     """python memtrain.py export: a checkpoint in the form that other tools read."""
     from data.weights.pretrained import export_adapter, export_weights
 
     options, fields = command_options("export", argv)
     if output(options.to).exists() and not (options.to.is_dir() and not any(options.to.iterdir())):
         raise InputError(f"--to {options.to}: exists and is not an empty folder; give a new one")
-    policy = open_checkpoint(options, fields)
+    opened = open_checkpoint(options, fields, policy)
     if options.format == "peft":
-        export_adapter(options.to, policy.model)
+        export_adapter(options.to, opened.model)
     else:
-        export_weights(options.to, policy.model, policy.source)
+        export_weights(options.to, opened.model, opened.source)
     print(f"{options.to}: {', '.join(sorted(p.name for p in options.to.iterdir()))}")

@@ -72,7 +72,7 @@ CARDS = {
 
 def rate(c, card: Card) -> float:
     """Dense TFLOP/s of the products that a configuration computes."""
-    return card.tflops if c.dtype == "bfloat16" else card.tflops / 2 if c.tf32 else card.single
+    return card.tflops if c.half else card.tflops / 2 if c.tf32 else card.single
 
 
 # ---- Parameters ----------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def parameters(c, vocab: int) -> tuple[int, int]:
 
 def element(c) -> int:
     """Bytes of a frozen weight, an activation, a cached key."""
-    return 2 if c.dtype == "bfloat16" else 4
+    return 2 if c.half else 4
 
 
 def token_bytes(c) -> int:
@@ -677,7 +677,8 @@ def make_plan(c, card: Card, name: str, mfu: float = MFU, limit: float = 0.0) ->
         phase, most = max((peak(job.config, vocab) for job in jobs(c)), key=lambda x: x[1])
     orders = {order: {k: tokens(dataclasses.replace(c, prompt_order=order), k) for k in kinds}
               for order in ("section-first", "paper")}
-    return {"preset": c.preset, "model": c.model, "parameters": base, "adapters": extra, "dtype": c.dtype,
+    return {"preset": c.preset, "model": c.model, "parameters": base, "adapters": extra,
+            "dtype": "bfloat16" if c.half else "float32",
             "memory": memory(c, vocab), "peak_phase": phase, "peak": most, "limit": limit,
             "fits": not limit or most <= limit, "changes": fitting(c, vocab, limit) if limit and most > limit else [],
             "tokens": orders, "stages": rows, "hours": hours, "kwh": hours * card.watts / 1000 if card.watts else None,
@@ -686,7 +687,7 @@ def make_plan(c, card: Card, name: str, mfu: float = MFU, limit: float = 0.0) ->
 
 
 def products(c) -> str:
-    return "bfloat16" if c.dtype == "bfloat16" else "float32 as TF32" if c.tf32 else "float32"
+    return "bfloat16" if c.half else "float32 as TF32" if c.tf32 else "float32"
 
 
 def said(changes: dict[str, object]) -> str:
@@ -696,7 +697,7 @@ def said(changes: dict[str, object]) -> str:
 def text(c, p: dict) -> str:
     """The plan for a terminal."""
     lines = [f"plan     preset {c.preset}  {c.model or 'own decoder'}  {p['parameters'] / 1e6:,.1f} M parameters in "
-             f"{c.dtype}" + (f", {p['adapters'] / 1e6:.1f} M in adapters (rank {c.lora_rank})" if p["adapters"] else
+             f"{p['dtype']}" + (f", {p['adapters'] / 1e6:.1f} M in adapters (rank {c.lora_rank})" if p["adapters"] else
                              ", all trained")]
     phases = p["memory"]
     lines += ["", "memory, GB".ljust(36) + "".join(f"{name:>12}" for name in phases)]

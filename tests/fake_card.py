@@ -121,7 +121,7 @@ def test_the_shipped_base_is_loaded(cuda, files):
 
 def test_published_weights_go_from_meta_to_the_card(cuda, files, saved_qwen):
     c = memtrain.parse(["--model", str(saved_qwen), "--corpus", "miniworld", "--questions", "", "--train-questions", "",
-                        "--benchmarks", "", "--stages", "memtrain"])
+                        "--benchmarks", "", "--stages", "memtrain", "--dtype", "bfloat16"])
     with torch.device("meta"):
         model = memtrain.Decoder(c, 0)
     pretrained.load_weights(saved_qwen, model, CUDA)

@@ -39,7 +39,7 @@ def on_meta(c) -> Decoder:
         model = Decoder(c, plan.vocabulary(c))
     for name, p in model.named_parameters():
         if ".lora_" not in name:
-            p.data = p.data.to(getattr(torch, c.dtype))
+            p.data = p.data.to(torch.bfloat16 if c.half else torch.float32)
     model.inverse_frequency = model.inverse_frequency.to("meta")
     return model
 
@@ -65,7 +65,7 @@ def test_the_vocabulary_is_that_of_the_shipped_tokenizer(tokenizer):
 def test_bytes_of_a_token_are_those_of_the_cache():
     for c in (replace(parse([]), **SHAPE), replace(parse([]), **SHAPE | LORA)):
         shape = c.layers, c.key_heads, c.head_size, 3, 2, 11, 7
-        storage = torch.zeros(Cache.elements(*shape), dtype=getattr(torch, c.dtype))
+        storage = torch.zeros(Cache.elements(*shape), dtype=torch.bfloat16 if c.half else torch.float32)
         made = Cache(storage, *shape)
         tensors = [x for kv in made.prefix + made.suffix for x in kv]
         assert sum(x.nbytes for x in tensors) == storage.nbytes == plan.cache_bytes(c, [(3, 2, 11, 7)])

@@ -666,6 +666,17 @@ def test_sampler_and_scorer_are_said_to_agree(agent, lottery):
     assert row["mismatch"] == pytest.approx(1 / tokens, rel=0.05)
 
 
+@pytest.mark.parametrize(("units", "fields", "dtype"), [
+    (True, ["--lora-rank", "2", "--dtype", "auto"], "bfloat16"), (False, ["--lora-rank", "2", "--dtype", "auto"],
+                                                                  "float32"),
+    (True, ["--dtype", "auto"], "float32"), (True, ["--lora-rank", "2"], "float32"),
+    (False, ["--lora-rank", "2", "--dtype", "bfloat16"], "bfloat16")])
+def test_auto_is_bf16_where_weights_are_frozen_and_the_processor_multiplies_it(monkeypatch, tiny, units, fields, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: units)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert memtrain.Policy(tiny(*fields), torch.device("cpu")).model.c.dtype == dtype
+
+
 # ---- checkpoints, interruption, resumption
 
 
