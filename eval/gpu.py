@@ -115,7 +115,7 @@ def card(device: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the sources; "unknown" where git can't say."""
+    """Commit of the source, with a + where it was changed; "unknown" without git or outside a checkout."""
     try:
         done = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True,
                               text=True, cwd=ROOT, check=False)

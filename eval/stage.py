@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,22 +18,13 @@ from tqdm import tqdm
 from data import InputError
 from data.config import SYSTEMS, TRAINED, readers, searchers
 from data.run.files import read_json, write_json
+from eval.gpu import commit
 from eval.longqa import held_out_rows, long_qa_row
 from eval.memory import Memories
 from eval.report.ledger import stage_cost
 from eval.report.results import FORMAT, ONCE, number
 from eval.searchqa import search_row
 from kernels import kernels_in_use
-
-
-def commit() -> str:
-    """Commit of the source, with a + where it was changed; "unknown" without git or outside a checkout."""
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True,
-                              text=True, cwd=Path(__file__).parents[1], check=False)
-    except FileNotFoundError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def environment(run) -> dict:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import attention, decode, grpo, logprob
+from kernels import attention, decode, grpo, logprob, synchronise
 from kernels.layout import Layout
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
@@ -35,11 +35,6 @@ from kernels.layout import Layout
 Figures = dict[str, object]
 # Largest error, in units of the true value's largest one. fp32 products are three of TF32.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def timed(work: Callable, device: torch.device, repeats: int = 5) -> float:
@@ -362,6 +357,13 @@ def stages_of(run: Path, began: float) -> Figures:
     return found
 
 
+def stop_after(seconds: float) -> None:
+    """Asks this process to stop, as Ctrl-C would, after so many seconds; 0: never."""
+    if seconds:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        signal.alarm(max(5, int(seconds)))
+
+
 def main_command(device: torch.device, result: Result, options, *argv: str) -> bool:
     """python memtrain.py with these options, in an empty folder; its figures are read even where it is stopped."""
     import memtrain
@@ -376,9 +378,7 @@ def main_command(device: torch.device, result: Result, options, *argv: str) -> b
                     result.add(**stages_of(folder / "runs" / name, began))
 
         threading.Thread(target=note, daemon=True).start()
-        if options.seconds:  # stop in time to say what there is
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-            signal.alarm(max(5, int(0.9 * options.seconds)))
+        stop_after(0.9 * options.seconds)  # in time to say what there is
         code = memtrain.main(["--run", name, "--device", device.type, *argv])
         watching.set()
         signal.alarm(0)
@@ -434,9 +434,7 @@ def train(device: torch.device, result: Result, options) -> bool:
     home.mkdir(exist_ok=True)
     os.chdir(home)
     began = time.perf_counter()
-    if options.seconds:
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        signal.alarm(max(5, int(0.85 * options.seconds)))
+    stop_after(0.85 * options.seconds)
     code = memtrain.main(["--preset", "small", "--run", "small", "--stages", "base,memtrain", "--device", device.type,
                           "--save-every", "100", *tiny])
     signal.alarm(0)
