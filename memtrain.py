@@ -57,6 +57,7 @@ from data.config import (
     check,
     command_options,
     is_study,
+    kept_steps,
     kind_of,
     lengths_of,
     parse,
@@ -763,7 +764,7 @@ class Run:
         self.folder.compare(dataclasses.asdict(c), FREE_FIELDS, dataclasses.asdict(Config()))
         stages = c.stages.split(",")
         if "eval" in stages:
-            earlier_results(self.folder.path / "results.json")
+            earlier_results(self.folder.measured(c.world) / "results.json")
         for stage in {"memtrain+memagent", "memtrain+mem1"}.intersection(stages):
             if not self.folder.finished("memtrain") and "memtrain" not in stages[:stages.index(stage)]:
                 raise InputError(f"--stages {c.stages}: {stage} starts from memtrain, which is not finished in "
@@ -973,6 +974,8 @@ def train_policy(run: Run, name: str, start: str) -> None:
             bar.update()
             done = state["step"] == steps  # the finished policy does without its optimiser
             stop = run.asked_to_stop()
+            if state["step"] in kept_steps(c) and kind != "memtrain":
+                run.save(f"{name}@{state['step']}", state | {"done": True})
             if done or state["step"] % c.save_every == 0 or stop:
                 recent = float(np.mean(state["rewards"][-RECENT:]))
                 best = recent >= state.get("best", 0.0)
@@ -1015,7 +1018,7 @@ def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
 def report(run: Run) -> None:
     from eval.report.page import write_report
 
-    path = write_report(run.folder.path)
+    path = write_report(run.folder.measured(run.c.world))
     print(printable(f"\n{path.read_text(encoding='utf-8')}\nreport: {path}"))
 
 

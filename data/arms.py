@@ -72,10 +72,11 @@ def jobs(c: Config) -> list[Job]:
         own = dataclasses.replace(alone, stages=",".join(wanted))
         made += [Job("full", dataclasses.replace(own, run=f"{c.run}.s{s}", seed=s), {}, after) for s in seeds]
     for name, change in arms.items():
-        trains = ["memagent"] if name in SCALING else ["memtrain", "memtrain+memagent"]
+        trains = ["memagent"] if name == "longer-memagent" else ["memtrain", "memtrain+memagent"]
+        shown = [trains[-1], *(f"{trains[-1]}@{n}" for n in change.get("keep_steps", "").split(",") if n)]
         own = dataclasses.replace(alone, **change, stages=",".join([*trains, "eval"]),
                                   eval_lengths=c.eval_lengths if name in CLAIMED else short,
-                                  eval_systems=",".join(["base"] * (name in OTHER_BASE) + trains[-1:]))
+                                  eval_systems=",".join(["base"] * (name in OTHER_BASE) + shown))
         made += [Job(name, dataclasses.replace(own, run=f"{c.run}.s{s}.{name}", seed=s), change, after) for s in seeds]
     if not made:
         raise InputError(f"--stages {c.stages}: leaves the runs of a study nothing to do; python -m eval.report RUN "

@@ -28,6 +28,20 @@ def memory_times(factor: float):
     return overrides
 
 
+LABELS = (60, 180, 450, 900)  # labelled questions at which the label curve has a point
+
+
+def memagent_steps(times: int):
+    """Overrides: MemAgent as many times longer than all steps of MemTrain and MemAgent, and what is kept on the way."""
+    def overrides(c: Mapping) -> dict:
+        equal = c["memtrain_steps"] + c["memagent_steps"]
+        points = {math.ceil(n / c["documents"]) for n in LABELS} | {equal}
+        kept = sorted(n for n in points if n < times * equal and n != c["memagent_steps"])
+        return {"memagent_steps": times * equal, "keep_steps": ",".join(map(str, kept))}
+
+    return overrides
+
+
 # The arms of a study beside the full run: name -> the fields that differ, or a function of a configuration's fields
 # where they follow from it.
 ABLATIONS: dict[str, dict | Callable[[Mapping], dict]] = {
@@ -41,9 +55,10 @@ ABLATIONS: dict[str, dict | Callable[[Mapping], dict]] = {
     "memory-double": memory_times(2.0),
     "g2-1": {"recall_group": 1},
     "g2-4": {"recall_group": 4},
-    "longer-memagent": lambda c: {"memagent_steps": round(1.6 * c["memagent_steps"])},  # Figure 4: 500 + 300 steps
+    "more-labels": memagent_steps(1),  # MemTrain, then MemAgent with as many steps as both have in the full run
+    "longer-memagent": memagent_steps(2),  # MemAgent alone, up to twice as many: Figure 4 has equal steps, 500 + 300
 }
-SCALING = ("longer-memagent",)  # those that --scaling adds; --ablations adds the others
+SCALING = ("more-labels", "longer-memagent")  # those that --scaling adds; --ablations adds the others
 CLAIMED = ("end-to-end", "decoupled", *SCALING)  # those that C4-C6 compare with: evaluated like the full run
 ARM_SECTIONS = 8  # the others are evaluated up to this length, which is a quarter of the work
 OTHER_BASE = ("paper-order", "memory-half", "memory-double")  # the base reads and writes otherwise in these
@@ -55,13 +70,19 @@ def ablations(c: Mapping) -> dict[str, dict]:
     return {name: change for name, change in made.items() if any(c[k] != v for k, v in change.items())}
 
 
+UNTRAINED = {"seed", "init", "keep_steps"}  # beside FREE_FIELDS: in what runs of one arm may differ
+
+
 def arm_of(full: Mapping, other: Mapping) -> str:
     """The arm that the configuration `other` is beside `full` (fields by name): "full", a name in ABLATIONS, or the
     fields that differ, as "lr=0.001,kl=0.01". What a study changes for every run, and where a base lies, is no
     difference."""
-    change = {k: v for k, v in other.items() if k not in FREE_FIELDS | {"seed", "init"} and full.get(k, v) != v}
+    def change_to(fields: Mapping) -> dict:
+        return {k: v for k, v in fields.items() if k not in FREE_FIELDS | UNTRAINED and full.get(k, v) != v}
+
+    change = change_to(other)
     for name, known in ablations(full).items():
-        if change == {k: v for k, v in known.items() if full[k] != v}:
+        if change == change_to(known):
             return name
     return ", ".join(f"{k}={v}" for k, v in sorted(change.items())) or "full"
 
@@ -92,8 +113,8 @@ class Config:
     ablations: bool = option(False, "run", "a study: also one run a seed for each of " + ", ".join(
         name for name in ABLATIONS if name not in SCALING) + f"; those that no claim asks for are evaluated up to "
         f"{ARM_SECTIONS}x")
-    scaling: bool = option(False, "run", "a study: also " + ", ".join(SCALING) + ", MemAgent with as many more steps "
-                           "as the paper's Figure 4")
+    scaling: bool = option(False, "run", "a study: also " + " and ".join(SCALING) + ": MemAgent with and without "
+                           "MemTrain before it, at equal labels, steps and FLOPs")
     init: str = option("", "run", "checkpoint instead of the shipped base, which the base stage trains on from; with "
                        "--model the folder of a PEFT adapter")
     device: str = option("auto", "run", "auto, cpu or cuda")
@@ -159,6 +180,8 @@ class Config:
     prompts: str = option("short", "window", "short, as the base was taught, or full, for instruct models")
 
     memtrain_steps: int = option(60, "GRPO", "steps of MemTrain (paper: 300)")
+    keep_steps: str = option("", "GRPO", "steps after which MemAgent and MEM1 are also kept, and evaluated as systems "
+                             "of their own, memagent@5; like 5,38")
     memagent_steps: int = option(15, "GRPO", "steps of MemAgent (paper: 500)")
     mem1_steps: int = option(6, "GRPO", "steps of MEM1 (paper: 200, of MemAgent 500)")
     documents: int = option(12, "GRPO", "documents sampled a step (paper: 32)")
@@ -194,6 +217,8 @@ class Config:
     base_recalls: int = option(32, "base", "recalls of what a memory holds a step")
     base_directs: int = option(8, "base", "answers straight from a section a step")
 
+    world: str = option("eval", "evaluation", "of the mini-world: eval, or dev, another one to choose budgets and "
+                        "designs on; its results go to runs/RUN/dev")
     eval_lengths: str = option("1,2,4,8,16,32", "evaluation", "document lengths in sections, up to 128")
     eval_questions: int = option(200, "evaluation", "questions, the same at every length")
     eval_temperature: float = option(0.7, "evaluation", "of sampling in evaluation (MemAgent's evaluation script: 0.7)")
@@ -272,7 +297,7 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths, and one
 # that ran out of memory goes on in smaller batches.
 FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset", "eval_lengths", "eval_systems",
-               "lora_merge", "recompute", "micro_tokens", "sample_rows", "cache_gb"} | set(STUDY)
+               "world", "lora_merge", "recompute", "micro_tokens", "sample_rows", "cache_gb"} | set(STUDY)
 
 
 class CommandParser(StrictParser):
@@ -403,8 +428,23 @@ def rope_scaling(c: Config) -> tuple[float, ...]:
 
 
 def kind_of(stage: str) -> str:
-    """What a stage trains on: memagent, wherever it starts from. Other stages are a kind of their own."""
-    return stage.rpartition("+")[2]
+    """What a stage trains on: memagent, wherever it starts from and ends. Other stages are a kind of their own."""
+    return stage.partition("@")[0].rpartition("+")[2]
+
+
+def kept_steps(c: Config) -> list[int]:
+    """--keep-steps as ascending ints."""
+    steps = c.keep_steps.split(",") if c.keep_steps else []
+    if not all(x.isascii() and x.isdecimal() and int(x) > 0 for x in steps) or sorted(set(map(int, steps))) != [
+            int(x) for x in steps]:
+        raise InputError(f"--keep-steps {c.keep_steps}: expected ascending whole numbers above 0, like 5,38")
+    return list(map(int, steps))
+
+
+def systems_of(c: Config) -> list[str]:
+    """All systems that a run of this configuration can have, in the order of the tables."""
+    kept = [f"{s}@{n}" for s in TRAINED if s != "memtrain" for n in kept_steps(c)]
+    return [*SYSTEMS, *kept]
 
 
 def readers(trained: Iterable[str]) -> list[str]:
@@ -432,9 +472,10 @@ def check(c: Config) -> None:
     unknown = [s for s in wants if s not in STAGES]
     refuse(bool(unknown), f"--stages {c.stages}: unknown stage {unknown and unknown[0]!r}; "
                           f"choose from {','.join(STAGES)}")
-    odd = [s for s in c.eval_systems.split(",") if c.eval_systems and s not in SYSTEMS]
+    known = systems_of(c)
+    odd = [s for s in c.eval_systems.split(",") if c.eval_systems and s not in known]
     refuse(bool(odd), f"--eval-systems {c.eval_systems}: unknown system {odd and odd[0]!r}; choose from "
-                      f"{','.join(SYSTEMS)}")
+                      f"{','.join(known)}")
     refuse(c.group < 2, f"--group {c.group}: a group of one has no mean to compare with; use at least 2")
     for name in ("people", "passages", "train_sections", "masked_sections", "turns", "hits", "result", "eval_pairs",
                  "width", "layers", "heads", "key_heads",
@@ -478,6 +519,12 @@ def check(c: Config) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     refuse(c.update_documents % world > 0,
            f"--update-documents {c.update_documents}: must be a multiple of the {world} processes that share them")
+    refuse(max(kept_steps(c), default=0) > max(c.memagent_steps, c.mem1_steps),
+           f"--keep-steps {c.keep_steps}: neither --memagent-steps {c.memagent_steps} nor --mem1-steps {c.mem1_steps} "
+           f"goes that far")
+    refuse(c.world not in ("eval", "dev"), f"--world {c.world}: choose eval or dev")
+    refuse(c.world == "dev" and c.corpus != "miniworld", f"--world dev: there is none of --corpus {c.corpus}; give "
+                                                         f"development questions as --questions")
     refuse(c.wandb not in ("disabled", "offline", "online"), f"--wandb {c.wandb}: choose disabled, offline or online")
     refuse(c.device not in ("auto", "cpu", "cuda"), f"--device {c.device}: choose auto, cpu or cuda")
     refuse(c.response <= c.memory, f"--response {c.response}: needs --memory {c.memory} and a stop token")

@@ -34,7 +34,7 @@ class Data:
         kinds = set(map(kind_of, stages))
         if c.corpus == "miniworld":
             self.world = MiniWorld(c.people, 0, "train")
-            self.held_out_world = held_out = MiniWorld(c.people, 0, "eval")
+            self.held_out_world = held_out = MiniWorld(c.people, 0, c.world)
             self.train, self.held_out = self.world.corpus(), held_out.corpus()
             self.questions = [held_out.question(i) for i in range(c.eval_questions)]
             self.train_questions: list[Question] = []

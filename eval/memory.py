@@ -248,15 +248,16 @@ class Memories:
         if self.shown:
             self.counts[self.shown] = min(READINGS, len(run.data.questions))
         self.books: dict[int, list[Book]] = {}  # by length: the same for every system
-        self.path = run.folder.path / "readings.json"
+        self.path = run.folder.measured(run.c.world) / "readings.json"
         self.documents = load_readings(self.path, "length:count kind:text")
 
     def _task(self, length: int) -> tuple[str, int]:
         return ("question", length) if length else ("masked", self.masked_length)
 
     def has(self, system: str, length: int | str) -> bool:
-        """Whether nothing is left to note of `system` at this length; of search benchmarks, strings, nothing is."""
-        if system == "base-one-window" or isinstance(length, str):  # the one writes no memory
+        """Whether nothing is left to note of `system` at this length; of search benchmarks, strings, nothing is, nor of
+        policies that were kept on the way."""
+        if system == "base-one-window" or "@" in system or isinstance(length, str):  # the first writes no memory
             return True
         task, sections = self._task(length)
         row = any((r.get("system"), r.get("task"), r.get("length")) == (system, task, sections) for r in self.rows)

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from data import InputError
 from data.arms import jobs
-from data.config import TRAINED, is_study, kind_of, readers, searchers
+from data.config import TRAINED, is_study, kind_of, readers, searchers, systems_of
 from data.run.files import output, write_json
 
 GB = 1e9
@@ -343,7 +343,9 @@ def searched(c) -> list[str]:
 
 
 def _trained(c) -> list[str]:
-    return [s for s in trainings(c) if s != "base"]
+    made = trainings(c)
+    return [s for s in systems_of(c) if (name := s.partition("@")[0]) in made and name != "base"
+            and int(s.partition("@")[2] or 0) <= made[name]]
 
 
 def _wanted(c, systems: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from data import InputError
-from data.config import SYSTEMS, TRAINED, readers, searchers
+from data.config import readers, searchers, systems_of
 from data.run.files import read_json, write_json
 from eval.gpu import commit
 from eval.longqa import held_out_rows, long_qa_row
@@ -50,12 +50,13 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     as training does. Returns whether the evaluation is complete; False where it was interrupted after a row.
     """
     c, results = run.c, Results(run)
-    trained = [s for s in TRAINED if run.folder.finished(s)]
+    systems = systems_of(c)
+    trained = [s for s in systems if s not in ("base", "base-one-window") and run.folder.finished(s)]
     jobs = [(s, n) for s in [*readers(trained), "base-one-window"] for n in lengths]
-    jobs += [(s, 0) for s in readers(trained) if c.eval_masked]
+    jobs += [(s, 0) for s in readers(trained) if c.eval_masked and "@" not in s]
     jobs += [(s, name) for s in searchers(trained) for name in run.data.benchmarks]
     memories = Memories(run, lengths, results.value["memory"])
-    wanted = c.eval_systems.split(",") if c.eval_systems else SYSTEMS
+    wanted = c.eval_systems.split(",") if c.eval_systems else systems
     jobs = [j for j in jobs if j[0] in wanted and not (results.has(*j) and memories.has(*j))]
     # the bar counts sections read, and turns of search for as many: that is what takes the time
     bar = tqdm(total=sum(effort(run, *j) for j in jobs), desc="eval", unit="section")
@@ -121,7 +122,7 @@ class Results:
     """
 
     def __init__(self, run):
-        self.run, self.path, self.since = run, run.folder.path / "results.json", time.perf_counter()
+        self.run, self.path, self.since = run, run.folder.measured(run.c.world) / "results.json", time.perf_counter()
         self.value = {"format": FORMAT, "environment": environment(run), "config": dataclasses.asdict(run.c),
                       "evaluation": {"seconds": 0.0}, "stages": []} | {section: [] for section in ONCE}
         self.value |= earlier_results(self.path)
@@ -145,7 +146,7 @@ class Results:
 
     def finish(self) -> None:
         stages = []
-        for name in ("base", *TRAINED):
+        for name in systems_of(self.run.c):
             if state := self.run.folder.finished(name):
                 rewards = state.get("rewards", [])
                 few = max(1, min(5, len(rewards) // 2))  # one step's reward is noisy: means of five

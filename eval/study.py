@@ -45,7 +45,7 @@ from eval.plan import evaluated, trainings, work
 SCRIPT = Path(__file__).parents[1] / "memtrain.py"
 POLL = 0.5  # seconds between two looks at the runs
 # of the fields that may differ, those that make work, and for which stage
-DECIDES = {"stages": "", "eval_lengths": "eval", "eval_systems": "eval"}
+DECIDES = {"stages": "", "eval_lengths": "eval", "eval_systems": "eval", "world": "eval"}
 STAGE = re.compile(r'^\{"stage": "([^"]+)"', re.MULTILINE)  # of a line of metrics.jsonl
 SHOWN = 4  # runs whose stage the bar names
 
@@ -107,7 +107,8 @@ class Child:
                 stage = f"{name} {made}/{count}"
                 done += self.work[name] * made / count
         if "eval" in self.work:
-            rows = (self._read("results.json", json.loads) or {}).get("long_qa") or []
+            results = RunFolder(Path()).measured(self.job.config.world) / "results.json"
+            rows = (self._read(str(results), json.loads) or {}).get("long_qa") or []
             systems = evaluated(self.job.config)
             read = sum(row["length"] for row in rows if row["system"] in systems)
             whole = len(systems) * sum(lengths_of(self.job.config))

@@ -83,6 +83,10 @@ class RunFolder:
             if (state := stored_state(path)) and not (copy.exists() and copy.read_bytes() == json_bytes(state)):
                 write_json(copy, state)
 
+    def measured(self, world: str) -> Path:
+        """Where the results of an evaluation lie: those on the development world apart from the others."""
+        return self.path / "dev" if world == "dev" else self.path
+
     def checkpoint(self, name: str) -> Path:
         return self.path / name / "checkpoint.safetensors"
 

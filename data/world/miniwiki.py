@@ -15,7 +15,9 @@ A masked name can therefore be inferred from clues that stand in *other* passage
 Every fact (subject, relation, object) is stated on the page of its subject and on that of its object, where the
 object has one, each in one of three phrasings that begin with the name of the page. The gold passages of a question
 are on the pages that its chain visits, as in HotpotQA. Full names are split by a hash: a world of split "train" and
-one of split "eval" have no person, town, company, work or river in common, whatever their seeds and sizes.
+one of split "eval" have no person, town, company, work or river in common, whatever their seeds and sizes. A world of
+split "dev", on which budgets are chosen, is a third as large: names that training may not use either, of families that
+the "eval" world of the same size and seed does not have.
 
 A passage holds one fact: with three, a reader this small noted half of what mattered, because it picked another
 sentence about the right name. So relevance is a matter of names here, as for [MASK], and answering one of relations.
@@ -180,6 +182,7 @@ class MiniWorld:
         if people < 40:
             raise ValueError(f"people={people}: a world needs at least 40 to have enough relations")
         self.people, self.seed, self.split = people, seed, split
+        self.names = "train" if split == "train" else "eval"  # whose full names it may use
         self.rng = random.Random(f"miniwiki:{people}:{seed}:{split}")
         self.kind_of: dict[str, str] = {}
         self.facts: list[Fact] = []
@@ -193,7 +196,7 @@ class MiniWorld:
     # ---- the world -------------------------------------------------------------------------------------
 
     def _new(self, kind: str, name: str) -> bool:
-        if name in self.kind_of or split_of(name) != self.split:
+        if name in self.kind_of or split_of(name) != self.names:
             return False
         self.kind_of[name] = kind
         return True
@@ -204,6 +207,9 @@ class MiniWorld:
     def _populate(self) -> None:
         rng, n = self.rng, self.people
         given, family = _name_pool("given", 120), _name_pool("family", max(200, n // 4))
+        if self.split == "dev":  # a third as large, of families that the evaluation world leaves
+            taken, n = random.Random(f"miniwiki:{n}:{self.seed}:eval").sample(family, n // 4), max(40, n // 3)
+            family = [f for f in _name_pool("family", max(200, len(taken) + n // 4)) if f not in taken]
         family = rng.sample(family, n // 4)
         persons, bearers = [], defaultdict(list)  # a first or family name -> who bears it so far
         while len(persons) < n:

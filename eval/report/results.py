@@ -6,20 +6,21 @@ Everything here came from outside and may be anything: what a report can't be bu
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import InputError
-from data.config import FREE_FIELDS, Config
+from data.config import FREE_FIELDS, UNTRAINED, Config
 
 FORMAT = 2  # of results.json
 SYSTEMS = {  # name in results.json: name in print
     "base-one-window": "Base, one window", "base": "Base", "memtrain": "+ MemTrain", "memagent": "+ MemAgent",
     "memtrain+memagent": "+ MemTrain + MemAgent", "mem1": "+ MEM1", "memtrain+mem1": "+ MemTrain + MEM1",
 }
-# In what runs of one arm may differ: their seed, the machine's fields, and where a base or an index lies.
-UNSHARED = FREE_FIELDS | {"seed", "init", "index"}
+# In what runs of one arm may differ: their seed, the machine's fields, where a base or an index lies, what is kept.
+UNSHARED = (FREE_FIELDS | UNTRAINED | {"index"}) - {"world"}
 SHAPE = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model"} | {"model"}  # a backbone
 
 
@@ -40,7 +41,8 @@ def _texts(value) -> bool:
 
 
 CHECKS: dict[str, tuple[Callable, str]] = {
-    "system": (lambda v: isinstance(v, str) and v in SYSTEMS, f"one of {', '.join(SYSTEMS)}"),
+    "system": (lambda v: isinstance(v, str) and re.sub(r"@\d+$", "", v) in SYSTEMS,
+               f"one of {', '.join(SYSTEMS)}, with @N after N steps"),
     "text": (lambda v: isinstance(v, str), "a text"),
     "texts": (_texts, "a list of texts"),
     "count": (_count, "a whole number, not negative"),
