@@ -13,23 +13,13 @@ from data import InputError
 from data.config import ABLATIONS, Config
 from eval.metrics import bootstrap_mean
 from eval.plan import parameters
-from eval.report.claims import (
-    MIN_QUESTIONS,
-    Difference,
-    Table,
-    backbones,
-    group,
-    on_arms,
-    on_backbones,
-    on_long_text,
-    on_search,
-    state,
-    verdicts,
-)
+from eval.report import curve
+from eval.report.arms import MIN_QUESTIONS, Difference, Table, backbones, group
+from eval.report.claims import on_arms, on_backbones, on_long_text, on_search, state, verdicts
 from eval.report.ledger import ledger, power, stage_cost
 from eval.report.page import embedded, main, ranged, readings, write_report
 from eval.report.results import load_run
-from eval.report.tables import ablations, scaling
+from eval.report.tables import ablations
 
 BOTH = "memtrain+memagent"
 
@@ -167,9 +157,6 @@ def test_the_claims_about_arms(tmp_path):
     table = ablations(group(runs), BOTH)
     assert [row[0] for row in table] == ["full", "end-to-end", "decoupled"], "the longer arm has no such system"
     assert table[0][6] == "" and table[1][6].startswith("+25.0 [") and table[1][1].startswith("55.0 (")
-    assert [row[0] for row in scaling(group(runs))] == [
-        "+ MemAgent, 15 steps of MemAgent", "+ MemAgent, 24 steps of MemAgent",
-        "+ MemTrain + MemAgent, 15 steps of MemAgent"]
 
 
 def test_a_worse_full_method_is_not_reproduced(tmp_path):
@@ -201,12 +188,80 @@ def test_recall_is_tested_only_where_the_base_has_room(tmp_path, recall, expecte
     (74, 0.0, "inconclusive: MemAgent has 74 steps in all, MemTrain and MemAgent together 75"),
     (75, 0.0, "reproduced"), (75, 0.9, "not reproduced: the interval lies below zero")])
 def test_only_an_arm_with_as_many_steps_decides_c6(tmp_path, steps, memagent, expected):
-    """Of several longer arms the longest is compared."""
+    """Of several longer arms the one with as many steps is compared, else the longest."""
     c6 = on_arms(group(runs_of(tmp_path, {
         "full": ({}, SHARES), "24": ({"memagent_steps": 24}, {"memagent": (0.5,) * 4}),
         "more": ({"memagent_steps": steps}, {"memagent": (memagent,) * 4})})))[2]
     assert c6.state == expected and f"MemAgent with {steps} steps" in c6.claim
     assert ("not the paper's comparison" in c6.note) == (steps < 75)
+
+
+def label_runs(tmp_path, more: dict, seeds=(0, 1, 2)) -> list:
+    """The full run, and the arms of --scaling. more: accuracy at all lengths of systems like memagent@5."""
+    def stages(**tera):
+        return [{"name": n, "seed": 0, "steps": 1, "seconds": 1.0, "flops": x * 1e12} for n, x in tera.items()]
+
+    configs = {"full": {}, "longer": {"memagent_steps": 150, "keep_steps": "5,75"},
+               "more": {"memagent_steps": 75, "keep_steps": "5"}}
+    shares = {"full": {n: (more.get(f"full {n}", v[0]),) * 4 for n, v in SHARES.items()},  # base 40, memtrain 60,
+              # memagent 70, both 80
+              "longer": {n: (v,) * 4 for n, v in more.items() if n.startswith("memagent")},
+              "more": {n: (v,) * 4 for n, v in more.items() if n.startswith("memtrain")}}
+    trained = {"full": stages(memtrain=14, memagent=1, **{BOTH: 2}),
+               "longer": stages(memagent=10, **{"memagent@5": 0.25, "memagent@75": 5}),
+               "more": stages(memtrain=14, **{f"{BOTH}@5": 0.5, BOTH: 9})}
+    return [load_run(make_run(tmp_path / f"{name}-{seed}", seed, configs[name], stages=trained[name],
+                              long_qa=qa_rows(shares[name], seed))) for name in configs for seed in seeds]
+
+
+def test_the_label_curve(tmp_path):
+    """One point a number of labels, the full run's where it has one; what MemTrain is worth, and where they cross."""
+    arms = group(label_runs(tmp_path, {"memagent@5": 0.5, f"{BOTH}@5": 0.75, "memagent@75": 0.85, BOTH: 0.8,
+                                       "memagent": 0.9}))
+    assert [a.name for a in arms] == ["full", "longer-memagent", "more-labels"]
+    made = curve.label_curve(arms)
+    assert {name: list(own) for name, own in made.values.items()} == {
+        "memagent": [0, 60, 180, 900, 1800], BOTH: [0, 60, 180, 900]} and made.lengths == list(LENGTHS)
+    assert {n: d.mean for n, d in made.differences.items()} == {0: 20.0, 60: 25.0, 180: 10.0, 900: -5.0}
+    assert curve.reading(made) == [
+        "MemTrain without a label scores 60.0; MemAgent alone needs labels for that: about 120.",
+        "The curves cross between 180 and 900 labels."]
+    table = {row[0]: row[1:] for row in curve.rows(made)}
+    assert table["60"][0].startswith("50.0 [") and table["60"][1:3] == ["5", "0.25"]
+    assert table["60"][3].startswith("75.0 [") and table["60"][4:6] == ["65", "14.5"]
+    assert table["0"][1:3] == ["0", "0"] and table["0"][5] == "14" and table["1800"][3] == "not run"
+    _, detail = verdicts({"x": arms})
+    (flops,) = [c for c in detail if c.claim.startswith("C6 at equal FLOPs")]
+    assert "75 steps, 180 labels, 16 TFLOP against 150 steps, 1800 labels, 10 TFLOP" in flops.claim
+    assert flops.difference.mean == -10.0 and not flops.state
+    c6 = on_arms(arms)[2]
+    assert c6.state == "not reproduced: the interval lies below zero" and "MemAgent with 75 steps" in c6.claim
+    assert c6.matched == "all steps: 75 steps, 180 labels, 16 TFLOP against 75 steps, 900 labels, 5 TFLOP"
+
+
+@pytest.mark.parametrize(("shares", "expected"), [
+    ({"memagent@5": 0.5, f"{BOTH}@5": 0.9, "memagent@75": 0.55, "memagent": 0.55, BOTH: 0.9},
+     ["about 120", "900 labels: the curves do not"]),
+    ({"memagent@5": 0.5, f"{BOTH}@5": 0.9, "memagent": 0.9, BOTH: 0.9, "full memtrain": 0.95},
+     ["more than the 1800", "180 labels: the curves do not"]),
+    ({"memagent@5": 0.5, f"{BOTH}@5": 0.9, "memagent": 0.9, BOTH: 0.9, "full memtrain": 0.3},
+     ["none", "not ahead even without"]),
+    ({"memagent@5": 0.7, f"{BOTH}@5": 0.6, "memagent": 0.8, BOTH: 0.9},
+     ["about 40", "cross between 0 and 60"])])
+def test_the_reading_of_a_label_curve(tmp_path, shares, expected):
+    found = curve.reading(curve.label_curve(group(label_runs(tmp_path, shares))))
+    assert all(part in sentence for part, sentence in zip(expected, found, strict=True)), found
+
+
+def test_no_label_curve_from_two_points(tmp_path):
+    arms = group(runs_of(tmp_path, {"full": ({}, SHARES)}))
+    assert curve.label_curve(arms) is None and curve.rows(None) == []
+
+
+def test_worlds_are_never_pooled(tmp_path):
+    runs = runs_of(tmp_path, {"eval": ({}, SHARES), "dev": ({"world": "dev"}, SHARES)}, seeds=(0,))
+    with pytest.raises(InputError, match="of one world"):
+        group(runs)
 
 
 def test_arms_are_compared_on_what_they_share(tmp_path):
@@ -304,7 +359,8 @@ def test_backbones_are_told_apart_by_their_shape(tmp_path):
     assert f"    python -m eval.report {' '.join(paths)}\n" in text, "the command that rebuilds it has all runs"
     assert "Tables and plots show the first backbone, width 128, 4 layers" in text
     assert "| C8 it holds for more than one backbone | C1 and C2 for Qwen3-4B" in text
-    assert text.count("The same for another backbone, width 384, 8 layers:\n\n| document length | 1x |") == 1
+    further = "The same for another backbone, width 384, 8 layers:\n\n| document length, evaluation world | 1x |"
+    assert text.count(further) == 1
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<h3>The same for another backbone, width 384, 8 layers</h3>") == 1
 
@@ -436,7 +492,8 @@ def results(tmp_path, monkeypatch):
 
     monkeypatch.setattr(stage, "environment", lambda run: {"commit": "abc"})
     state = {"done": True, "step": 3, "seconds": 2.0, "tokens_sampled": 10, "tokens_trained": 20, "rewards": [0.0, 1.0]}
-    folder = types.SimpleNamespace(path=tmp_path, finished=lambda name: state if name == "mem1" else None)
+    folder = types.SimpleNamespace(
+        measured=lambda world: tmp_path, finished=lambda name: state if name == "mem1" else None)
     run = types.SimpleNamespace(folder=folder, c=Config(), tokenizer=types.SimpleNamespace(size=1000))
     return lambda: stage.Results(run)
 

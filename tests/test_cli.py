@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import TINY
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import memtrain
 from data.run.files import second_name
@@ -87,6 +87,11 @@ BAD = {  # command: parts of the answer
     "--corpus p.jsonl --stages eval": ["--questions"], "--corpus p.jsonl --stages memagent": ["--train-questions"],
     "--corpus nope.jsonl --stages memtrain": ["nope.jsonl", "no such file"],
     "--init nope.safetensors --stages memtrain": ["nope.safetensors", "--init"],
+    "--world test": ["--world test", "eval or dev"],
+    "--world dev --corpus p.jsonl --stages eval --questions q.jsonl": ["--world dev", "p.jsonl", "--questions"],
+    "--keep-steps 5,x": ["--keep-steps 5,x", "5,38"], "--keep-steps 38,5": ["--keep-steps 38,5", "ascending"],
+    "--keep-steps 0,5": ["--keep-steps 0,5"], "--keep-steps 5,99": ["--keep-steps 5,99", "--memagent-steps 15"],
+    "--keep-steps 5 --eval-systems memagent@4": ["memagent@4", "memagent@5"],
 }
 
 
@@ -732,3 +737,23 @@ def test_a_finished_run_can_be_evaluated_at_more_lengths(folder, base_checkpoint
         seen.append(json.loads((folder / "runs/t/results.json").read_text())["long_qa"])
     assert seen[1][:2] == seen[0] and [(r["system"], r["length"]) for r in seen[1]] == [
         ("base", 1), ("base-one-window", 1), ("base", 2), ("base-one-window", 2)]
+
+
+def test_what_is_kept_on_the_way_is_evaluated_apart(folder, base_checkpoint, lottery, monkeypatch):
+    """memagent@1 of a run of two steps is the policy of a run of one; on the development world its results stand
+    apart from the others."""
+    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
+    base = [*TINY, "--init", base_checkpoint(), "--eval-masked", "0", "--eval-lengths", "1"]
+    two = [*base, "--run", "two", "--memagent-steps", "2", "--keep-steps", "1"]
+    assert main([*base, "--run", "one", "--stages", "memagent", "--memagent-steps", "1"]) == 0
+    assert main([*two, "--stages", "memagent"]) == 0
+    one, kept, end = (load_file(f"runs/{p}/checkpoint.safetensors") for p in (
+        "one/memagent", "two/memagent@1", "two/memagent"))
+    assert all(torch.equal(kept[k], one[k]) for k in one) and not all(torch.equal(end[k], one[k]) for k in one)
+    for world in ("eval", "dev"):
+        assert main([*two, "--stages", "eval,report", "--world", world, "--eval-systems", "memagent,memagent@1"]) == 0
+    both = [json.loads(Path(f"runs/two/{part}results.json").read_text()) for part in ("", "dev/")]
+    assert all({r["system"] for r in b["long_qa"]} == {"memagent", "memagent@1"} for b in both)
+    assert [b["config"]["world"] for b in both] == ["eval", "dev"] and Path("runs/two/dev/report.md").exists()
+    named = ["development world" in Path(f"runs/two/{part}report.md").read_text() for part in ("", "dev/")]
+    assert named == [False, True]

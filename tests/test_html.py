@@ -103,7 +103,7 @@ def test_it_holds_every_part(page):
     text = page.read_text(encoding="utf-8")
     for part in ("C1 MemTrain over base, average", "C8 it holds for more than one backbone", "79.69", "55.63",
                  "end-to-end", "gold / 100", "CPU-hours", "kWh", "abc1234", "python memtrain.py --run full",
-                 "Configuration", "Not run: no arm with longer MemAgent was given."):
+                 "Configuration", "Not run: it needs the arms of --scaling."):
         assert part in text, part
     assert text.count("<svg") >= 10 and "#7b7b7b" not in text, "plots take the page's own ink"
 

@@ -278,15 +278,15 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(stand_in, capsys):
     err = capsys.readouterr().err
     (line,) = [line for line in err.splitlines() if "failed" in line]
     assert line.endswith("runs/t.s0: failed (exit code 3): memtrain: the card\\x1b caught fire")
-    assert "no report: 1 of 5 runs are not finished (t.s0)" in err and stand_in == []
-    assert not Path("runs/t/report.md").exists() and sum(r["finished"] for r in book().values()) == 4
+    assert "no report: 1 of 7 runs are not finished (t.s0)" in err and stand_in == []
+    assert not Path("runs/t/report.md").exists() and sum(r["finished"] for r in book().values()) == 6
     Path("broken").unlink()
-    assert main(STUDY) == 0 and calls()[5:] == ["t.s0"] and len(stand_in) == 1
+    assert main(STUDY) == 0 and calls()[7:] == ["t.s0"] and len(stand_in) == 1
 
 
 def test_without_its_base_nothing_is_started(stand_in, capsys):
     Path("broken").write_text("t.base")
-    assert main(STUDY) == 1 and calls() == ["t.base"] and "5 of 5 runs" in capsys.readouterr().err
+    assert main(STUDY) == 1 and calls() == ["t.base"] and "7 of 7 runs" in capsys.readouterr().err
 
 
 def test_one_study_a_folder(stand_in, capsys):
@@ -386,7 +386,7 @@ def test_the_plan_of_a_study_is_that_of_its_runs():
     p = plan.make_plan(c, card, "H100")
     made = jobs(c)
     hours = sum(sum(r["hours"] for r in plan.stages(job.config, vocab, card, plan.MFU)) + plan.START for job in made)
-    assert p["hours"] == pytest.approx(hours) and sum(r["runs"] for r in p["study"]) == len(made) == 3 * 12 + 1
+    assert p["hours"] == pytest.approx(hours) and sum(r["runs"] for r in p["study"]) == len(made) == 3 * 13 + 1
     assert [r["arm"] for r in p["study"]] == list(dict.fromkeys(job.arm for job in made))
     assert p["peak"] == max(plan.peak(job.config, vocab)[1] for job in made)
     assert "the study" in plan.text(c, p) and "paper-order" in plan.text(c, p)

@@ -92,6 +92,10 @@ def test_names_follow_their_rules_and_splits_never_meet(world):
     train = [MiniWorld(n, s, "train").kind_of for n, s in ((60, 0), (400, 1), (150, 7))]
     held_out = [MiniWorld(n, s, "eval").kind_of for n, s in ((60, 0), (400, 1), (150, 7))]
     assert set().union(*train).isdisjoint(set().union(*held_out))
+    for people, seed in ((60, 0), (400, 1)):  # budgets are chosen on a world that names nothing of the other two
+        dev, measured = (MiniWorld(people, seed, split) for split in ("dev", "eval"))
+        assert set(dev.kind_of).isdisjoint(set(measured.kind_of).union(*train))
+        assert 0.25 < len(dev.passages) / len(measured.passages) <= (1 if people < 120 else 0.4)
     with pytest.raises(ValueError, match="at least 40"):
         MiniWorld(39)
 

@@ -9,7 +9,7 @@ recomputation and the optimiser are not counted.
 from collections.abc import Sequence
 
 from eval.plan import CARDS, parameters
-from eval.report.claims import Arm
+from eval.report.arms import Arm
 
 THREAD_WATTS = 10.0  # a 64-thread server CPU at 280 W gives 4.4 W a thread; as much again for memory, losses, cooling
 COUNTED = ("seconds", "tokens_sampled", "tokens_prompts", "tokens_trained", "flops")
@@ -57,7 +57,8 @@ def ledger(arms: Sequence[Arm]) -> tuple[list[dict], list[str]]:
             watts, assumed, share = power(run.environment)
             notes[assumed] = None
             evaluation = run.results.get("evaluation")
-            done = [*run.results["stages"], *([{"name": "eval"} | evaluation] if isinstance(evaluation, dict) else [])]
+            own = [row for row in run.results["stages"] if "@" not in row["name"]]  # the whole stage has those, too
+            done = [*own, *([{"name": "eval"} | evaluation] if isinstance(evaluation, dict) else [])]
             for stage in done:
                 device = str(run.environment.get("device", "cpu"))
                 row = rows.setdefault((arm.name, stage["name"], device), {

@@ -19,7 +19,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -29,19 +29,9 @@ from data import InputError
 from data.config import Config
 from data.run.files import json_bytes, output, replacing, writing
 from data.run.terminal import printable
-from eval.report import plots, tables
-from eval.report.claims import (
-    BOTH,
-    FULL,
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    REPRODUCED,
-    RULE,
-    Arm,
-    Claim,
-    backbones,
-    verdicts,
-)
+from eval.report import curve, plots, tables
+from eval.report.arms import BOTH, FULL, Arm, backbones
+from eval.report.claims import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, RULE, Claim, verdicts
 from eval.report.ledger import ledger
 from eval.report.paper import PAPER_BENCHMARKS, PAPER_LENGTHS, PAPER_TABLE1, PAPER_TABLE2
 from eval.report.results import SYSTEMS, Run, load_run
@@ -84,6 +74,7 @@ def content(named: dict[str, list[Arm]]) -> dict:
     rows = {section: full.rows(section) for section in ("long_qa", "recall", "masked", "memory")}
     summary, detail = verdicts(named)
     costs, assumed = ledger(arms)
+    labels = curve.label_curve(arms)
     known = {key: [Outside(v) for v in sorted({str(run.environment.get(key, "not recorded")) for run in everyone})]
              for key in ("commit", "date")}
     return {
@@ -93,7 +84,7 @@ def content(named: dict[str, list[Arm]]) -> dict:
         "commands": [_line(run.environment.get("command", "not recorded")) for run in everyone],
         "rebuild": _line(shlex.join(["python", "-m", "eval.report", *(str(run.path) for run in everyone)])),
         "preset": Outside(config.get("preset", "unknown")), "corpus": Outside(config.get("corpus", "unknown")),
-        "seeds": sorted({*table.seeds, *search.seeds}),
+        "world": world(config), "seeds": sorted({*table.seeds, *search.seeds}),
         "asked": sorted({f"{row['n']:g}" for row in rows["long_qa"]}),
         "lengths": [f"{n:g}x" for n in table.lengths], "long_names": [SYSTEMS[s] for s in LONG],
         "size": {field: [max(row.get(field) or 0 for row in rows["long_qa"] if row["length"] == length)
@@ -110,13 +101,22 @@ def content(named: dict[str, list[Arm]]) -> dict:
                       if len(found := tables.ablations(arms, s)) > 1},
         "changed": [[Outside(arm.name), str(len(arm.runs)),
                      Outside(", ".join(f"{k} = {v}" for k, v in arm.changed.items()))] for arm in arms[1:]],
-        "scaling": tables.scaling(arms),
+        "labels": curve.rows(labels), "labels_read": curve.reading(labels) if labels else [],
+        "labels_of": [f"{n:g}x" for n in labels.lengths] if labels else [],
+        "labels_seeds": labels.seeds if labels else [],
         "recall": tables.per_system(rows["recall"], "accuracy", "low", "high"),
         "masked": tables.per_system(rows["masked"], "em", "em_low", "em_high"),
         "memory": tables.memory(rows["memory"]), "kept_after": [f"k = {k}" for k in tables.RETENTION],
         "stages": tables.stages(runs), "costs": tables.costs(costs), "assumed": [Outside(a) for a in assumed],
         "notes": [Outside(run.results["claims_note"]) for run in everyone if run.results.get("claims_note")],
     }
+
+
+def world(config: Mapping) -> str:
+    """What the questions are about, for every table's head: no figure of one world passes for one of another."""
+    if config.get("corpus", "miniworld") != "miniworld":
+        return Outside(config["corpus"])
+    return {"eval": "evaluation world", "dev": "development world"}[config.get("world", "eval")]
 
 
 def environments(runs: Sequence[Run]) -> dict[str, list]:
@@ -189,7 +189,8 @@ def figures(arms: Sequence[Arm]) -> dict[str, list[dict]]:
     def plot(label: str, draw, size=plots.PANEL) -> dict:
         return {"label": label, "svg": Markup(plots.inline(draw, size))}
 
-    found: dict[str, list[dict]] = {"table1": [], "table2": [], "ablations": [], "scaling": [], "retention": []}
+    found: dict[str, list[dict]] = {"table1": [], "table2": [], "labels": [], "ablations": [],
+                                    "retention": []}
     if full.table.columns:
         found["table1"] = [plot("Accuracy by document length in this run", plots.table1_ours(full.table)),
                            plot("Accuracy by document length in the paper", plots.table1_paper)]
@@ -206,8 +207,9 @@ def figures(arms: Sequence[Arm]) -> dict[str, list[dict]]:
                 found["ablations"].insert(0, plot(f"{SYSTEMS[system]} by arm and length",
                                                   plots.ablations_by_length(arms, system)))
                 found["ablations"].append(plot("The paper's ablations, average", plots.ablations_paper, (5.3, 2.2)))
-    if draw := plots.scaling(arms):
-        found["scaling"] = [plot("MemAgent with more steps against MemTrain first", draw)]
+    if labels := curve.label_curve(arms):
+        found["labels"] = [plot("Accuracy by labelled questions, with MemTrain first and without",
+                                plots.label_curve(labels), (7.6, 3.6))]
     memories = full.rows("memory")
     for task, what in tables.tasks(memories).items():
         if draw := plots.retention([row for row in memories if row.get("task") == task], what):
@@ -264,14 +266,16 @@ def claim_cells(c: Claim) -> list[str]:
     """A claim as cells of a markdown row. Names of benchmarks, arms and backbones come from outside; brackets of
     intervals are ours."""
     cells = [md(c.claim), c.paper, md(c.ours) if c.id == "C8" else c.ours]
-    return [*cells, md(c.entered), f"**{c.word}**{md(c.state.removeprefix(c.word))}"] if c.state else cells
+    entered = md(c.entered) + (f"; matched on {md(c.matched)}" if c.matched else "")
+    return [*cells, entered, f"**{c.word}**{md(c.state.removeprefix(c.word))}"] if c.state else cells
 
 
 def figures_of(c: Claim) -> dict:
     """A claim in claims.json."""
     d = c.difference if c.difference and not c.difference.reason else None
     measured = {"difference": d.mean, "low": d.low, "high": d.high, "by_seed": list(d.by_seed)} if d else {}
-    return {"id": c.id, "claim": c.claim, "state": c.word, "why": c.why, "entered": c.entered, **measured}
+    return {"id": c.id, "claim": c.claim, "state": c.word, "why": c.why, "entered": c.entered,
+            "matched": c.matched, **measured}
 
 
 def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = None) -> Path:
@@ -287,6 +291,7 @@ def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = 
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         plots.plot_table1(arms[0].table, out / "table1")
+        plots.plot_labels(curve.label_curve(arms), out / "labels")
         curves = plots.plot_training(arms[0].runs, out / "training.png")
     markdown = _environment(finalize=lambda v: md(v) if isinstance(v, Outside) else v)
     markdown.filters |= {"cell": lambda v: md(v) if isinstance(v, Outside) else v, "lines": claim_cells, "md": md}

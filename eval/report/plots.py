@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from eval.metrics import wilson_interval
-from eval.report.claims import BOTH, Arm, Table, longer_memagent
+from eval.report.arms import BOTH, Arm, Table
+from eval.report.curve import Curve
 from eval.report.paper import PAPER_ABLATIONS, PAPER_BENCHMARKS, PAPER_LENGTHS, PAPER_TABLE1, PAPER_TABLE2
 from eval.report.results import SYSTEMS, Run, number
 
@@ -221,22 +222,40 @@ def ablations_paper(axes) -> None:
     axes.set_xlim(60, 75)
 
 
-def scaling(arms: Sequence[Arm]) -> Callable | None:
-    """MemAgent, MemAgent with more steps, and MemTrain+MemAgent: accuracy by length. None without the longer arm."""
-    longer, full = longer_memagent(arms), arms[0]
-    if longer is None or not longer.table.has("memagent"):
-        return None
-    at = {arm.name: arm.runs[0].setting["memagent_steps"] for arm in (full, longer)}
-    lines = {f"+ MemAgent, {at[full.name]} steps": _curve(full.table, "memagent", LOOKS["memagent"]),
-             f"+ MemAgent, {at[longer.name]} steps": _curve(longer.table, "memagent", ("#3a87d6", (0, (3, 2)), "s")),
-             f"+ MemTrain + MemAgent, {at[full.name]} steps": _curve(full.table, BOTH, LOOKS[BOTH])}
-
+def label_curve(curve: Curve) -> Callable:
+    """Accuracy by labelled questions, from the base and after MemTrain; bands are 95% intervals."""
     def draw(axes) -> None:
-        _over_lengths(axes, {k: v for k, v in lines.items() if v}, full.table.lengths,
-                      [f"{n:g}x" for n in full.table.lengths])
-        axes.set(title="More MemAgent against MemTrain first", xlabel="document length", ylabel="accuracy, %")
+        ends = {}
+        for system, found in curve.values.items():
+            labels, values = list(found), 100 * np.array([estimate for _, estimate in found.values()])
+            colour, dash, marker = LOOKS[system]
+            axes.plot(labels, values[:, 0], color=colour, linestyle=dash, marker=marker, clip_on=False)
+            axes.fill_between(labels, *values[:, 1:].T, color=colour, alpha=0.15, linewidth=0)
+            ends[SYSTEMS[system]] = labels[-1], float(values[-1, 0]), colour
+        axes.set_xscale("symlog", linthresh=60, linscale=0.5)
+        axes.minorticks_off()
+        ticks = sorted({n for found in curve.values.values() for n in found})
+        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.set_ylim(0, None)
+        _end_names(axes, ends)
+        axes.set(title=f"Mean of {curve.lengths[0]:g}x to {curve.lengths[-1]:g}x, {len(curve.seeds)} seeds",
+                 xlabel="labelled questions that MemAgent was trained on", ylabel="accuracy, %")
 
     return draw
+
+
+def plot_labels(curve: Curve | None, stem: Path) -> bool:
+    """labels.svg and .png; False, and no picture of an earlier run, where there is no curve."""
+    for suffix in (".svg", ".png"):
+        stem.with_suffix(suffix).unlink(missing_ok=True)
+    if curve is None:
+        return False
+    with drawing():
+        figure = Figure(figsize=(7.6, 4.0), layout="constrained")
+        label_curve(curve)(figure.subplots())
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+        figure.savefig(stem.with_suffix(".png"))
+    return True
 
 
 def retention(rows: Sequence[dict], title: str) -> Callable | None:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.report.claims import BOTH, Arm, Table, against, longer_memagent, measured, points, shared
+from eval.report.arms import BOTH, Arm, Table, against, measured, points, shared
+from eval.report.curve import Point, teraflops
 from eval.report.results import SYSTEMS, Run
 
 LONG = ("base-one-window", "base", "memtrain", "memagent", BOTH)  # systems of Table 1
@@ -123,26 +124,13 @@ def ablations(arms: Sequence[Arm], system: str) -> list[list[str]]:
 
 
 def _cost(arm: Arm, system: str) -> list[str]:
-    """Tokens trained, sampled and prefilled (prompts, while sampling) and seconds of the stages that lead to a system:
-    means over the arm's runs."""
+    """Labels, steps, TFLOP, tokens trained, sampled and prefilled (prompts, while sampling) and seconds of the stages
+    that lead to a system: means over the arm's runs."""
+    point = Point(arm, system, arm.runs[0].setting["memagent_steps"] if system == BOTH else 0)
     stages = [row for row in arm.rows("stages") if row["name"] in {system, *system.split("+")[:1]}]
     counts = ([row.get(f) for row in stages] for f in ("tokens_trained", "tokens_sampled", "tokens_prompts", "seconds"))
-    return [f"{sum(each) / len(arm.runs):,.0f}" if each and None not in each else "—" for each in counts]
-
-
-def scaling(arms: Sequence[Arm]) -> list[list[str]]:
-    """Figure 4: MemAgent as long as in the full arm, longer, and after MemTrain."""
-    full, longer = arms[0], longer_memagent(arms)
-    if longer is None:
-        return []
-    lines = []
-    for arm, system in ((full, "memagent"), (longer, "memagent"), (full, BOTH)):
-        lengths = [n for n in full.table.lengths if (system, n) in arm.table.cells]
-        cells = [measured(arm.table.by_seed(system, [n])) for n in full.table.lengths]
-        whole = arm.table.by_seed(system, lengths) if lengths else []
-        lines.append([f"{SYSTEMS[system]}, {arm.runs[0].setting['memagent_steps']} steps of MemAgent", *cells,
-                      measured(whole) if whole else "—"])
-    return lines
+    return [str(point.labels), str(point.all_steps), teraflops(point.flops),
+            *(f"{sum(each) / len(arm.runs):,.0f}" if each and None not in each else "—" for each in counts)]
 
 
 def stages(runs: Sequence[Run]) -> list[list[str]]:
