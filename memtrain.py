@@ -1055,7 +1055,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             elif argv[0] == "export":
                 commands.export(argv[1:], Policy.of)
             elif argv[0] == "gates":
-                return commands.gates(argv[1:], Policy.of, Agent)
+                return commands.gates(argv[1:], Policy.of, Agent, recall_probe)
             else:
                 commands.plan(argv[1:])
             return 0

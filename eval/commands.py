@@ -64,12 +64,17 @@ def read(argv: Sequence[str], policy: Callable, agent: Callable) -> None:
     read(agent(opened.model, opened.tokenizer, c), options.file, options.question, options.out, Interrupt())
 
 
-def gates(argv: Sequence[str], policy: Callable, agent: Callable) -> int:
-    """python memtrain.py gates: whether a base is fit to start reinforcement learning from; 1 where it is not."""
+def gates(argv: Sequence[str], policy: Callable, agent: Callable, recall_probe: Callable) -> int:
+    """python memtrain.py gates: whether a base is fit to start reinforcement learning from, 1 where it is not; and
+    whether a step of MemTrain has something to select on."""
     from eval.gates import gates, passed
+    from eval.health import health, show
 
     opened = open_checkpoint(*command_options("gates", argv), policy)
-    return int(not passed(gates(agent(opened.model, opened.tokenizer, opened.c), opened.c)))
+    own = agent(opened.model, opened.tokenizer, opened.c)
+    fit = passed(gates(own, opened.c))
+    show(health(own, opened.c, recall_probe))
+    return int(not fit)
 
 
 def export(argv: Sequence[str], policy: Callable) -> None:

@@ -1,0 +1,79 @@
+"""Whether MemTrain has something to select on: one step sampled, nothing trained, on the development world.
+
+Part of `python memtrain.py gates [--temperature 2] [--section 40] ...`. Rule 6 of the register: a claim about recall is
+tested only where recall has room.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from data.config import Config
+from data.tasks import masked_document
+from data.text.entities import make_finder
+from data.world.demonstrations import sentences
+from data.world.miniwiki import MiniWorld
+
+ROOM = {  # name: (lowest that passes, what it says)
+    "recall_own": (0.15, "recall from the policy's own memories"),
+    "recall_filled": (0.40, "recall from memories filled to the budget with sentences of the sections read"),
+    "recall_signal": (0.30, "groups of recall samples whose rewards differ"),
+    "reading_signal": (0.0, "groups of readings whose rewards differ, recall's share left out"),
+}
+
+
+def health(agent, c: Config, recall_probe: Callable, steps: int = 4) -> dict[str, float]:
+    """{name of ROOM: share, "tokens": sampled in a step}, over the documents of `steps` steps."""
+    corpus, finder = MiniWorld(c.people, 0, "dev").corpus(), make_finder(c.entities)
+    problems = [masked_document(corpus, finder, -1, i, c.passages, c.related, lambda t: len(agent.tokenizer.encode(t)),
+                                c.masked_sections * c.section) for i in range(steps * c.documents)]
+    keys = [("health", i, g) for i in range(len(problems)) for g in range(c.group)]
+    rollouts = agent.read([problems[i] for _, i, _ in keys], keys)
+    sampled = sum(len(t.sampled) for r in rollouts for t in r.turns)
+    own, filled, signal = [], [], []
+    for r, key in zip(rollouts, keys, strict=True):
+        if probe := recall_probe(agent, finder, r, random.Random(repr(key))):
+            own.append((probe, key))
+            read = [filled_memory(agent.tokenizer, r.sections[:k], c.memory, random.Random(repr((key, k))))
+                    for k in range(len(r.sections))]
+            given, r.memories = r.memories, read
+            filled.append((recall_probe(agent, finder, r, random.Random(repr(key))), key))
+            r.memories = given
+    shares = {}
+    for name, probes in (("recall_own", own), ("recall_filled", filled)):
+        copies = [(*probe, (*key, name, j)) for probe, key in probes for j in range(max(1, c.recall_group))]
+        turns, hits = agent.recall(*map(list, zip(*copies, strict=True))) if copies else ([], [])
+        shares[name] = _mean(hits)
+        if name == "recall_own":
+            sampled += sum(len(t.sampled) for t in turns)
+            signal = differing(hits, max(1, c.recall_group))
+    return shares | {"recall_signal": _mean(signal), "tokens": sampled / steps,
+                     "reading_signal": _mean(differing([r.correct for r in rollouts], c.group))}
+
+
+def filled_memory(tokenizer, sections: Sequence[list[int]], budget: int, rng: random.Random) -> list[int]:
+    """Sentences of these sections, drawn without replacement, as long as they fit the budget of tokens."""
+    found = [s for section in sections for s in sentences(tokenizer.decode(section))]
+    ids: list[int] = []
+    for sentence in rng.sample(found, len(found)):
+        more = tokenizer.encode(" " + sentence)
+        if len(ids) + len(more) <= budget:
+            ids += more
+    return ids
+
+
+def differing(rewards: Sequence[float], size: int) -> list[bool]:
+    """Of each group of `size` rewards in a row: whether it has a signal."""
+    return [len(set(rewards[i:i + size])) > 1 for i in range(0, len(rewards), size)]
+
+
+def show(value: dict[str, float]) -> None:
+    print("\nhealth           value  passes from     (one step of MemTrain, development world, sampled as in training)")
+    for name, (low, meaning) in ROOM.items():
+        print(f"{name:16s} {value[name]:5.3f}  {low:.2f}  {'ok  ' if value[name] >= low else 'FAIL'}      {meaning}")
+    print(f"tokens           {value['tokens']:,.0f} sampled a step")
+
+
+def _mean(values: Sequence) -> float:
+    return sum(map(float, values)) / max(1, len(values))
