@@ -102,7 +102,7 @@ from data.tasks import Problem, cut_middle, recall_target, sections
 from data.text.retrieval import Retriever
 from data.weights.checkpoint import load_checkpoint, save_checkpoint
 from data.weights.loading import check_vocabulary, load_tokenizer
-from data.weights.pretrained import load_adapter, load_weights, locate, read_shape
+from data.weights.pretrained import check_window, load_adapter, load_weights, locate, read_shape
 from data.weights.tokenizer import Tokenizer
 from eval.header import header
 from eval.metrics import exact_match, extract_boxed
@@ -711,6 +711,7 @@ class Policy:
             self.source = locate(c.model, c.revision)
             c = dataclasses.replace(c, **read_shape(self.source))
             check(c)
+            check_window(self.source, c.window)
         c = dataclasses.replace(c, dtype=choose_dtype(c, device))
         self.c, self.tokenizer = c, load_tokenizer(*filter(None, [self.source]))
         if c.vocab:

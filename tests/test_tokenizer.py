@@ -329,8 +329,10 @@ def test_a_sentencepiece_vocabulary_as_of_llama_2(tmp_path):
         vocab_size=900, special_tokens=controls + [f"<0x{b:02X}>" for b in range(256)], show_progress=False))
     whole = json.loads(made.to_str())  # the trainer has made the bytes special, which they aren't
     made = tokenizers.Tokenizer.from_str(json.dumps(whole | {"added_tokens": whole["added_tokens"][:3]}))
-    template = "{% for m in messages %}{{ '<s>' + m.role + '\n' + m.content + '</s>' }}{% endfor %}\nassistant\n"
+    template = "{% for m in messages %}{{ '<s>' + m.content + '</s>' }}{% endfor %}\nassistant\n"
     ours = load_tokenizer(save(made, tmp_path, "</s>", template, "<s>"))
+    with pytest.raises(InputError, match="grows into one token"):  # a space would stand before the user's text, too
+        load_tokenizer(save(made, tmp_path / "other", "</s>", template.replace("<s>", "<s>[INST] "), "<s>"))
     texts = [t for t in torture() if "<s>" not in t] + CORPUS + passages()[:300]
     same_ids(ours, without_added(made), texts)
     assert all(ours.decode(ours.encode(t)) == t.replace("▁", " ") for t in texts)
@@ -460,7 +462,9 @@ def test_what_ends_a_response(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, text]}))
     both = load_tokenizer(tmp_path)
     assert both.stops == (end, text) and both.end == end
-    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}Q: {{ m.content }}\n{% endfor %}A:")
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<think>' + m.content + '</think>' if m.role == 'user' else m.content }}\n"
+        "{% endfor %}A:")
     plain = load_tokenizer(tmp_path)
     assert plain.stops == (text, end) and plain.fingerprint != both.fingerprint
 

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from contextlib import suppress
+from functools import cache
 
 from data import InputError
 
@@ -20,6 +21,14 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\
 def printable(text: str) -> str:
     r"""`text` with what could steer a terminal, or turn a line around, spelled out: \x1b instead of an escape."""
     return UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+
+
+@cache
+def note(text: str) -> None:
+    """A line that a run says once, beside its progress bars."""
+    from tqdm import tqdm
+
+    tqdm.write(printable(f"note: {text}"))
 
 
 class StrictParser(argparse.ArgumentParser):

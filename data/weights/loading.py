@@ -24,7 +24,7 @@ def load_tokenizer(path: str | Path = NANO_RANKS) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
-    """InputError if an id of the tokenizer has no row among the `rows` of an embedding."""
-    if tokenizer.size > rows:
-        raise InputError(f"tokenizer {tokenizer.name}: its ids go up to {tokenizer.size - 1}, the model's "
+    """InputError if an id that text or prompts can give has no row among the `rows` of an embedding."""
+    if tokenizer.needed > rows:
+        raise InputError(f"tokenizer {tokenizer.name}: its ids go up to {tokenizer.needed - 1}, the model's "
                          f"embedding has {rows} rows; give the tokenizer and the weights of one checkpoint")

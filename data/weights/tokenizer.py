@@ -37,13 +37,15 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 class Tokenizer:
     """ids <-> text; of a published checkpoint: data.weights.published.Published, with the same names.
 
-    size: the highest id + 1, specials included. user, assistant: the ids before the user's text and those between
-    it and the response. stops: the ids that end a response; end, the first of them, is the one that is trained.
+    size: the highest id + 1, specials included; needed: of those that text and prompts can give. user, assistant: the
+    ids before the user's text and those between it and the response. stops: the ids that end a response; end, the first
+    of them, is the one that is trained.
     fingerprint: 12 hex digits over all that decides about ids; checkpoints carry it.
     """
 
     def __init__(self, ranks: dict[bytes, int], name: str):
         self.name, self.size = name, len(ranks) + len(SPECIALS)
+        self.needed = self.size
         self.user, self.assistant, self.stops = [len(ranks)], [len(ranks) + 1], (len(ranks) + 2,)
         self._encoding = tiktoken.Encoding(name, pat_str=PATTERN.replace(SPACES, STRIDES), mergeable_ranks=ranks,
                                            special_tokens={})
