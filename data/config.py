@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import InputError
+from data.run.files import read_json
 from data.run.terminal import StrictParser, printable
 from data.weights.pretrained import read_shape
 
@@ -373,6 +374,18 @@ def parse(argv: Sequence[str]) -> Config:
             config = dataclasses.replace(config, **read_shape(Path(config.model)))
     check(config)
     return config
+
+
+def read_config(path: Path, remedy: str) -> Config:
+    """The configuration in a run's config.json; what an older version did not know has its default. InputError with
+    `remedy` on an unknown option, or a value of another type: nothing in it is dropped."""
+    theirs, defaults = read_json(path, remedy), dataclasses.asdict(Config())
+    for name, value in theirs.items():
+        if name not in defaults:
+            raise InputError(f"{path}: {name} is no option of this version; {remedy}")
+        if type(value) not in (kind := type(defaults[name]), int if kind is float else kind):
+            raise InputError(f"{path}: {name} is {value!r}, not of type {kind.__name__}; {remedy}")
+    return Config(**theirs)
 
 
 def _truth(text: str) -> bool:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data import InputError
-from data.config import FREE_FIELDS, PRESETS, Config, as_evaluated, check, command_options, given_fields, parse
-from data.run.files import output, read_json
+from data.config import FREE_FIELDS, PRESETS, as_evaluated, check, command_options, given_fields, parse, read_config
+from data.run.files import output
 
 
 def open_checkpoint(options: argparse.Namespace, fields: Sequence[str], policy: Callable) -> Any:
@@ -25,13 +25,11 @@ def open_checkpoint(options: argparse.Namespace, fields: Sequence[str], policy: 
     path, remedy = stage / "checkpoint.safetensors", "give RUN/STAGE, like runs/nano/memtrain"
     if not path.is_file():
         raise InputError(f"--checkpoint {options.checkpoint}: there is no {path}; {remedy}")
-    theirs = read_json(stage.parent / "config.json", remedy)
-    if odd := theirs.keys() - {f.name for f in dataclasses.fields(Config)}:
-        raise InputError(f"{stage.parent / 'config.json'}: {min(odd)} is no field of this version; {remedy}")
+    theirs = read_config(stage.parent / "config.json", remedy)
     given = given_fields([*idle, *fields])
     if fixed := given.keys() - FREE_FIELDS - {"seed", "eval_temperature", "eval_top_p"}:
         raise InputError(f"--{min(fixed).replace('_', '-')}: the checkpoint has a value of its own; leave it out")
-    c = dataclasses.replace(Config(**theirs), **given)
+    c = dataclasses.replace(theirs, **given)
     check(c)
     return policy(c, stage.parent, path)
 

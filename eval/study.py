@@ -183,8 +183,9 @@ def did(job: Job) -> bool:
         return False
     theirs = read_json(path, "delete the folder to start it anew")
     decides = {name for name, stage in DECIDES.items() if stage in job.config.stages}
-    return all(theirs.get(k) == v for k, v in json.loads(json_bytes(vars(job.config))).items()
-               if k not in FREE_FIELDS - decides)
+    mine = json.loads(json_bytes(vars(job.config)))
+    return theirs.keys() <= mine.keys() and all(theirs.get(k) == v for k, v in mine.items()
+                                                if k not in FREE_FIELDS - decides)
 
 
 class Study:

@@ -21,6 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import memtrain
+from data import InputError
+from data.config import read_config
 from data.run.files import second_name
 from data.run.folder import Log
 from data.text.corpus import load_passages, load_questions
@@ -163,6 +165,8 @@ RUN_FOLDERS = {  # what runs/t/config.json holds: parts of the answer
     "no JSON": (b"{", ["runs/t/config.json", "JSON", "delete"]), "a list": (b"[1]", ["runs/t/config.json", "list"]),
     "not UTF-8": (b"\xff", ["runs/t/config.json", "delete"]),
     "another seed": (json.dumps(dataclasses.asdict(parse(TINY)) | {"seed": 9}).encode(), ["runs/t", "seed=9", "--run"]),
+    "an option of another version": (json.dumps(dataclasses.asdict(parse(TINY)) | {"forgetting": 0}).encode(),
+                                     ["runs/t/config.json", "forgetting", "--run"]),
 }
 
 
@@ -376,6 +380,19 @@ def test_a_run_folder_of_another_configuration(folder, base_checkpoint, capsys, 
     refused(capsys, [*command, "--lr", "0.5"], "runs/t", f"lr={memtrain.Config.lr}", "0.5", "--run", "delete")
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()} == before
     assert main([*command, "--stages", "memtrain", "--device", "cpu", "--debug"]) == 0
+
+
+@pytest.mark.parametrize(("change", "part"), [
+    ({"forgetting": 0.0}, "forgetting is no option"), ({"window": "280"}, "window is '280', not of type int"),
+    ({"kl": None}, "kl is None"), ({"tied": 1}, "tied is 1"), ({"seed": True}, "seed is True"),
+    ({"lr": 1}, ""), ({}, "")])
+def test_nothing_in_a_runs_configuration_is_dropped(change, part, folder):
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(parse(TINY)) | change))
+    if part:
+        with pytest.raises(InputError, match=part):
+            read_config(folder / "config.json", "give another")
+    else:
+        assert read_config(folder / "config.json", "") == dataclasses.replace(parse(TINY), **change)
 
 
 def test_an_output_folder_that_cannot_be_written(folder, base_checkpoint, capsys):

@@ -451,6 +451,165 @@ def test_prompts_are_those_of_transformers(family, where, tmp_path):
     assert (fast[0] in ours.assistant) == (family == "qwen3")
 
 
+# ---- the same fact in several files
+
+
+def agrees(folder: Path, texts: tuple[str, ...] = ("Who wrote it?", "two words")) -> Tokenizer:
+    """Prompts are those of transformers."""
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in texts:
+        assert [*ours.user, *ours.encode(text), *ours.assistant] == theirs.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
+    return ours
+
+
+def configure(folder: Path, drop: tuple[str, ...] = (), **changes) -> None:
+    path = folder / "tokenizer_config.json"
+    raw = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in raw.items() if k not in drop}))
+
+
+def put(folder: Path, name: str, content) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+def older_folder(folder: Path) -> None:
+    """vocab.json and merges.txt with added_tokens.json, as Qwen2's first checkpoints had them."""
+    whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    put(folder, "vocab.json", whole["model"]["vocab"])
+    put(folder, "merges.txt", "#version: 0.2\n" + "\n".join(" ".join(m) for m in whole["model"]["merges"]))
+    put(folder, "added_tokens.json", {t["content"]: t["id"] for t in whole["added_tokens"]})
+    put(folder, "special_tokens_map.json", {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    (folder / "tokenizer.json").unlink()
+    configure(folder, ("backend", "eos_token"), tokenizer_class="Qwen2Tokenizer")
+
+
+WITH_BOS, WITH_MARK = "{{ bos_token }}" + CHATML, CHATML.replace("assistant\n", "assistant\n<mark> ")
+SOURCES = {  # template, what is done to the folder
+    "names in special_tokens_map.json alone": (WITH_BOS, lambda f: (configure(f, ("eos_token",)), put(
+        f, "special_tokens_map.json", {"bos_token": {"content": "<|endoftext|>"}, "eos_token": "<|im_end|>"}))),
+    "the older map beside a configuration": (WITH_BOS, lambda f: (configure(f, bos_token="<|im_start|>"), put(
+        f, "special_tokens_map.json", {"bos_token": "<|endoftext|>"}))),
+    "the older map beside a list of tokens": (WITH_BOS, lambda f: (
+        configure(f, bos_token="<|im_start|>", added_tokens_decoder={}),
+        put(f, "special_tokens_map.json", {"bos_token": "<|endoftext|>"}))),
+    "a bos that no file knows": (WITH_BOS, lambda f: configure(f, bos_token="<new>", pad_token="<pad>")),
+    "more special tokens": (WITH_MARK, lambda f: configure(f, extra_special_tokens=["<other>", "<mark>"])),
+    "more special tokens, by name": ("{{ mark_token }}" + CHATML, lambda f: configure(
+        f, extra_special_tokens={"mark_token": "<mark>"})),
+    "more special tokens, older": (WITH_MARK, lambda f: configure(f, additional_special_tokens=["<mark>"])),
+    "more tokens in the older file": (WITH_MARK, lambda f: put(f, "added_tokens.json", {"<mark>": NEXT})),
+    "more tokens in the configuration": (WITH_MARK, lambda f: configure(f, added_tokens_decoder={
+        str(NEXT): {"content": "<mark>", "rstrip": True}})),
+    "other marks in the configuration": (CHATML.replace("Be of help.", "xsep sep"), lambda f: (
+        add(f, {"content": "sep", "id": NEXT, "single_word": False, "special": True}),
+        configure(f, added_tokens_decoder={str(NEXT): {"content": "sep", "single_word": True, "special": True}}))),
+    "a folder of the older form": (CHATML, older_folder),
+    "templates by name, none in a file": (CHATML, lambda f: ((f / "chat_template.jinja").unlink(), configure(
+        f, chat_template={"default": CHATML, "rag": "x"}))),
+    "additional templates": (CHATML, lambda f: put(f, "additional_chat_templates/rag.jinja", "x")),
+    "a default among the additional ones": ("x", lambda f: put(f, "additional_chat_templates/default.jinja", CHATML)),
+    "a file before the configuration": (CHATML, lambda f: configure(f, chat_template="x")),
+}
+NEXT = 605  # the next id behind those of trained("qwen2")
+
+
+def add(folder: Path, token: dict) -> None:
+    path = folder / "tokenizer.json"
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    path.write_text(json.dumps(whole | {"added_tokens": [*whole["added_tokens"], flags | token]}))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_of_two_sources_the_one_counts_that_counts_for_transformers(name, tmp_path):
+    template, change = SOURCES[name]
+    made = trained("qwen2")
+    assert made.get_vocab_size() == NEXT
+    save(made, tmp_path, template=template)
+    change(tmp_path)
+    ours = agrees(tmp_path)
+    assert ours.end == made.token_to_id("<|im_end|>")
+    assert set(ours.added) >= {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>"}
+    if "<mark>" in template or "mark_token" in template:
+        assert ours.added["<mark>"] in ours.user + ours.assistant and NEXT not in ours.encode("<mark>")
+
+
+def test_templates_of_which_none_is_the_default_are_refused(tmp_path):
+    save(trained("qwen2"), tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    put(tmp_path, "additional_chat_templates/rag.jinja", CHATML)
+    configure(tmp_path, chat_template=CHATML)
+    with pytest.raises(ValueError, match="chat_template"):
+        agrees(tmp_path)
+    with pytest.raises(InputError, match="no chat_template"):
+        load_tokenizer(tmp_path)
+
+
+WORDS = [AddedToken("zorblax", normalized=True), AddedToken(" Kelm", normalized=False),
+         AddedToken("lo", single_word=True), AddedToken("caf\u00e9", normalized=True), AddedToken("COVID-19"),
+         AddedToken("   ", normalized=False), AddedToken("wide", lstrip=True, rstrip=True)]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama3", "smollm2"])
+def test_added_words_are_words_of_documents_as_for_tokenizers(family, tmp_path):
+    """Whatever flags they have; signs, special or not, are still text."""
+    made = tokenizers.Tokenizer.from_str(trained(family).to_str())
+    made.add_tokens(WORDS)
+    ours = load_tokenizer(save(made, tmp_path, *FAMILIES[family][4:2:-1], bos=FAMILIES[family][2][0]))
+    plain = load_tokenizer(save(trained(family), tmp_path / "plain", *FAMILIES[family][4:2:-1],
+                                bos=FAMILIES[family][2][0]))
+    texts = ["The zorblax of Kelm", "hello lo, lo-lo slow", "cafe\u0301 caf\u00e9", "COVID-19", "a    b",
+             "so  wide  it", *CORPUS[:3], *passages()[:50]]
+    words = {made.token_to_id(w.content) for w in WORDS}
+    for text in (t for t in texts if "<" not in t):
+        assert ours.encode(text) == made.encode(text, add_special_tokens=False).ids, text
+    assert words <= {i for text in texts for i in ours.encode(text)}, "each word occurs"
+    signs = {made.token_to_id(t) for t in [*FAMILIES[family][2], "<think>"]}
+    for text in (*FAMILIES[family][2], "a <think>b", "<|im_end|><|eot_id|>"):
+        assert signs.isdisjoint(ours.encode(text)) and ours.encode(text) == plain.encode(text)
+        assert ours.decode(ours.encode(text)) == text
+    assert ours.fingerprint != plain.fingerprint and ours.controls == plain.controls
+
+
+def test_a_word_that_is_named_as_a_control_is_one(tmp_path):
+    made = tokenizers.Tokenizer.from_str(trained("qwen2").to_str())
+    made.add_tokens([AddedToken("FIN", normalized=False)])
+    ours = load_tokenizer(save(made, tmp_path, "FIN", CHATML.replace("<|im_end|>", "FIN")))
+    assert ours.end == NEXT and ours.encode("the FIN") == load_tokenizer(
+        save(trained("qwen2"), tmp_path / "plain")).encode("the FIN")
+
+
+PLAIN = "{% for m in messages %}BEFORE{{ m.content }}AFTER{% endfor %}"
+
+
+@pytest.mark.parametrize(("before", "after", "sound"), [
+    ("[INST] ", " [/INST]", False), ("USER: ", " ASSISTANT:", False), ("Q:\n", "<think>", True), ("in", "side", False),
+    ("<think>", "<think>A:", True), ("<|im_start|>user\n", " <|im_end|>", True)])
+def test_a_template_whose_words_grow_into_the_users_is_refused(before, after, sound, tmp_path):
+    """Prompts are joined from ids: where transformers would give others, the checkpoint is not taken."""
+    save(trained("llama3"), tmp_path, "<|eot_id|>", PLAIN.replace("BEFORE", before).replace("AFTER", after))
+    if sound:
+        agrees(tmp_path)
+        return
+    with pytest.raises(InputError, match="grows into one token"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_added_token_beyond_the_embedding_matters_where_a_prompt_has_it(tmp_path):
+    rows = trained("qwen2").get_vocab_size()
+    save(trained("qwen2"), tmp_path)
+    configure(tmp_path, pad_token="[PAD]")
+    ours = agrees(tmp_path)
+    assert ours.added["[PAD]"] == rows and ours.size == rows + 1
+    check_vocabulary(ours, rows)
+    configure(tmp_path, chat_template="[PAD]" + CHATML)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match=f"up to {rows}.*{rows} rows"):
+        check_vocabulary(agrees(tmp_path), rows)
+
+
 def test_what_ends_a_response(tmp_path):
     """The template's own end comes first, then eos_token, then what generation_config or config adds."""
     made = trained("qwen2")

@@ -41,6 +41,9 @@ class RunFolder:
             raise InputError(f"{self.path}: holds the report of a study; choose another --run")
         path = self.path / "config.json"
         theirs = read_json(path, "choose another --run, or delete the folder to start anew") if path.exists() else {}
+        if odd := theirs.keys() - config.keys():
+            raise InputError(f"{path}: {min(odd)} is no option of this version; choose another --run, or delete the "
+                             f"folder to start anew")
         for name, mine in config.items():
             if theirs and name not in free and (old := theirs.get(name, defaults[name])) != mine:
                 raise InputError(f"{self.path}: was started with {name}={old!r}, now {mine!r}; "
