@@ -404,9 +404,9 @@ LONG = {
 def test_a_megabyte_of_anything_takes_no_longer_than_linear(family, case, tmp_path):
     ours = load_tokenizer(save(trained(family), tmp_path))
     text = LONG[case](random.Random(0))
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: others may be at work
     ids = ours.encode(text)
-    assert time.perf_counter() - start < 10, "a second on an idle machine; quadratic would be minutes"
+    assert time.process_time() - start < 10, "a second on an idle machine; quadratic would be minutes"
     assert ours.decode(ids) == nfc(text)
 
 
@@ -586,7 +586,7 @@ PLAIN = "{% for m in messages %}BEFORE{{ m.content }}AFTER{% endfor %}"
 
 @pytest.mark.parametrize(("before", "after", "sound"), [
     ("[INST] ", " [/INST]", False), ("USER: ", " ASSISTANT:", False), ("Q:\n", "<think>", True), ("in", "side", False),
-    ("<think>", "<think>A:", True), ("<|im_start|>user\n", " <|im_end|>", True)])
+    ("<|im_start|>", "\n### A", False), ("<think>", "<think>A:", True), ("<|im_start|>user\n", " <|im_end|>", True)])
 def test_a_template_whose_words_grow_into_the_users_is_refused(before, after, sound, tmp_path):
     """Prompts are joined from ids: where transformers would give others, the checkpoint is not taken."""
     save(trained("llama3"), tmp_path, "<|eot_id|>", PLAIN.replace("BEFORE", before).replace("AFTER", after))

@@ -35,7 +35,7 @@ QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
 UNMARKED = {"single_word": False, "lstrip": False, "rstrip": False, "special": False}
 NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # in the order of new ids
 WORD = re.compile(r"[\w\s'’.&+-]+")  # what an added token that is text, not control, may consist of
-BORDERS = ("Who wrote it?", "two words")  # no text of ours begins with a space
+BORDERS = ("Who wrote it?", "two words", "a line\n")  # no text of ours begins with a space
 PROBE = "".join(map(chr, range(32, 127))) + "\n\té日本語Ж🙂"
 
 
