@@ -586,7 +586,7 @@ PLAIN = "{% for m in messages %}BEFORE{{ m.content }}AFTER{% endfor %}"
 
 @pytest.mark.parametrize(("before", "after", "sound"), [
     ("[INST] ", " [/INST]", False), ("USER: ", " ASSISTANT:", False), ("Q:\n", "<think>", True), ("in", "side", False),
-    ("<|im_start|>", "\n### A", False), ("<think>", "<think>A:", True), ("<|im_start|>user\n", " <|im_end|>", True)])
+    ("<think>", "<think>A:", True), ("<|im_start|>user\n", " <|im_end|>", True)])
 def test_a_template_whose_words_grow_into_the_users_is_refused(before, after, sound, tmp_path):
     """Prompts are joined from ids: where transformers would give others, the checkpoint is not taken."""
     save(trained("llama3"), tmp_path, "<|eot_id|>", PLAIN.replace("BEFORE", before).replace("AFTER", after))
@@ -595,6 +595,13 @@ def test_a_template_whose_words_grow_into_the_users_is_refused(before, after, so
         return
     with pytest.raises(InputError, match="grows into one token"):
         load_tokenizer(tmp_path)
+
+
+def test_a_control_token_that_eats_the_users_last_line_break_is_refused(tmp_path):
+    made = tokenizers.Tokenizer.from_str(trained("qwen2").to_str())
+    made.add_special_tokens([AddedToken("<eats>", lstrip=True, normalized=False)])
+    with pytest.raises(InputError, match="grows into one token"):
+        load_tokenizer(save(made, tmp_path, template=PLAIN.replace("BEFORE", "<think>").replace("AFTER", "<eats>")))
 
 
 def test_an_added_token_beyond_the_embedding_matters_where_a_prompt_has_it(tmp_path):
