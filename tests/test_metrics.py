@@ -38,12 +38,19 @@ def test_normalize(text, expected):
     (r"\boxed{a \boxed{b}}", r"a \boxed{b}"),
     (r"\boxed{a \boxed{b}} \boxed{c}", "c"),
     (r"\boxed{Paris", None),
-    (r"\boxed{a \boxed{b}", None),  # the outer box never closes: the inner one is content
+    (r"\boxed{a \boxed{b}", "b"),  # the first never closes: it is none
     (r"\boxed{a} \boxed{b", "a"),  # the last complete one
-    (r"\boxed{a} \boxed{b \boxed{c}", "a"),
+    (r"\boxed{a} \boxed{b \boxed{c}", "c"),
+    (r"I think \boxed{Rome, no: \boxed{Paris}. Done.", "Paris"),
+    (r"{ \boxed{Paris}", "Paris"), (r"\boxed{Rome {\boxed{Paris}}", "Paris"),
     (r"\boxed{}", None), (r"\boxed{  }", None),
     (r"\boxed{a} \boxed{}", None),  # an empty box takes the answer back
-    (r"boxed{Paris}", None), (r"\boxed Paris", None), (r"\boxed {Paris}", None), (r"\Boxed{Paris}", None),
+    (r"boxed{Paris}", None), (r"\boxed Paris", None), (r"\Boxed{Paris}", None),
+    (r"\boxed {Paris}", "Paris"), ("\\boxed\n {Paris}", "Paris"),
+    (r"\boxed{\text{Paris}}", "Paris"), (r"$$\boxed{\textbf{ Paris }}$$", "Paris"),
+    (r"\boxed{\mathrm{\textit{Old Paris}}}", "Old Paris"), (r"\boxed{\text{Paris}, \emph{France}}", "Paris, France"),
+    (r"\boxed{\text{Paris} \frac{1}{2}}", r"Paris \frac{1}{2}"), (r"\boxed{{Paris}}", "{Paris}"),
+    (r"\boxed{\text{}}", None), (r"\boxed{\text{Paris}", None),
     ("Paris", None), ("", None), ("}{", None), ("\\boxed{", None), ("\\boxed{}}", None),
     ("\\boxed{two\nlines}", "two\nlines"),
     (r"} \boxed{a}} }", "a"),
@@ -59,7 +66,7 @@ def test_extract_boxed_survives_noise():
         text = "".join(rng.choices(pieces, k=rng.randrange(30)))
         content = extract_boxed(text)
         if content is not None:
-            assert content and content == content.strip() and content in text
+            assert content and content == content.strip() and content in text  # no \text{} among the pieces
             depth = 0
             for char in content:
                 depth += (char == "{") - (char == "}")
@@ -68,7 +75,8 @@ def test_extract_boxed_survives_noise():
 
 
 @pytest.mark.parametrize("text", ["\\boxed{" * 100_000, "\\boxed{a}" * 100_000, "\\boxed{" + "{}" * 300_000,
-                                  "\\boxed{" * 50_000 + "}" * 49_999])
+                                  "\\boxed" * 100_000, "\\boxed" + " " * 500_000, "\\boxed{" + "\\text{" * 100_000,
+                                  "\\boxed{" + "\\text{a}" * 50_000 + "}", "\\boxed{" * 50_000 + "}" * 49_999])
 def test_extract_boxed_is_linear(text):
     start = time.process_time()
     extract_boxed(text)
@@ -98,7 +106,7 @@ def test_exact_match(prediction, answers, expected):
 @pytest.mark.parametrize(("text", "expected"), [
     (r"The answer is \boxed{Paris}", 1), ("Paris", 0), (r"\boxed{Paris", 0), (r"\boxed{}", 0),
     (r"\boxed{Rome \boxed{Paris}}", 0), (r"\boxed{\boxed{Paris}}", 0), (r"\boxed{Paris} \boxed{Rome}", 0),
-    (r"\boxed{Rome, Paris, Berlin}", 0), (r"\boxed{the}", 0), (r"\boxed{[MASK]}", 0),
+    (r"\boxed{Rome, Paris, Berlin}", 0), (r"\boxed{{Paris}}", 1), (r"\boxed{\text{Paris}}", 1), (r"\boxed{the}", 0), (r"\boxed{[MASK]}", 0),
 ])
 def test_rewarded_text(text, expected):
     assert exact_match(extract_boxed(text), ["Paris"]) == expected

@@ -8,7 +8,8 @@ import torch
 
 import memtrain
 from data.prompts import Prompts
-from data.search import CORRECTION, NOTHING_FOUND, boxes, parse_action, search_problem, split_response
+from data.search import CORRECTION, NOTHING_FOUND, Action, boxes, search_problem, split_response
+from data.tasks import Problem
 from data.text.corpus import Corpus, Passage, Question
 from data.text.retrieval import Retriever
 from data.world.demonstrations import Demonstrator, sentences
@@ -34,14 +35,18 @@ PAIR = search_problem([Question("a", "Who built Kovemgate?", ("Mobrin Kovem",), 
     (" One.\nAnswer:\\boxed{ x}\\boxed{ y", " One.", "", ()),
     (" One.\nSearch:", " One.", "", ()),
     (" I Search: nothing", " I Search: nothing", "", ()),  # in the middle of a line it is text
-    (" One.\nSearch: a\nAnswer:\\boxed{ x}\\boxed{ y}", " One.", "a", ()),  # the first action counts
+    (" One.\nSearch: a\nAnswer:\\boxed{ x}\\boxed{ y}", " One.\nSearch: a", "", ("x", "y")),  # the last action counts
+    ("Answer:\\boxed{ x}\\boxed{ y}\n No.\nSearch: a b", "Answer:\\boxed{ x}\\boxed{ y}\n No.", "a b", ()),
+    (" One.\nSearch: a\nAnswer: not known yet", " One.", "a", ()),  # begins like an action and is none
+    (" One.\nAnswer:\\boxed{ x}\\boxed{ y}\nSearch:", " One.", "", ("x", "y")),
+    (" One.\nAnswer: none\n Two.\nSearch:", " One.", "", ()),
+    (" One.\nAnswer: \\boxed {\\text{x}} \\boxed{\\textbf{y}}", " One.", "", ("x", "y")),
     ("", "", "", ()),
 ])
 def test_a_response_is_a_state_and_an_action(tokenizer, text, state, query, answers):
     ids = tokenizer.encode(text)
-    kept, action = split_response(ids, tokenizer)
+    kept, parsed = split_response(ids, tokenizer, 2)
     assert tokenizer.decode(kept) == state and kept == ids[:len(kept)]
-    parsed = parse_action(action, 2)
     assert (parsed.query, parsed.answers) == (query, answers)
     assert parsed.malformed == (not query and not answers)
 
@@ -49,13 +54,13 @@ def test_a_response_is_a_state_and_an_action(tokenizer, text, state, query, answ
 def test_the_state_keeps_its_very_tokens(tokenizer):
     """Sampled tokens need not be those that encoding their text would give: they go on as they are."""
     odd = [tokenizer.encode(x)[0] for x in " Kov"] + [i for x in "emé" for i in tokenizer.encode(x)]
-    kept, action = split_response([*odd, *tokenizer.encode("\nSearch: é")], tokenizer)
-    assert kept == odd and action == "Search: é"
+    kept, action = split_response([*odd, *tokenizer.encode("\nSearch: é")], tokenizer, 2)
+    assert kept == odd and action == Action(query="é")
 
 
 def test_boxes_is_linear_and_takes_the_outermost():
     assert boxes("\\boxed{a \\boxed{b}} \\boxed{ c }") == ["a \\boxed{b}", "c"]
-    assert boxes("\\boxed{a} \\boxed{b \\boxed{c}") == ["a"]
+    assert boxes("\\boxed{a} \\boxed{b \\boxed{c}") == ["a", "c"]
     assert boxes("\\boxed{" * 200_000) == [] and boxes("\\boxed{x}" * 50_000) == ["x"] * 50_000
 
 
@@ -102,6 +107,23 @@ def test_a_malformed_action_is_corrected_and_costs_a_turn(agent, monkeypatch):
     assert "Answer now." in prompts[2] and "Answer now." not in prompts[1]
     assert [a.malformed for a in episode.actions] == [True, True, False]
     assert episode.hits == [0.0, 1.0] and episode.correct == 0.5
+
+
+def test_an_emptied_memory_looks_alike_in_every_loop(agent, monkeypatch):
+    """Reading, answering, recalling, searching, `read`: nothing stands behind "Memory:". The first turn is another."""
+    a = agent()
+    _, prompts = play(a, monkeypatch, "Search: Kovemgate", "Search: Kovemgate", "Search: Kovemgate", " A.", " A.", " A.")
+    assert "Memory: No memory yet.\n" in prompts[0] and "Memory:\n" in prompts[1] and "Memory:\n" in prompts[2]
+    script = Scripted(a, monkeypatch, "", "", "", "")
+    (rollout,) = a.read([Problem("p", "Who?", ("x",), tuple(p.rendered for p in PASSAGES) * 9, "")], [("k",)])
+    assert len(rollout.sections) == 3 and rollout.memories == [[]] * 3
+    assert ["Memory: No memory yet.\n" in p for (p,) in script.prompts] == [True, False, False, False]
+    assert ["Memory:\n" in p for (p,) in script.prompts] == [False, True, True, True]
+    script = Scripted(a, monkeypatch, "", "", "")
+    memory = a.update("Who?", [5], a.prompts.no_memory, ("k", 1))
+    a.update("Who?", [5], memory, ("k", 2))
+    a.recall([[5]], [memory], ["x"], [("k", 3)])
+    assert ["Memory:\n" in p for (p,) in script.prompts] == [False, True, True]
 
 
 def test_the_last_turn_has_to_answer(agent, monkeypatch):
@@ -196,8 +218,7 @@ def test_demonstrated_episodes_are_valid(searcher, tokenizer):
             assert len(demo.prefix) + len(given) + c.memory + c.act <= c.window
             assert response[-1] == tokenizer.end and len(response) <= c.memory + c.act
             shown = tokenizer.decode(given)
-            state, text = split_response(response[:-1], tokenizer)
-            action = parse_action(text, 2)
+            state, action = split_response(response[:-1], tokenizer, 2)
             assert not action.malformed and bool(action.answers) == (n == len(demo.suffixes) - 1)
             written = tokenizer.decode(state)
             if written != " No memory yet.":

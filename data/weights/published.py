@@ -45,9 +45,9 @@ class Published(Tokenizer):
         self._whole = _made(where, bare)
         vocab = {token: i for token, i in model["vocab"].items() if token not in self.added}
         self._plain = _made(where, bare | {"added_tokens": [], "model": model | {"vocab": vocab, "unk_token": None}})
-        ordinary = set(vocab.values())
+        self._ordinary = frozenset(vocab.values())
         for content, i in self.added.items():
-            if i != self._whole.token_to_id(content) or i in ordinary:
+            if i != self._whole.token_to_id(content) or i in self._ordinary:
                 raise InputError(f"{where}: the vocabulary and the added token {content!r} disagree about the id {i}; "
                                  f"give every token an id of its own")
         if self.decode(self.encode(PROBE)) != PROBE:
@@ -60,6 +60,9 @@ class Published(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return _ids(self._plain, text)
+
+    def ordinary(self, ids: Iterable[int]) -> list[int]:
+        return [i for i in ids if i in self._ordinary]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._whole.decode(list(ids), skip_special_tokens=False)
