@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import InputError
-from data.run.terminal import StrictParser, printable
+from data.run.terminal import StrictParser, one_line
 from data.weights.pretrained import read_shape
 
 
@@ -572,5 +572,5 @@ def refusal(error: InputError, argv: Sequence[str]) -> int:
     """Says in one line what was wrong with `argv` or what it names; returns the exit code."""
     if "--debug" in argv:
         raise error
-    print(f"memtrain: {printable(str(error))}", file=sys.stderr)
+    print(one_line(f"memtrain: {error}"), file=sys.stderr)
     return 2

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from data import InputError
 from data.run.files import output, write_json
-from data.run.terminal import StrictParser, printable
+from data.run.terminal import StrictParser, one_line, printable
 from data.text.corpus import Corpus, Question, load_passages, load_questions
 from data.text.dense import Dense, retriever_of
 from data.text.retrieval import Retriever
@@ -120,7 +120,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures there, as JSON")
     options = parser.parse_args(argv)
     if options.out:
-        output(options.out)
+        output(options.out, inputs=[options.corpus, *options.questions])
     if options.index:
         output(options.index, "--index")
     corpus = load_passages(options.corpus)
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if argv is None else list(argv))
     except InputError as error:
-        print(printable(f"retrieval: {error}"), file=sys.stderr)
+        print(one_line(f"retrieval: {error}"), file=sys.stderr)
         return 2
     return 0
 

@@ -106,7 +106,8 @@ def test_exact_match(prediction, answers, expected):
 @pytest.mark.parametrize(("text", "expected"), [
     (r"The answer is \boxed{Paris}", 1), ("Paris", 0), (r"\boxed{Paris", 0), (r"\boxed{}", 0),
     (r"\boxed{Rome \boxed{Paris}}", 0), (r"\boxed{\boxed{Paris}}", 0), (r"\boxed{Paris} \boxed{Rome}", 0),
-    (r"\boxed{Rome, Paris, Berlin}", 0), (r"\boxed{{Paris}}", 1), (r"\boxed{\text{Paris}}", 1), (r"\boxed{the}", 0), (r"\boxed{[MASK]}", 0),
+    (r"\boxed{{Paris}}", 1), (r"\boxed{\text{Paris}}", 1), (r"\boxed{Rome, Paris, Berlin}", 0),
+    (r"\boxed{the}", 0), (r"\boxed{[MASK]}", 0),
 ])
 def test_rewarded_text(text, expected):
     assert exact_match(extract_boxed(text), ["Paris"]) == expected

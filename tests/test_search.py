@@ -112,7 +112,7 @@ def test_a_malformed_action_is_corrected_and_costs_a_turn(agent, monkeypatch):
 def test_an_emptied_memory_looks_alike_in_every_loop(agent, monkeypatch):
     """Reading, answering, recalling, searching, `read`: nothing stands behind "Memory:". The first turn is another."""
     a = agent()
-    _, prompts = play(a, monkeypatch, "Search: Kovemgate", "Search: Kovemgate", "Search: Kovemgate", " A.", " A.", " A.")
+    _, prompts = play(a, monkeypatch, *["Search: Kovemgate"] * 3, " A.", " A.", " A.")
     assert "Memory: No memory yet.\n" in prompts[0] and "Memory:\n" in prompts[1] and "Memory:\n" in prompts[2]
     script = Scripted(a, monkeypatch, "", "", "", "")
     (rollout,) = a.read([Problem("p", "Who?", ("x",), tuple(p.rendered for p in PASSAGES) * 9, "")], [("k",)])

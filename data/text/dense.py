@@ -75,7 +75,7 @@ class Encoder:
             POOLINGS.get(name, name) for name, on in said.items() if name in POOLINGS and on] or ["mean"]
         other = [n for n, on in said.items() if n.startswith("pooling_mode_") and on is True and n not in POOLINGS]
         if other or len(modes) != 1 or modes[0] not in POOLINGS.values():
-            raise InputError(f"{path}: pooling by {(other or modes)[0]} is not supported, only by mean or cls; {remedy}")
+            raise InputError(f"{path}: pooling by {(other or modes)[0]} is not supported, only mean or cls; {remedy}")
         logging.disable_progress_bar()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
