@@ -25,6 +25,7 @@ from pathlib import Path
 from data import InputError
 from data.run.files import output, write_json
 from data.run.terminal import StrictParser, one_line, printable
+from data.search import with_contexts
 from data.text.corpus import Corpus, Question, load_passages, load_questions
 from data.text.dense import Dense, retriever_of
 from data.text.retrieval import Retriever
@@ -33,12 +34,6 @@ from eval.metrics import wilson_interval
 DEPTHS = (3, 10)  # 3 is what a search returns in search QA
 METHODS = {"bm25": "BM25", "dense": "dense", "titles": "exact title"}
 WORD = re.compile(r"\w+")
-
-
-def with_contexts(corpus: Corpus, questions: Sequence[Question]) -> Corpus:
-    """The corpus and behind it the questions' own passages that it lacks."""
-    own = (p for q in questions for p in (*q.gold, *q.distractors))
-    return Corpus(list(dict.fromkeys([*corpus.passages, *own])), f"{corpus.name} and contexts")
 
 
 class Titles:

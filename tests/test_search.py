@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import memtrain
+from data import InputError
 from data.prompts import Prompts
 from data.search import CORRECTION, NOTHING_FOUND, Action, boxes, search_problem, split_response
 from data.tasks import Problem
@@ -15,6 +16,7 @@ from data.text.retrieval import Retriever
 from data.world.demonstrations import Demonstrator, sentences
 from data.world.miniwiki import FAMILIES, MiniWorld
 from data.world.search_demonstrations import Searcher
+from eval.header import evidence
 from eval.searchqa import search_row
 
 PASSAGES = [Passage("Kovemgate", "Kovemgate was built by Mobrin Kovem."),
@@ -235,6 +237,66 @@ def answers_of(search, demo):
     known = {q.question: q.answers[0] for f in FAMILIES for i in range(120)
              for q in [search.demo.world.family_facts(f, i, 5)[0]]}
     return [a for q, a in sorted(known.items(), key=lambda item: text.find(item[0])) if q in text]
+
+
+@pytest.fixture
+def files(folder):
+    """A corpus of 200 towns, and questions: q, t, b in FlashRAG's form; h, of HotpotQA's, with passages."""
+    lines = lambda rows: "\n".join(map(json.dumps, rows))  # noqa: E731
+    asked = lambda who: [{"id": f"{who}{i}", "question": f"Who is {who} {i}?",  # noqa: E731
+                          "golden_answers": [f"Hugo Moor{i}"]} for i in range(5)]
+    (folder / "c.jsonl").write_text(lines({"title": f"Town {i}", "text": f"Town {i} was built by Hugo Moor{3 * i}."}
+                                          for i in range(200)))
+    for name in "qtb":
+        (folder / f"{name}.jsonl").write_text(lines(asked(name)))
+    (folder / "h.jsonl").write_text(lines(
+        {"_id": f"h{i}", "question": f"Who wed Ada{i}?", "answer": "Ben",
+         "supporting_facts": [[f"Ada{i}", 0], ["Ben", 0]],
+         "context": [[f"Ada{i}", [f"Ada{i} wed Ben."]], ["Ben", ["Ben sang."]], ["Cy", ["Cy fished."]]]}
+        for i in range(5)))
+    return ["--corpus", "c.jsonl", "--questions", "q.jsonl", "--train-questions", "t.jsonl", "--stages", "mem1,eval"]
+
+
+def test_search_looks_through_what_came_with_the_questions(files, tiny, tokenizer, folder):
+    files[5] = "h.jsonl"
+    data = memtrain.Data(tiny(*files), tokenizer)
+    assert len(data.searched) == 200 + 5 + 2, "each of their passages once"
+    assert data.evidence() == {"training": (10, 10, "gold passages"), "q": (2, 4, "answers stated")}, "Moor0, Moor3"
+    (first,) = evidence(data.c, data)
+    assert "207 passages" in first and "training: 10 of 10 gold passages, q: 2 of 4 answers stated" in first
+    files[1] = "less.jsonl"
+    (folder / files[1]).write_text("".join((folder / "c.jsonl").read_text().splitlines(True)[1:]))
+    less = memtrain.Data(tiny(*files), tokenizer)
+    second = evidence(less.c, less)[1]
+    assert second.startswith("note: search: ") and "1 of 4" in second and "--search-corpus" in second
+    (found,) = data.retriever().search(["Ada3 wed"], 1)
+    assert data.searched.passages[found[0]].title == "Ada3"
+    again = memtrain.Data(tiny(*files[:-1], "eval", "--benchmarks", "h2=h.jsonl"), tokenizer)
+    assert again.searched.fingerprint == data.searched.fingerprint, "one index from start to end"
+    (folder / "s.jsonl").write_text(json.dumps({"title": "Ada1", "text": "Ada1 wed Ben."}))
+    own = memtrain.Data(tiny(*files, "--search-corpus", "s.jsonl"), tokenizer)
+    assert len(own.searched) == 1 and own.evidence()["training"] == (1, 10, "gold passages")
+    assert len(evidence(own.c, own)) == 3
+    with pytest.raises(InputError, match="no.jsonl"):
+        memtrain.Data(tiny(*files, "--search-corpus", "no.jsonl"), tokenizer)
+    world = memtrain.Data(tiny("--stages", "mem1"), tokenizer)
+    assert evidence(world.c, world) == [], "the mini-world searches its own pages"
+
+
+def test_training_questions_come_in_epochs(files, tiny, tokenizer, folder):
+    data = memtrain.Data(tiny(*files), tokenizer)
+    for epoch in range(3):
+        pairs = [data.training_pair(2 * epoch + i).id.split("+") for i in range(2)]
+        assert len({q for pair in pairs for q in pair}) == 4, "of five questions one is left out"
+    drawn = [data.train_questions.index(q) for i in range(15) for q in data.train_questions
+             if q.id == data.training_question(i).id]
+    assert all(sorted(drawn[e:e + 5]) == list(range(5)) for e in (0, 5, 10))
+    for name, said in (("t", "--train-questions"), ("q", "--questions")):
+        whole = (folder / f"{name}.jsonl").read_text()
+        (folder / f"{name}.jsonl").write_text(whole.splitlines()[0])
+        with pytest.raises(InputError, match=f"{said} {name}.jsonl: one question"):
+            memtrain.Data(tiny(*files), tokenizer)
+        (folder / f"{name}.jsonl").write_text(whole)
 
 
 def test_a_finished_run_is_evaluated_on_its_own_benchmarks(folder, tiny, tokenizer):

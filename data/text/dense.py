@@ -122,6 +122,8 @@ def encoder(folder: Path) -> Encoder:
 
 
 def retriever_of(spec: str, corpus: Corpus, folder: Path | None = None) -> Retriever | Dense:
-    """--retriever: bm25, or dense:FOLDER."""
+    """--retriever: bm25, or dense:FOLDER. InputError for anything else."""
     kind, _, model = spec.partition(":")
-    return Dense(corpus, Path(model), folder) if kind == "dense" else Retriever(corpus, folder)
+    if spec != "bm25" and (kind != "dense" or not model):
+        raise InputError(f"--retriever {spec}: choose bm25 or dense:FOLDER")
+    return Dense(corpus, Path(model), folder) if model else Retriever(corpus, folder)
