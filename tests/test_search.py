@@ -264,9 +264,8 @@ def test_search_looks_through_what_came_with_the_questions(files, tiny, tokenize
     assert data.evidence() == {"training": (10, 10, "gold passages"), "q": (2, 4, "answers stated")}, "Moor0, Moor3"
     (first,) = evidence(data.c, data)
     assert "207 passages" in first and "training: 10 of 10 gold passages, q: 2 of 4 answers stated" in first
-    files[1] = "less.jsonl"
-    (folder / files[1]).write_text("".join((folder / "c.jsonl").read_text().splitlines(True)[1:]))
-    less = memtrain.Data(tiny(*files), tokenizer)
+    (folder / "less.jsonl").write_text("".join((folder / "c.jsonl").read_text().splitlines(True)[1:]))
+    less = memtrain.Data(tiny("--corpus", "less.jsonl", *files[2:]), tokenizer)
     second = evidence(less.c, less)[1]
     assert second.startswith("note: search: ") and "1 of 4" in second and "--search-corpus" in second
     (found,) = data.retriever().search(["Ada3 wed"], 1)
