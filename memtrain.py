@@ -95,7 +95,6 @@ from data.search import (
     Action,
     SearchProblem,
     observation,
-    parse_action,
     split_response,
 )
 from data.tasks import Problem, cut_middle, recall_target, sections
@@ -442,9 +441,9 @@ class Agent:
             prompts = [self._search_prompt(episodes[i], t == c.turns - 1) for i in going]
             for i, turn in zip(going, self.sample(prompts, [(*keys[i], t) for i in going], c.memory + c.act),
                                strict=True):
-                state, text = split_response(self.written(turn), self.tokenizer)
+                state, action = split_response(self.written(turn), self.tokenizer, len(problems[i].questions))
                 episodes[i].memories.append(state[:c.memory])
-                episodes[i].actions.append(parse_action(text, len(problems[i].questions)))
+                episodes[i].actions.append(action)
                 self._note(episodes[i], turn, True)
             asking = [i for i in going if episodes[i].actions[-1].query]
             for i in going:
@@ -459,7 +458,7 @@ class Agent:
     def _search_prompt(self, e: Search, last: bool) -> tuple[list[int], list[int]]:
         query = " ".join(self.tokenizer.decode(self.tokenizer.encode(e.actions[-1].query)[:self.c.act]).split()) if (
             e.actions) else ""
-        memory = (e.memories[-1] if e.memories else []) or self.prompts.no_memory
+        memory = e.memories[-1] if e.memories else self.prompts.no_memory  # one that was emptied stays so, as in read
         return self.prompts.search(e.problem.questions, query, e.shown, memory, last)
 
     def _note(self, rollout: Rollout | Search, turn: Turn, keep: bool) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data import InputError
 from data.run.files import read_json
-from data.run.terminal import StrictParser, printable
+from data.run.terminal import StrictParser, one_line
 from data.weights.pretrained import read_shape
 
 
@@ -135,7 +135,7 @@ class Config:
                                            "is given")
     entities: str = option("auto", "data", "entity finder: auto, rules or spacy")
     passages: int = option(60, "data", "passages of a masked document (paper: 150)")
-    related: int = option(10, "data", "of them retrieved with BM25 for the pivot (paper: 29)")
+    related: int = option(10, "data", "of them retrieved for the pivot (paper: 29)")
     masked_sections: int = option(8, "data", "longest masked document, in sections; long passages are fewer (paper: 8)")
     train_sections: int = option(4, "data", "tokens of a training question's document, in sections; passages are "
                                        "not cut, so that it has about one more (paper: 5-8)")
@@ -143,6 +143,10 @@ class Config:
     benchmarks: str = option("", "data", "search QA: comma-separated NAME of the hub (triviaqa, bamboogle, hotpotqa, "
                                       "nq, popqa, 2wikimultihopqa, musique; all), FILE or NAME=FILE of questions; "
                                       "--questions if empty; the mini-world asks seven families of its own")
+    search_corpus: str = option("", "data", "passages that a search looks through, as --corpus takes them; if empty, "
+                                "those of --corpus and all that came with the questions")
+    retriever: str = option("bm25", "data", "of related passages and search: bm25, or dense:FOLDER, the vectors of a "
+                            "sentence model (needs transformers)")
     index: str = option("", "data", "folder of the search index, built where it is not there; runs/RUN/index if empty")
 
     width: int = option(128, "model", "C, size of the hidden state")
@@ -552,7 +556,9 @@ def check(c: Config) -> None:
     refuse(len(c.run) > 100, f"--run {c.run[:20]}...: {len(c.run)} characters; give a name of at most 100")
     refuse(not c.run.replace("-", "").replace("_", "").replace(".", "").isalnum() or c.run.startswith("."),
            f"--run {c.run}: use letters, digits, '-', '_' and '.'; runs are folders under runs/")
-    for name in ("questions", "train_questions", "benchmarks", "index"):
+    refuse(c.retriever != "bm25" and not (c.retriever.startswith("dense:") and c.retriever != "dense:"),
+           f"--retriever {c.retriever}: choose bm25 or dense:FOLDER")
+    for name in ("questions", "train_questions", "benchmarks", "search_corpus", "index"):
         refuse(c.corpus == "miniworld" and bool(getattr(c, name)),
                f"--{name.replace('_', '-')}: the mini-world asks and searches its own pages; give --corpus too")
     refuse(c.corpus != "miniworld" and "eval" in wants and not c.questions,
@@ -585,5 +591,5 @@ def refusal(error: InputError, argv: Sequence[str]) -> int:
     """Says in one line what was wrong with `argv` or what it names; returns the exit code."""
     if "--debug" in argv:
         raise error
-    print(f"memtrain: {printable(str(error))}", file=sys.stderr)
+    print(one_line(f"memtrain: {error}"), file=sys.stderr)
     return 2

@@ -14,10 +14,11 @@ from pathlib import Path
 from data import InputError
 from data.config import Config, kind_of, lengths_of
 from data.run.files import output
-from data.search import SearchProblem, search_problem
-from data.tasks import Problem, masked_document, qa_document
-from data.text.benchmarks import load_benchmarks
-from data.text.corpus import Question, load_passages, load_questions
+from data.search import SearchProblem, evidence_held, search_problem, with_contexts
+from data.tasks import Problem, in_epochs, masked_document, permutation, qa_document
+from data.text.benchmarks import load_benchmarks, load_local
+from data.text.corpus import Corpus, Question, load_passages, load_questions
+from data.text.dense import Dense, retriever_of
 from data.text.entities import make_finder
 from data.text.retrieval import Retriever
 from data.weights.tokenizer import Tokenizer
@@ -44,6 +45,10 @@ class Data:
             self.questions = load_questions(c.questions, c.eval_questions) if c.questions else []
             self.train_questions = load_questions(c.train_questions) if c.train_questions else []
             self._refuse_leaks(self.questions)
+        if c.retriever != "bm25":
+            for corpus in (self.train, self.held_out):  # vectors take minutes: they are kept
+                corpus.searched_by, corpus.kept = c.retriever, self.index.with_name(
+                    f"{self.index.name}-{corpus.name.replace('/', '-')}")
         # a corpus that can't do what the stages need is refused before anything is trained or written
         if "memtrain" in stages:
             self.masked_problem(0)
@@ -51,6 +56,8 @@ class Data:
             self.training_question(0)
         if "mem1" in kinds:
             self.training_pair(0)
+            if not self.world:
+                _ = self.searched
             if "eval" in stages:
                 _ = self.benchmarks
         if "eval" in stages:
@@ -63,16 +70,25 @@ class Data:
     @cached_property
     def benchmarks(self) -> dict[str, list[SearchProblem]]:
         """Pairs of questions for search QA by benchmark: the mini-world's families, --benchmarks, else --questions."""
-        c = self.c
         if self.world:
+            c = self.c
             return {family: [world_pair(self.held_out_world, family, 2 * i) for i in range(c.eval_pairs)]
                     for family in FAMILIES}
-        asked = {Path(c.questions).stem: self.questions[:2 * c.eval_pairs]}
-        if c.benchmarks:
-            asked = load_benchmarks(c.benchmarks, 2 * c.eval_pairs)
-            self._refuse_leaks(itertools.chain(*asked.values()))
         return {name: [search_problem(pair, name) for pair in zip(q[::2], q[1::2], strict=False)]
-                for name, q in asked.items()}
+                for name, q in self._asked.items()}
+
+    @cached_property
+    def _asked(self) -> dict[str, list[Question]]:
+        """Questions for search QA by benchmark, where they are read from files."""
+        c = self.c
+        if not c.benchmarks:
+            if len(self.questions) < 2:
+                raise InputError(f"--questions {c.questions}: one question, and search asks two at once; give more, or "
+                                 f"--benchmarks")
+            return {Path(c.questions).stem: self.questions[:2 * c.eval_pairs]}
+        asked = load_benchmarks(c.benchmarks, 2 * c.eval_pairs)
+        self._refuse_leaks(itertools.chain(*asked.values()))
+        return asked
 
     def _refuse_leaks(self, questions: Iterable[Question]) -> None:
         """questions: of the evaluation."""
@@ -81,7 +97,26 @@ class Data:
             raise InputError(f"--train-questions {self.c.train_questions}: question {leak.id} is also question "
                              f"{asked[leak.question]} of the evaluation; give files without a question in common")
 
-    def retriever(self, held_out: bool = True) -> Retriever:
+    @cached_property
+    def searched(self) -> Corpus:
+        """What a search looks through, where it is read from files: the same in training and in evaluation."""
+        c = self.c
+        if c.search_corpus:
+            return load_passages(c.search_corpus)
+        own = load_local(c.benchmarks, 2 * c.eval_pairs) if c.benchmarks else []
+        return with_contexts(self.whole, [*self.train_questions, *self.questions, *own])
+
+    def evidence(self) -> dict[str, tuple]:
+        """What the index holds of the evidence for the questions that search is trained on and, where it is to be
+        evaluated, asked: {set: (found, of, what)}."""
+        asked = self._asked if "eval" in self.c.stages.split(",") else {}
+        return evidence_held({"training": self.train_questions} | asked, self.searched.passages)
+
+    @property
+    def index(self) -> Path:
+        return output(Path(self.c.index), "--index") if self.c.index else Path("runs", self.c.run, "index")
+
+    def retriever(self, held_out: bool = True) -> Retriever | Dense:
         """The search tool over the passages that the evaluation's (or the training) questions are asked of. A
         mini-world's index is the one that finds related passages; that of files is of all of them, and kept."""
         if self.world:
@@ -89,9 +124,8 @@ class Data:
         return self._kept_retriever
 
     @cached_property
-    def _kept_retriever(self) -> Retriever:
-        folder = output(Path(self.c.index), "--index") if self.c.index else Path("runs", self.c.run, "index")
-        return Retriever(self.whole, folder)
+    def _kept_retriever(self) -> Retriever | Dense:
+        return retriever_of(self.c.retriever, self.searched, self.index)
 
     def masked_problem(self, index: int, held_out: bool = False) -> Problem:
         """Masked document `index` of the training (or held-out) passages; differs by --seed in training only."""
@@ -103,18 +137,24 @@ class Data:
         if self.world:
             question = self.world.question(index, self.c.seed)
         else:
-            question = self.train_questions[random.Random(f"epoch:{self.c.seed}:{index}").randrange(
-                len(self.train_questions))]
+            question = self.train_questions[in_epochs(f"epoch:{self.c.seed}", index, len(self.train_questions))]
         tokens = self.c.train_sections * self.c.section
         return qa_document(question, self.train.passages, self.tokenizer, tokens, self.c.seed)
 
     def training_pair(self, index: int) -> SearchProblem:
         """Two training questions; in the mini-world of the families that stand for HotpotQA and NQ, which MEM1 was
         trained on."""
-        rng = random.Random(f"pair:{self.c.seed}:{index}")
+        c = self.c
         if self.world:
-            return world_pair(self.world, rng.choice(("hotpotqa", "nq")), 2 * index, self.c.seed)
-        return search_problem(rng.sample(self.train_questions, 2), "train")
+            family = random.Random(f"pair:{c.seed}:{index}").choice(("hotpotqa", "nq"))
+            return world_pair(self.world, family, 2 * index, c.seed)
+        pairs = len(self.train_questions) // 2
+        if not pairs:
+            raise InputError(f"--train-questions {c.train_questions}: one question, and search asks two at once; give "
+                             f"more")
+        epoch, place = divmod(index, pairs)  # every question once an epoch; of an odd number one is left out
+        order = permutation(f"pairs:{c.seed}:{epoch}", len(self.train_questions))
+        return search_problem([self.train_questions[order[2 * place + k]] for k in (0, 1)], "train")
 
     def evaluation_question(self, index: int, length: int) -> Problem:
         return qa_document(self.questions[index], self.held_out.passages, self.tokenizer, length * self.c.section, 0)

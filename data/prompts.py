@@ -2,7 +2,8 @@
 
 Every prompt is a pair of token lists (prefix, given). The prefix is shared by a group of rollouts, the given
 tokens belong to one rollout and are never trained; what the model samples comes after them. Prompts are joined
-from ids, so a memory that the model wrote goes back in as the very tokens it sampled.
+from ids, so a memory that the model wrote goes back in as the very tokens it sampled, but for control tokens: one that
+is sampled in a memory opens no turn in the next prompt.
 
     order "section-first":  [user, instruction, problem, section | memory, assistant]   prefix shared by all rollouts
     order "paper":          [user, instruction, problem | memory, section, assistant]   little left to share
@@ -94,7 +95,7 @@ class Prompts:
         return [*self.tokenizer.user, *self.tokenizer.encode(text)]
 
     def _held(self, memory_ids: list[int]) -> list[int]:
-        return [*self._memory, *memory_ids, *self._newline]
+        return [*self._memory, *self.tokenizer.ordinary(memory_ids), *self._newline]
 
     def update(self, problem: str, section_ids: list[int], memory_ids: list[int]) -> Prompt:
         head = self._update.format(problem=problem, words=self.words)

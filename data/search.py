@@ -6,23 +6,22 @@ it writes a new state and, on a line of its own behind it, acts:
     Search: a query                          -> the best passages come back
     Answer: \\boxed{first} \\boxed{second}     -> the end
 
-Anything else is malformed: a correction comes back instead of passages, and the turn is spent. The loop itself is
-`Agent.search` in memtrain.py.
+The last line that is one of the two counts; a response without any is malformed: a correction comes back instead of
+passages, and the turn is spent. The loop itself is `Agent.search` in memtrain.py.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from data.text.corpus import Question
+from data.text.corpus import Corpus, Passage, Question
 from data.weights.tokenizer import Tokenizer
 
 CORRECTION = " End with one line, Search: or Answer:.\n"
 NOTHING_FOUND = " Nothing found.\n"
-BOX = "\\boxed{"
 ACTION = re.compile(r"^[ \t]*(Search|Answer):", re.MULTILINE)
 
 
@@ -44,6 +43,51 @@ class SearchProblem:
         return " ".join(self.questions)
 
 
+def with_contexts(corpus: Corpus, questions: Iterable[Question]) -> Corpus:
+    """The corpus and behind it the questions' own passages that it lacks."""
+    own = (p for q in questions for p in (*q.gold, *q.distractors))
+    return Corpus(list(dict.fromkeys([*corpus.passages, *own])), f"{corpus.name} and contexts")
+
+
+WORD = re.compile(r"\w+")
+
+
+def evidence_held(asked: Mapping[str, Sequence[Question]], passages: Sequence[Passage]) -> dict[str, tuple]:
+    """{set of questions: (found, of, what)}: gold passages of which `passages` have one of that title; of a set without
+    any, questions with an answer that some passage states word for word, which need not be evidence."""
+    titles = {p.title for p in passages}
+    bare = {name: some for name, some in asked.items() if not any(q.gold for q in some)}
+    answers = {_words(a) for some in bare.values() for q in some for a in q.answers} - {()}
+    stated = _stated(answers, passages) if answers else set()
+    held = {}
+    for name, some in asked.items():
+        if name in bare:
+            held[name] = sum(any(_words(a) in stated for a in q.answers) for q in some), len(some), "answers stated"
+        else:
+            gold = [p for q in some for p in q.gold]
+            held[name] = sum(p.title in titles for p in gold), len(gold), "gold passages"
+    return held
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(WORD.findall(text.casefold()))
+
+
+def _stated(answers: set[tuple[str, ...]], passages: Iterable[Passage]) -> set[tuple[str, ...]]:
+    """Those that some passage holds as a run of words."""
+    by_first: dict[str, list[tuple[str, ...]]] = {}
+    for answer in answers:
+        by_first.setdefault(answer[0], []).append(answer)
+    found: set[tuple[str, ...]] = set()
+    for passage in passages:
+        words = _words(passage.rendered)
+        for i, word in enumerate(words):
+            for answer in by_first.get(word, ()):
+                if answer not in found and words[i:i + len(answer)] == answer:
+                    found.add(answer)
+    return found
+
+
 def search_problem(questions: Sequence[Question], kind: str, gold=None) -> SearchProblem:
     """gold: where evidence is stated elsewhere than in the questions' own gold passages, too."""
     gold = gold or tuple(tuple((p.rendered,) for p in q.gold) for q in questions)
@@ -63,23 +107,28 @@ class Action:
         return not (self.query or self.answers)
 
 
-def split_response(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[list[int], str]:
-    """A response (token ids, no stop token) as (ids of the new state, text of the action line and all behind it).
+def split_response(ids: Sequence[int], tokenizer: Tokenizer, questions: int) -> tuple[list[int], Action]:
+    """A response (token ids, no stop token) as (ids of the new state, what it decided about so many questions).
 
-    The state is everything before the first line that begins with `Search:` or `Answer:`, in the very tokens that
-    were sampled, without blank ones at its end; all of the response where there is no such line.
+    The action is the last line that begins with `Search:` or `Answer:` and is one, with all that stands behind it. The
+    state is everything before that line, in the very tokens that were sampled, without blank ones at its end; without
+    an action what stands before the first line that begins so, or all of the response.
     """
     text = tokenizer.decode(ids)
-    found = ACTION.search(text)
-    start = found.start() if found else len(text)
+    starts = [line.start() for line in ACTION.finditer(text)]
+    action, start = Action(), (starts or [len(text)])[0]
+    for line in reversed(starts):
+        if not (found := parse_action(text[line:], questions)).malformed:
+            action, start = found, line
+            break
     end = bisect_right(range(len(ids) + 1), start, key=lambda n: len(tokenizer.decode(ids[:n]))) - 1
     while end and not tokenizer.decode(ids[end - 1:end]).strip():
         end -= 1
-    return list(ids[:end]), text[start:]
+    return list(ids[:end]), action
 
 
 def parse_action(text: str, questions: int) -> Action:
-    """`text`: an action line and what stands behind it, as split_response gives it."""
+    """`text`: a line that begins with `Search:` or `Answer:`, and what stands behind it."""
     found = ACTION.match(text)
     if not found:
         return Action()
@@ -90,29 +139,36 @@ def parse_action(text: str, questions: int) -> Action:
     return Action(answers=answers) if len(answers) == questions and all(answers) else Action()
 
 
-BRACE = re.compile(r"[{}]")
+BRACE = re.compile(r"\\boxed\s*\{|[{}]")
+# Of LaTeX, as instruct models write it in a box, what says how a text looks: \text{...}, \textbf{...}, \mathrm{...}
+LOOKS = re.compile(r"\\(?:text|math)[a-z]*\s*\{([^{}]*)\}|\\(?:emph|underline|mbox|operatorname)\s*\{([^{}]*)\}")
 
 
 def boxes(text: str) -> list[str]:
-    r"""Contents of the complete, outermost `\boxed{...}` of a text, in order, blanks at their ends stripped.
+    r"""Contents of the complete, outermost `\boxed{...}` of a text, in order, without `\text{...}` and the like around
+    words, blanks at their ends stripped.
 
-    Boxes do not nest: what is inside a box is content. After a box that never closes nothing counts, not even a box
-    inside it. Every character is visited a bounded number of times: the search continues behind a closed box, and
-    ends at an open one.
+    Boxes do not nest: what is inside a complete box is content. A box that never closes is none, whatever stands behind
+    it. Every character is visited a bounded number of times.
     """
-    found, start = [], text.find(BOX)
-    while start >= 0:
-        begin, depth, end = start + len(BOX), 1, -1
-        for brace in BRACE.finditer(text, begin):
-            depth += 1 if brace.group() == "{" else -1
-            if depth == 0:
-                end = brace.start()
-                break
-        if end < 0:
-            break
-        found.append(text[begin:end].strip())
-        start = text.find(BOX, end)
-    return found
+    opened: list[tuple[bool, int, int]] = []  # braces that are open: whether a box's, where it begins, its content
+    found: list[tuple[int, int, int]] = []  # complete boxes: where one begins, its content begins and ends
+    for brace in BRACE.finditer(text):
+        if brace[0] != "}":
+            opened.append((brace[0] != "{", brace.start(), brace.end()))
+        elif opened:
+            box, start, content = opened.pop()
+            if box:
+                while found and found[-1][0] > start:  # inside this one
+                    found.pop()
+                found.append((start, content, brace.start()))
+    return [_plain(text[content:end]) for _, content, end in found]
+
+
+def _plain(content: str) -> str:
+    for _ in range(3):  # \textbf{\text{...}}
+        content = LOOKS.sub(lambda m: m[1] or m[2] or "", content)
+    return content.strip()
 
 
 def observation(passages: Sequence[str], tokenizer: Tokenizer, limit: int) -> list[int]:

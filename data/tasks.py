@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 from data import InputError
@@ -61,13 +63,29 @@ def _draw(rng: random.Random, population: int, count: int, taken: Sequence[int])
     return [i for i in chosen if i not in taken][:count]
 
 
+@lru_cache(maxsize=8)
+def permutation(key: str, population: int) -> array:
+    """The indices below `population` in an order that follows from `key`."""
+    order = array("L", range(population))
+    random.Random(key).shuffle(order)
+    return order
+
+
+def in_epochs(key: str, index: int, population: int) -> int:
+    """Draw `index` of an endless stream below `population`: epoch after epoch, each a permutation of its own."""
+    epoch, place = divmod(index, population)
+    return permutation(f"{key}:{epoch}", population)[place]
+
+
 def masked_document(corpus: Corpus, finder, seed: int, index: int, passages: int, related: int,
                     size: Callable[[str], int] = len, limit: float = math.inf) -> Problem:
     """Document `index`: pivot + `related` BM25 neighbours + random passages, one entity of the pivot masked.
 
     At most `limit` of what `size` measures (characters; a tokenizer's tokens), the least related left out first, but
     always the pivot and the passage nearest to it. Where the corpus can tell (the mini-world), only entities that
-    the document determines are masked. InputError if the corpus is too small, or if 200 pivots in a row (2,000
+    the document determines are masked. Of other corpora every passage is a pivot once an epoch, but for those without
+    an entity, which chance replaces; of the mini-world, whose documents shipped results rest on, chance draws all.
+    InputError if the corpus is too small, or if 200 pivots in a row (2,000
     where the corpus can tell) hold no usable entity.
     """
     if len(corpus.passages) < passages:
@@ -77,6 +95,8 @@ def masked_document(corpus: Corpus, finder, seed: int, index: int, passages: int
     for attempt in range(attempts):
         rng = random.Random(f"mask:{seed}:{index}:{attempt}")
         pivot = rng.randrange(len(corpus.passages))
+        if not corpus.clues and not attempt:
+            pivot = in_epochs(f"pivots:{seed}", index, len(corpus.passages))
         chosen = [pivot, *corpus.related(pivot, related)]
         chosen += _draw(rng, len(corpus.passages), passages - len(chosen), chosen)
         total = list(accumulate(size(corpus.passages[i].rendered) for i in chosen))

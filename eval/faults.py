@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import InputError
 from data.config import TRAINED
 from data.run.files import output, write_json
-from data.run.terminal import printable
+from data.run.terminal import one_line
 
 ROOT = Path(__file__).parents[1]
 TINY = {  # seconds long, and every stage has steps
@@ -354,14 +354,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.kills < 1:
             raise InputError(f"--kills {options.kills}: must be at least 1")
         if options.out:
-            output(options.out)
+            output(options.out, inputs=[])
         with tempfile.TemporaryDirectory(prefix="memtrain-faults-") as folder:
             result = trial(options.kills, options.seed, Path(folder))
         print(f"\npython -m eval.faults {' '.join(argv)}\n\n{show(result)}")
         if options.out:
             write_json(options.out, result)
     except InputError as e:
-        print(printable(f"faults: {e}"), file=sys.stderr)
+        print(one_line(f"faults: {e}"), file=sys.stderr)
         return 2
     return int(bool(result["problems"]))
 

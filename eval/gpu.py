@@ -27,6 +27,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from data import InputError
+from data.run.files import replacing
+from data.run.terminal import one_line
+
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT = 1
 LINES = 150  # of a step's output that are kept
@@ -141,13 +145,11 @@ def green(folders: Iterable[Path], name: str) -> dict[tuple[str, str], dict]:
 
 def write(path: Path, battery: dict) -> None:
     """Whole or not at all. A full disk is said, and what was there stays."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(json.dumps(battery, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as e:
-        print(f"eval.gpu: {path}: not written ({e.strerror}); the steps go on, free some space", file=sys.stderr)
-        temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(battery, indent=1), encoding="utf-8")
+    except InputError as e:
+        print(one_line(f"eval.gpu: {e}; the steps go on"), file=sys.stderr)
 
 
 def run(step: Step, device: str, out: Path, limit: float) -> dict:

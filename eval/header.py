@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from data.config import kind_of
 from data.run.terminal import printable
 from eval.plan import packed_tokens, refuse_too_large, work
 from eval.stage import commit
@@ -41,6 +42,19 @@ def header(run, score: Callable) -> None:
           f"{c.memtrain_steps} MemTrain + {c.memagent_steps} MemAgent + {c.mem1_steps} MEM1 steps; about "
           f"{per_step:,} tokens a step\n"
           f"  time     about {minutes:.0f} minutes in all on this machine"), flush=True)
+    for line in evidence(c, data):
+        print(printable(line), flush=True)
+
+
+def evidence(c, data) -> list[str]:
+    """How much of the evidence a search can find at all, where it looks through files; notes where it is little."""
+    if data.world or "mem1" not in map(kind_of, c.stages.split(",")):
+        return []
+    held = data.evidence()
+    shares = ", ".join(f"{name}: {found} of {of} {what}" for name, (found, of, what) in held.items())
+    return [f"  search   {len(data.searched)} passages, {data.searched.name}, by {c.retriever}; in it {shares}"] + [
+        f"note: search: the index holds {found} of {of} {what} of {name}; for the others an answer comes from what the "
+        f"model knows by itself: give --search-corpus" for name, (found, of, what) in held.items() if 2 * found < of]
 
 
 def estimate(run, score: Callable) -> tuple[float, int]:

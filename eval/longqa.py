@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from data.tasks import Problem
-from eval.metrics import exact_match, f1, sub_exact_match, wilson_interval
+from eval.metrics import LENIENT, exact_match, lenient, wilson_interval
 
 
 def long_qa_row(agent, system: str, seed: int, length: int, problems: Sequence[Problem],
@@ -34,7 +34,7 @@ def long_qa_row(agent, system: str, seed: int, length: int, problems: Sequence[P
 
 
 def scores(answers: Sequence[str | None], problems: Sequence[Problem]) -> dict:
-    """em with its 95% Wilson interval, f1, sub_em, a 0 or 1 for each problem, and [correct, n] of each kind."""
+    """em with its 95% Wilson interval, LENIENT, a 0 or 1 for each problem, and [correct, n] of each kind."""
     correct = [int(exact_match(a, p.answers)) for a, p in zip(answers, problems, strict=True)]
     low, high = wilson_interval(sum(correct), len(correct))
     kinds: dict[str, list[int]] = {}
@@ -42,9 +42,8 @@ def scores(answers: Sequence[str | None], problems: Sequence[Problem]) -> dict:
         count = kinds.setdefault(p.kind or "question", [0, 0])
         count[0] += hit
         count[1] += 1
-    mean = lambda metric: sum(metric(a, p.answers) for a, p in zip(answers, problems, strict=True)) / len(problems)  # noqa: E731
-    return {"em": sum(correct) / len(correct), "em_low": low, "em_high": high, "f1": mean(f1),
-            "sub_em": mean(sub_exact_match), "correct": "".join(map(str, correct)), "kinds": kinds}
+    return {"em": sum(correct) / len(correct), "em_low": low, "em_high": high,
+            **lenient(answers, [p.answers for p in problems]), "correct": "".join(map(str, correct)), "kinds": kinds}
 
 
 def held_out_rows(agent, system: str, seed: int, problems: Sequence[Problem], finder, probe,
@@ -69,4 +68,4 @@ def held_out_rows(agent, system: str, seed: int, problems: Sequence[Problem], fi
     sections = sum(len(r.sections) for r in rollouts) / len(rollouts)
     masked = scores([r.answer for r in rollouts], problems)
     return recall, row | {"sections": sections, "n": len(rollouts)} | {
-        k: masked[k] for k in ("em", "em_low", "em_high", "f1")}
+        k: masked[k] for k in ("em", "em_low", "em_high", *LENIENT)}

@@ -2,14 +2,21 @@
 
 The rewards of training and the figures of the report come from the same `extract_boxed` and `exact_match`,
 so both must be deaf to tricks: whoever lists several entities, leaves the box open, boxes nothing, boxes an
-article or repeats the placeholder gets 0. `f1` and `sub_exact_match` are the field's lenient companions; they
-are reported beside exact match and are never a reward.
+article or repeats the placeholder gets 0. The others are reported beside it and are never a reward; each equals a
+script of the field:
+
+    exact_match           exact_match_score of HotpotQA's script, but for the tricks
+    f1                    f1_score of HotpotQA's script, but for placeholders
+    search_r1_sub_em      subem_check of Search-R1: an answer is a substring of the prediction
+    memagent_sub_em       sub_exact_match_score of MemAgent: either is a substring of the other, so "p" names "Paris"
+
+Substrings are of the normalised texts, and of letters: "19" is in "1931". Several answers: the best counts.
 """
 
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -74,13 +81,31 @@ def f1(prediction: str | None, answers: Sequence[str]) -> float:
     return best
 
 
-def sub_exact_match(prediction: str | None, answers: Sequence[str]) -> float:
-    """1.0 if a normalised answer occurs in the normalised prediction as a run of whole tokens.
+def search_r1_sub_em(prediction: str | None, answers: Sequence[str]) -> float:
+    """1.0 if a normalised answer occurs in the normalised prediction; a list of entities scores."""
+    return _sub_em(prediction, answers, lambda guess, gold: gold in guess)
 
-    Lenient by nature (a list of entities scores): comparable to what MemAgent reports, not a reward.
-    """
-    guess, golds = _prepared(prediction, answers)
-    return float(any(f" {gold} " in f" {guess} " for gold in golds))
+
+def memagent_sub_em(prediction: str | None, answers: Sequence[str]) -> float:
+    """1.0 if of prediction and an answer, normalised, either occurs in the other; what normalises to nothing scores."""
+    return _sub_em(prediction, answers, lambda guess, gold: gold in guess or guess in gold)
+
+
+def _sub_em(prediction: str | None, answers: Sequence[str], within: Callable[[str, str], bool]) -> float:
+    """No prediction, such as a box that was never written, scores 0."""
+    if isinstance(answers, str):
+        raise TypeError("answers must be a list of strings, not one string")
+    return float(prediction is not None and any(within(normalize(prediction), normalize(a)) for a in answers))
+
+
+# By name in results.json.
+LENIENT = {"f1": f1, "sub_em_search_r1": search_r1_sub_em, "sub_em_memagent": memagent_sub_em}
+
+
+def lenient(predictions: Sequence[str | None], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Mean of each of LENIENT over the questions."""
+    pairs = list(zip(predictions, answers, strict=True))
+    return {name: sum(metric(p, a) for p, a in pairs) / len(pairs) for name, metric in LENIENT.items()}
 
 
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:

@@ -798,7 +798,7 @@ def main(argv: Sequence[str], parse: Callable, presets: dict[str, dict]) -> None
         name = f"a card of {known.tflops:g} TFLOP/s"
     p = make_plan(c, card, name, known.mfu, (known.gpu_memory or card.memory) * GB)
     if known.out:
-        write_json(output(Path(known.out)), p)
+        write_json(output(Path(known.out), inputs=[]), p)
     if known.json:
         print(json.dumps(p, indent=1))
     else:

@@ -140,6 +140,8 @@ def visible(pieces: Iterable[str]) -> Iterator[str]:
 def read(agent, name: str, question: str, out: Path | None, interrupt=None) -> None:
     """Reads, prints and, with `out`, writes a JSON list: {"section", "tokens", "memory"} of each, then {"question",
     "answer", "response"}. An interrupt ends the reading, not the answer. InputError on a bad text or place."""
+    if out:
+        output(out, inputs=[name])
     c, text = agent.c, Text(name)
     problem = question or WITHOUT_QUESTION
     if (need := agent.prompts.overhead(problem) + c.section + c.memory + c.response) > c.window:
@@ -168,7 +170,7 @@ class _list:
     """A JSON list written entry by entry, in constant memory; it gets its name when it is complete."""
 
     def __init__(self, path: Path):
-        self.replacing, self.count = replacing(output(path)), 0
+        self.replacing, self.count = replacing(path), 0
 
     def __enter__(self):
         self.path = self.replacing.__enter__()

@@ -1,6 +1,7 @@
 """Retrieval judged on its own: how many of the passages that hold the evidence does a search for the question return?
 
-    python -m eval.retrieval --corpus FILE --questions FILE [FILE ...] [--index DIR] [--out FILE]
+    python -m eval.retrieval --corpus FILE --questions FILE [FILE ...] [--retriever dense:FOLDER] [--index DIR]
+                             [--out FILE]
 
 Searched is the corpus together with all passages that came with the questions of all files, gold and distractors, so
 that what is asked for is there, among what was made to be mistaken for it. The query is the question. Recall at k is
@@ -8,7 +9,8 @@ the share of gold passages, over all questions, among the first k found; a repea
 
 Beside it stands what looking up titles would find at the same k: the passages whose title occurs in the question word
 for word (case and punctuation aside), longer titles first, then in the order of the corpus. A gold passage that is not
-named in the question, the second hop of a bridge question, is out of reach of any lookup.
+named in the question, the second hop of a bridge question, is out of reach of any lookup. With --retriever the vectors
+of a sentence model stand beside both.
 
 Intervals are Wilson's, 95%, over gold passages as if those of one question were independent.
 """
@@ -22,19 +24,16 @@ from pathlib import Path
 
 from data import InputError
 from data.run.files import output, write_json
-from data.run.terminal import StrictParser, printable
+from data.run.terminal import StrictParser, one_line, printable
+from data.search import with_contexts
 from data.text.corpus import Corpus, Question, load_passages, load_questions
+from data.text.dense import Dense, retriever_of
 from data.text.retrieval import Retriever
 from eval.metrics import wilson_interval
 
 DEPTHS = (3, 10)  # 3 is what a search returns in search QA
+METHODS = {"bm25": "BM25", "dense": "dense", "titles": "exact title"}
 WORD = re.compile(r"\w+")
-
-
-def with_contexts(corpus: Corpus, questions: Sequence[Question]) -> Corpus:
-    """The corpus and behind it the questions' own passages that it lacks."""
-    own = (p for q in questions for p in (*q.gold, *q.distractors))
-    return Corpus(list(dict.fromkeys([*corpus.passages, *own])), f"{corpus.name} and contexts")
 
 
 class Titles:
@@ -62,8 +61,9 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(WORD.findall(text.casefold()))
 
 
-def judge(name: str, questions: Sequence[Question], corpus: Corpus, retriever: Retriever, titles: Titles) -> dict:
-    """One row: recall of BM25 and of the lookup at each depth, each with its interval and the counts behind it.
+def judge(name: str, questions: Sequence[Question], corpus: Corpus, retrievers: dict[str, Retriever | Dense],
+          titles: Titles) -> dict:
+    """One row: recall of each retriever and of the lookup at each depth, each with its interval and counts.
 
     InputError if no passage is marked as gold.
     """
@@ -73,7 +73,8 @@ def judge(name: str, questions: Sequence[Question], corpus: Corpus, retriever: R
     if not asked:
         raise InputError(f"{name}: no question has gold passages; give HotpotQA, 2WikiMultiHopQA or MuSiQue records")
     texts = [q.question for q in questions]
-    found = {"bm25": retriever.search(texts, max(DEPTHS)), "titles": [titles.search(t, max(DEPTHS)) for t in texts]}
+    found = {method: retriever.search(texts, max(DEPTHS)) for method, retriever in retrievers.items()}
+    found["titles"] = [titles.search(t, max(DEPTHS)) for t in texts]
     row = {"questions": name, "n": len(questions), "gold": asked, "passages": len(corpus)}
     for method, lists in found.items():
         for k in DEPTHS:
@@ -87,8 +88,8 @@ def judge(name: str, questions: Sequence[Question], corpus: Corpus, retriever: R
 
 def table(rows: Sequence[dict]) -> str:
     """Markdown: a row for each file; in the brackets the interval, and behind it the questions with all their gold."""
-    columns = [(method, k) for method in ("bm25", "titles") for k in DEPTHS]
-    heads = [f"{ {'bm25': 'BM25', 'titles': 'exact title'}[method]} @{k}" for method, k in columns]
+    columns = [(method, k) for method in METHODS for k in DEPTHS if f"{method}@{k}" in rows[0]]
+    heads = [f"{METHODS[method]} @{k}" for method, k in columns]
     lines = ["| " + " | ".join(["questions", "n", "gold passages", "searched", *heads]) + " |",
              "|---|" + "---:|" * (3 + len(heads))]
     for row in rows:
@@ -104,21 +105,28 @@ def table(rows: Sequence[dict]) -> str:
 
 def run(argv: Sequence[str]) -> None:
     parser = StrictParser(prog="python -m eval.retrieval", allow_abbrev=False,
-                          description="Recall of gold passages by BM25, beside a lookup of titles.")
+                          description="Recall of gold passages by BM25, and by a sentence model, beside a lookup of "
+                                      "titles.")
     parser.add_argument("--corpus", required=True, metavar="FILE", help="passages, as for memtrain.py")
     parser.add_argument("--questions", required=True, nargs="+", metavar="FILE", help="questions with their passages")
-    parser.add_argument("--index", type=Path, metavar="DIR", help="keeps the BM25 index (default: memory only)")
+    parser.add_argument("--retriever", default="bm25", metavar="dense:FOLDER", help="a sentence model beside BM25")
+    parser.add_argument("--index", type=Path, metavar="DIR", help="keeps the BM25 index (default: memory only), and in "
+                        "DIR-dense the vectors")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures there, as JSON")
     options = parser.parse_args(argv)
     if options.out:
-        output(options.out)
+        output(options.out, inputs=[options.corpus, *options.questions])
     if options.index:
         output(options.index, "--index")
     corpus = load_passages(options.corpus)
     questions = {file: load_questions(file) for file in options.questions}
     searched = with_contexts(corpus, [q for some in questions.values() for q in some])
-    retriever, titles = Retriever(searched, options.index), Titles(searched)
-    rows = [judge(Path(file).name, some, searched, retriever, titles) for file, some in questions.items()]
+    retrievers: dict[str, Retriever | Dense] = {"bm25": Retriever(searched, options.index)}
+    if options.retriever != "bm25":
+        place = options.index and options.index.with_name(options.index.name + "-dense")
+        retrievers["dense"] = retriever_of(options.retriever, searched, place)
+    titles = Titles(searched)
+    rows = [judge(Path(file).name, some, searched, retrievers, titles) for file, some in questions.items()]
     print(table(rows))
     if options.out:
         write_json(options.out, {"command": " ".join(["python -m eval.retrieval", *argv]), "corpus": corpus.name,
@@ -129,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if argv is None else list(argv))
     except InputError as error:
-        print(printable(f"retrieval: {error}"), file=sys.stderr)
+        print(one_line(f"retrieval: {error}"), file=sys.stderr)
         return 2
     return 0
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from data.search import SearchProblem
-from eval.metrics import f1, wilson_interval
+from eval.metrics import lenient, wilson_interval
 
 
 def search_row(agent, retriever, system: str, seed: int, problems: Sequence[SearchProblem]) -> dict:
@@ -25,7 +25,7 @@ def search_row(agent, retriever, system: str, seed: int, problems: Sequence[Sear
     states = [len(m) for e in episodes for m in e.memories]
     return {"system": system, "seed": seed, "benchmark": problems[0].kind, "n": n, "em": sum(correct) / len(correct),
             "em_low": low, "em_high": high, "correct": "".join(map(str, correct)),
-            "f1": sum(f1(a, gold) for a, gold in zip(answers, golds, strict=True)) / len(golds),
+            **lenient(answers, golds),
             "turns": sum(len(e.turns) for e in episodes) / n,
             "searches": sum(bool(a.query) for e in episodes for a in e.actions) / n,
             "answered": sum(bool(e.actions[-1].answers) for e in episodes) / n,

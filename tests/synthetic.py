@@ -25,7 +25,8 @@ def qa_row(system: str, seed: int, length: float, correct: list[int]) -> dict:
     n, right = len(correct), sum(correct)
     low, high = wilson_interval(right, n)
     return {"system": system, "seed": seed, "length": length, "sections": 2 * length, "tokens": 400 * length,
-            "n": n, "em": right / n, "em_low": low, "em_high": high, "f1": right / n, "sub_em": right / n,
+            "n": n, "em": right / n, "em_low": low, "em_high": high, "f1": right / n,
+            "sub_em_search_r1": right / n, "sub_em_memagent": right / n,
             "correct": correct, "kinds": {"bridge": [sum(correct[: n // 2]), n // 2],
                                           "date|of\nbirth": [sum(correct[n // 2:]), n - n // 2]},
             "memory_tokens": 31.5, "finished": 0.98}

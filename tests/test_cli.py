@@ -551,27 +551,40 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self):
         super().__init__("wandb")
-        self.calls, self.rows = [], []
+        self.calls, self.rows, self.axes = [], [], []
 
     def init(self, **settings):
         self.calls.append(settings)
-        return types.SimpleNamespace(log=self.rows.append, finish=lambda: None)
+        return types.SimpleNamespace(log=self.rows.append, finish=lambda: None, define_metric=self.axis)
+
+    def axis(self, name, step_metric):
+        self.axes.append((name, step_metric))
 
 
-def test_wandb_gets_every_row(folder, tiny, monkeypatch):
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_wandb_gets_every_row(mode, folder, tiny, monkeypatch, capsys):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    c = tiny("--run", "t", "--wandb", "offline")
+    c = tiny("--run", "t", "--wandb", mode)
     (folder / "runs/t").mkdir(parents=True)
     log = Log(folder / "runs/t", dataclasses.asdict(c))
     log.write({"stage": "memtrain", "step": 0, "reward": 0.5})
     log.close()
-    assert fake.calls[0]["mode"] == "offline" and fake.calls[0]["name"] == "t"
+    assert fake.calls[0]["mode"] == mode and fake.calls[0]["name"] == "t"
     assert fake.calls[0]["config"]["seed"] == 3 and Path(fake.calls[0]["dir"]) == folder / "runs/t"
     assert fake.rows == [{"memtrain/step": 0, "memtrain/reward": 0.5}]
+    assert fake.axes == [("memtrain/*", "memtrain/step")], "curves go on where a stage does, whatever wandb counts"
     assert json.loads((folder / "runs/t/metrics.jsonl").read_text()) == {"stage": "memtrain", "step": 0, "reward": 0.5}
+    assert "note" not in capsys.readouterr().out
     Log(folder / "runs/t", dataclasses.asdict(c)).close()
-    assert fake.calls[1]["id"] == fake.calls[0]["id"] and fake.calls[1]["resume"] == "allow", "one curve"
+    assert fake.calls[1]["group"] == fake.calls[0]["group"]
+    said = capsys.readouterr().out
+    if mode == "online":
+        assert fake.calls[1]["id"] == fake.calls[0]["id"] and fake.calls[1]["resume"] == "allow", "one curve"
+        assert said == ""
+    else:
+        assert fake.calls[1]["id"] != fake.calls[0]["id"], "else syncing one would replace the other"
+        assert said.count("note: wandb: offline") == 1 and fake.calls[1]["id"] in said
     Log(folder / "runs", dataclasses.asdict(c)).close()
     assert fake.calls[2]["id"] != fake.calls[0]["id"], "another folder is another run, whatever its name"
 
@@ -588,7 +601,7 @@ def test_without_wandb_a_run_goes_on_after_one_note(outage, folder, tiny, monkey
     if kind == "init":
         fake.init = broken
     else:
-        fake.init = lambda **_: types.SimpleNamespace(log=broken, finish=lambda: None)
+        fake.init = lambda **_: types.SimpleNamespace(log=broken, finish=lambda: None, define_metric=fake.axis)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr("data.run.folder.Wandb.patience", 0.3)
     c, rows = tiny("--run", "t", "--wandb", "online"), [{"stage": "memtrain", "step": i} for i in range(3)]

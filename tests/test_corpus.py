@@ -38,6 +38,16 @@ def write(path: Path, content) -> str:
 # ---- the corpus itself
 
 
+@pytest.mark.parametrize("line, title", [
+    ('"Evan Moor"', "Evan Moor"), ('""Weird" Ada Moor"', '"Weird" Ada Moor'), ('"Weird" Ada Moor', '"Weird" Ada Moor'),
+    ('"The tale of "Q""', 'The tale of "Q"'), ('"Iron" and "Felt"', '"Iron" and "Felt"'), ('"12" plate"', '12" plate'),
+    ("Plain", "Plain"), ('"', '"'), ('""', "c 1"),
+])
+def test_a_flashrag_title_keeps_its_own_quotes(line, title, tmp_path):
+    path = write(tmp_path / "c.jsonl", json.dumps({"id": "0", "contents": f"{line}\nShe is a singer."}))
+    assert load_passages(path).passages == [Passage(title, "She is a singer.")]
+
+
 @pytest.fixture(scope="module")
 def small() -> Corpus:
     subjects = ["iron mill", "river boat", "old bridge", "stone tower"]

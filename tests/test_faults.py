@@ -7,10 +7,13 @@ import math
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +22,11 @@ from conftest import TINY
 
 import memtrain
 from data import InputError
-from data.run.files import ROOT, output
+from data.run.files import ROOT, output, write_json
 from data.run.folder import Interrupt
 from data.run.terminal import printable
 from data.tasks import Problem
-from eval import faults, stage
+from eval import faults, retrieval, stage
 from eval.bench import main as bench
 from eval.faults import Moment
 from eval.report import page as reports
@@ -204,6 +207,58 @@ def test_places_for_results(tmp_path):
         assert output(path) == path
 
 
+def test_a_device_or_a_pipe_is_written_to_and_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to pipe").symlink_to("pipe")
+    for name in ("pipe", "to pipe"):
+        got = []
+        reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_bytes()), daemon=True)  # noqa: B023
+        reader.start()
+        write_json(tmp_path / name, {"a": [1, 2]})
+        reader.join(10)
+        assert json.loads(got[0]) == {"a": [1, 2]} and stat.S_ISFIFO(os.stat(tmp_path / name).st_mode)
+    write_json(Path(os.devnull), {"a": 1})
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pipe", "to pipe"]
+
+
+def test_an_output_that_is_a_link_is_followed_and_keeps_its_permissions(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "x.json").write_text("old")
+    os.chmod(tmp_path / "far" / "x.json", 0o600)
+    (tmp_path / "x.json").symlink_to("far/x.json")
+    (tmp_path / "new.json").symlink_to("far/new.json")  # names nothing yet
+    for name in ("x.json", "new.json"):
+        write_json(tmp_path / name, {"a": 1})
+        assert (tmp_path / name).is_symlink() and json.loads((tmp_path / "far" / name).read_text()) == {"a": 1}
+    assert stat.S_IMODE(os.stat(tmp_path / "far" / "x.json").st_mode) == 0o600
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("loop", "far"):
+        with pytest.raises(InputError, match=name):
+            write_json(tmp_path / name, {})
+    assert sorted(p.name for p in (tmp_path / "far").iterdir()) == ["new.json", "x.json"]
+
+
+@pytest.mark.parametrize("place", ["/dev/stdout", "out", "link"])
+def test_where_standard_output_goes_is_added_to(place, tmp_path):
+    """Through its device, and by the name of the file that it is: what was printed before and after stays."""
+    code = "print('before'); from data.run.files import write_json; from pathlib import Path; import sys; write_json(" \
+           "Path(sys.argv[1]), {'a': 1}); print('after')"
+    (tmp_path / "link").symlink_to("out")
+    with (tmp_path / "out").open("wb") as file:
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / place)], stdout=file, check=True, cwd=ROOT)
+    assert (tmp_path / "out").read_text() == 'before\n{\n "a": 1\n}\nafter\n'
+
+
+def test_what_a_command_reads_and_a_folder_are_no_place_for_its_results(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("Kovemgate was built by Mobrin Kovem.")
+    (tmp_path / "link").symlink_to("text.txt")
+    for name, said in (("text.txt", "is read"), ("link", "is read"), (".", "a folder")):
+        assert memtrain.main(["read", str(tmp_path / "text.txt"), "--out", str(tmp_path / name)]) == 2
+        assert said in capsys.readouterr().err
+    assert (tmp_path / "text.txt").read_text() == "Kovemgate was built by Mobrin Kovem."
+
+
 # ---- the same twice
 
 
@@ -296,6 +351,16 @@ def test_a_signal_in_the_middle_of_a_print_is_noted(capfd):
     ("\ud800", r"\ud800"), ("Zürich 東京 🙂", "Zürich 東京 🙂"), ("\r\x9b2J", r"\r\x9b2J")])
 def test_printable(text, shown):
     assert printable(text) == shown
+
+
+@pytest.mark.parametrize("command", [["--corpus", "no\nsuch.jsonl"], ["--run", "a\nb"], ["read", "no\u2028such.txt"],
+                                     ["--stages", "x\r\ny"], ["--no\nsuch", "1"]])
+def test_a_refusal_is_one_line_whatever_a_name_holds(command, folder, capsys):
+    assert memtrain.main(command) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    for main, more in ((reports.main, ["a\nb"]), (bench.main, ["a\nb"]),
+                       (retrieval.main, ["--corpus", "a\nb", "--questions", "c"])):
+        assert main(more) == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_nothing_needs_git(folder, base_checkpoint, monkeypatch, capsys):

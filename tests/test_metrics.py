@@ -1,6 +1,8 @@
 """Metrics: strict where training could cheat, equal to the field's scripts elsewhere."""
 
 import random
+import re
+import string
 import time
 
 import numpy as np
@@ -11,8 +13,10 @@ from eval.metrics import (
     exact_match,
     extract_boxed,
     f1,
+    lenient,
+    memagent_sub_em,
     normalize,
-    sub_exact_match,
+    search_r1_sub_em,
     wilson_interval,
 )
 
@@ -38,12 +42,19 @@ def test_normalize(text, expected):
     (r"\boxed{a \boxed{b}}", r"a \boxed{b}"),
     (r"\boxed{a \boxed{b}} \boxed{c}", "c"),
     (r"\boxed{Paris", None),
-    (r"\boxed{a \boxed{b}", None),  # the outer box never closes: the inner one is content
+    (r"\boxed{a \boxed{b}", "b"),  # the first never closes: it is none
     (r"\boxed{a} \boxed{b", "a"),  # the last complete one
-    (r"\boxed{a} \boxed{b \boxed{c}", "a"),
+    (r"\boxed{a} \boxed{b \boxed{c}", "c"),
+    (r"I think \boxed{Rome, no: \boxed{Paris}. Done.", "Paris"),
+    (r"{ \boxed{Paris}", "Paris"), (r"\boxed{Rome {\boxed{Paris}}", "Paris"),
     (r"\boxed{}", None), (r"\boxed{  }", None),
     (r"\boxed{a} \boxed{}", None),  # an empty box takes the answer back
-    (r"boxed{Paris}", None), (r"\boxed Paris", None), (r"\boxed {Paris}", None), (r"\Boxed{Paris}", None),
+    (r"boxed{Paris}", None), (r"\boxed Paris", None), (r"\Boxed{Paris}", None),
+    (r"\boxed {Paris}", "Paris"), ("\\boxed\n {Paris}", "Paris"),
+    (r"\boxed{\text{Paris}}", "Paris"), (r"$$\boxed{\textbf{ Paris }}$$", "Paris"),
+    (r"\boxed{\mathrm{\textit{Old Paris}}}", "Old Paris"), (r"\boxed{\text{Paris}, \emph{France}}", "Paris, France"),
+    (r"\boxed{\text{Paris} \frac{1}{2}}", r"Paris \frac{1}{2}"), (r"\boxed{{Paris}}", "{Paris}"),
+    (r"\boxed{\text{}}", None), (r"\boxed{\text{Paris}", None),
     ("Paris", None), ("", None), ("}{", None), ("\\boxed{", None), ("\\boxed{}}", None),
     ("\\boxed{two\nlines}", "two\nlines"),
     (r"} \boxed{a}} }", "a"),
@@ -59,7 +70,7 @@ def test_extract_boxed_survives_noise():
         text = "".join(rng.choices(pieces, k=rng.randrange(30)))
         content = extract_boxed(text)
         if content is not None:
-            assert content and content == content.strip() and content in text
+            assert content and content == content.strip() and content in text  # no \text{} among the pieces
             depth = 0
             for char in content:
                 depth += (char == "{") - (char == "}")
@@ -68,7 +79,8 @@ def test_extract_boxed_survives_noise():
 
 
 @pytest.mark.parametrize("text", ["\\boxed{" * 100_000, "\\boxed{a}" * 100_000, "\\boxed{" + "{}" * 300_000,
-                                  "\\boxed{" * 50_000 + "}" * 49_999])
+                                  "\\boxed" * 100_000, "\\boxed" + " " * 500_000, "\\boxed{" + "\\text{" * 100_000,
+                                  "\\boxed{" + "\\text{a}" * 50_000 + "}", "\\boxed{" * 50_000 + "}" * 49_999])
 def test_extract_boxed_is_linear(text):
     start = time.process_time()
     extract_boxed(text)
@@ -98,7 +110,8 @@ def test_exact_match(prediction, answers, expected):
 @pytest.mark.parametrize(("text", "expected"), [
     (r"The answer is \boxed{Paris}", 1), ("Paris", 0), (r"\boxed{Paris", 0), (r"\boxed{}", 0),
     (r"\boxed{Rome \boxed{Paris}}", 0), (r"\boxed{\boxed{Paris}}", 0), (r"\boxed{Paris} \boxed{Rome}", 0),
-    (r"\boxed{Rome, Paris, Berlin}", 0), (r"\boxed{the}", 0), (r"\boxed{[MASK]}", 0),
+    (r"\boxed{{Paris}}", 1), (r"\boxed{\text{Paris}}", 1), (r"\boxed{Rome, Paris, Berlin}", 0),
+    (r"\boxed{the}", 0), (r"\boxed{[MASK]}", 0),
 ])
 def test_rewarded_text(text, expected):
     assert exact_match(extract_boxed(text), ["Paris"]) == expected
@@ -116,18 +129,54 @@ def test_f1(prediction, answers, expected):
     assert f1(prediction, answers) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("prediction", "answers", "expected"), [
-    ("it is Paris, France", ["Paris"], 1), ("the old town of Paris", ["old town"], 1),
-    ("Paris", ["Paris"], 1),
-    ("Parisian", ["Paris"], 0), ("1931", ["19"], 0), ("town old", ["old town"], 0), ("", [""], 0),
-    ("anything", ["the"], 0), (None, ["Paris"], 0), ("[MASK] Paris", ["Paris"], 0),
-    ("Rome", ["Paris", "Rome"], 1),
+@pytest.mark.parametrize(("prediction", "answers", "search_r1", "memagent"), [
+    ("it is Paris, France", ["Paris"], 1, 1), ("the old town of Paris", ["old town"], 1, 1), ("Paris", ["Paris"], 1, 1),
+    ("Parisian", ["Paris"], 1, 1), ("1931", ["19"], 1, 1),  # letters, not words
+    ("Par", ["Paris"], 0, 1), ("Paris", ["Paris, France"], 0, 1), ("a", ["Paris"], 0, 1),  # "a" normalises to nothing
+    ("town old", ["old town"], 0, 0), ("Rome", ["Paris"], 0, 0), ("Rome", ["Paris", "Rome"], 1, 1),
+    ("", ["Paris"], 0, 1), ("Paris", ["the"], 1, 1), (None, ["Paris"], 0, 0), ("Paris", [], 0, 0),
+    ("U.S.", ["us"], 1, 1), ("The New-York", ["new york"], 0, 0), ("yes it is", ["yes"], 1, 1),
 ])
-def test_sub_exact_match(prediction, answers, expected):
-    assert sub_exact_match(prediction, answers) == expected
+def test_sub_em(prediction, answers, search_r1, memagent):
+    assert (search_r1_sub_em(prediction, answers), memagent_sub_em(prediction, answers)) == (search_r1, memagent)
 
 
-@pytest.mark.parametrize("metric", [exact_match, f1, sub_exact_match])
+def scripts(prediction: str, answer: str) -> dict[str, float]:
+    """What the scripts of HotpotQA, Search-R1 and MemAgent compute of one answer, in words of our own."""
+    def tidy(text):
+        kept = [c for c in text.lower() if c not in string.punctuation]
+        return " ".join(re.sub(r"\b(?:the|an|a)\b", " ", "".join(kept)).split())
+    mine, gold = tidy(prediction), tidy(answer)
+    left, shared = gold.split(), 0
+    for word in mine.split():
+        if word in left:
+            left.remove(word)
+            shared += 1
+    closed = {"yes", "no", "noanswer"} & {mine, gold} and mine != gold
+    precision, recall = (shared / max(1, len(text.split())) for text in (mine, gold))
+    f1 = 2 * precision * recall / (precision + recall) if shared and not closed else 0.0
+    return {"em": float(mine == gold), "f1": f1,
+            "sub_em_search_r1": float(mine.find(gold) >= 0),
+            "sub_em_memagent": float(mine.find(gold) >= 0 or gold.find(mine) >= 0)}
+
+
+def test_each_metric_equals_its_script():
+    rng = random.Random(0)
+    words = ["Paris", "paris", "the", "a", "old", "Old-town", "U.S.", "yes", "no", "noanswer", "19", "1931", "é", "(x)"]
+    seen = []
+    for _ in range(4000):
+        prediction, answer = (" ".join(rng.choices(words, k=rng.randint(1, 4))) for _ in range(2))
+        theirs = scripts(prediction, answer)
+        ours = {"em": exact_match(prediction, [answer])} | lenient([prediction], [[answer]])
+        if not normalize(answer) or not normalize(prediction):  # ours is stricter: nothing never equals nothing
+            assert ours["em"] == 0
+            ours["em"] = theirs["em"]
+        assert ours == pytest.approx(theirs), (prediction, answer)
+        seen.append(tuple(theirs.values()))
+    assert {0.0, 1.0} <= {em for em, *_ in seen} and any(m > s for *_, s, m in seen) and len(set(seen)) > 10
+
+
+@pytest.mark.parametrize("metric", [exact_match, f1, search_r1_sub_em, memagent_sub_em])
 def test_one_string_is_not_a_list_of_answers(metric):
     with pytest.raises(TypeError, match="list"):
         metric("P", "Paris")

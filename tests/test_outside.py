@@ -16,7 +16,7 @@ from data.tasks import masked_document, recall_target, split_sections
 from data.text.corpus import load_passages, load_questions
 from data.text.entities import RuleFinder, mask_entity, occurs
 from data.weights.loading import load_tokenizer
-from eval.metrics import exact_match, extract_boxed, f1, sub_exact_match
+from eval.metrics import exact_match, extract_boxed, f1, memagent_sub_em, search_r1_sub_em
 from eval.report.page import md, write_report
 
 TOKENIZER, FINDER = load_tokenizer(), RuleFinder()
@@ -74,8 +74,9 @@ def test_metrics_of_any_text(text, answers):
     box = extract_boxed(text)
     assert box is None or (box and box in text)
     for prediction in (text, box, None):
-        exact, partial, lenient = (m(prediction, answers) for m in (exact_match, f1, sub_exact_match))
-        assert exact in (0, 1) and 0 <= partial <= 1 and lenient in (0, 1) and exact <= partial and exact <= lenient
+        exact, partial, within, either = (m(prediction, answers) for m in (
+            exact_match, f1, search_r1_sub_em, memagent_sub_em))
+        assert 0 <= exact <= partial <= 1 and exact <= within <= either and {exact, within, either} <= {0, 1}
     if re.search(r"\[\s*(mask|target)\s*\]", text, re.IGNORECASE):
         assert exact_match(text, [text, *answers]) == 0, "no reward for writing the placeholder back"
 
@@ -136,7 +137,7 @@ def test_a_hundred_thousand_repeats_take_linear_time(name):
         FINDER.find(text)
         for entity in ("5,", "Paris", "J."):
             mask_entity(text, entity, "[MASK]")
-        for metric in (exact_match, f1, sub_exact_match):
+        for metric in (exact_match, f1, search_r1_sub_em, memagent_sub_em):
             metric(extract_boxed(text) or text, ["Paris"])
         md(text)
         assert TOKENIZER.decode(ids) == text

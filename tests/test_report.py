@@ -266,7 +266,8 @@ def test_missing_systems_and_logs_are_shown_as_not_run(tmp_path):
 def test_only_the_required_fields(tmp_path):
     rows = qa_rows(lengths=(1,))
     for row in rows:
-        for field in ("sections", "tokens", "f1", "sub_em", "kinds", "memory_tokens", "finished"):
+        for field in ("sections", "tokens", "f1", "sub_em_search_r1", "sub_em_memagent", "kinds", "memory_tokens",
+                      "finished"):
             del row[field]
     folder = make_run(tmp_path / "run", long_qa=rows, environment={})
     assert "not recorded" in report(folder)

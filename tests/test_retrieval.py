@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from test_corpus import DATA, HOTPOT, needs_data, refuses, write
 from data import InputError
 from data.text import retrieval
 from data.text.corpus import Corpus, Passage, load_passages, load_questions
+from data.text.dense import Dense, encoder, retriever_of
 from data.text.retrieval import INDEX, LONGEST_QUERY, Retriever
 from eval import retrieval as judge
 from eval.bench import main as bench
@@ -268,6 +270,85 @@ def test_importing_loads_nothing_heavy():
     code = ("import data.text.retrieval, data.text.benchmarks, sys; "
             "print(sorted({'bm25s', 'numpy', 'torch'} & set(sys.modules)))")
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
+
+
+# ---- by meaning
+
+
+@pytest.fixture(scope="module")
+def sentence_model(tmp_path_factory):
+    """A folder as of sentence-transformers, of a random BERT over words."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("model")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ":", ".", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=64)).save_pretrained(folder)
+    write(folder / "1_Pooling" / "config.json", json.dumps({"pooling_mode_mean_tokens": True}))
+    write(folder / "sentence_bert_config.json", '{"max_seq_length": 16}')
+    return folder
+
+
+def test_dense_finds_the_nearest_and_is_kept(sentence_model, tmp_path):
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+    rng = random.Random(0)
+    corpus = Corpus([Passage(w, " ".join(rng.choices(WORDS, k=rng.randint(1, 30))) + ".") for w in WORDS * 8], "dense")
+    made = Dense(corpus, sentence_model)
+    # one by one, with the library alone
+    tokenizer, model = AutoTokenizer.from_pretrained(sentence_model), AutoModel.from_pretrained(sentence_model).eval()
+    with torch.no_grad():
+        theirs = [model(**tokenizer(p.rendered, truncation=True, max_length=16, return_tensors="pt"))
+                  .last_hidden_state[0].mean(0) for p in corpus.passages]
+    theirs = torch.nn.functional.normalize(torch.stack(theirs), dim=-1).numpy()
+    assert abs(made.vectors - theirs).max() < 1e-5
+    queries = ["iron bridge", "old stone hat", " "]
+    found = made.search(queries, 4)
+    assert [len(f) for f in found] == [4, 4, 0] and found[1] == made.search(queries[1:2], 4)[0], "alone too"
+    assert found[0] == sorted(range(len(corpus)), key=lambda i: (-made.scores(queries[0])[i], i))[:4]
+    assert Dense(corpus, sentence_model, tmp_path / "d").search(queries, 4) == found
+    before = contents(tmp_path)
+    again = Dense(corpus, sentence_model, tmp_path / "d")
+    assert again.search(queries, 4) == found and contents(tmp_path) == before
+    corpus.searched_by, corpus.kept = f"dense:{sentence_model}", tmp_path / "d"
+    assert 5 not in corpus.related(5, 7) and corpus.related(5, 7)[0] == [i for i in made.search(
+        [corpus.passages[5].rendered], 2)[0] if i != 5][0]
+    other = Corpus(corpus.passages[1:], "other")
+    refuses(lambda: Dense(other, sentence_model, tmp_path / "d"), "another corpus", "vectors")
+    refuses(lambda: Retriever(corpus, tmp_path / "d"), "other files", "vectors.npz")
+    with pytest.raises(TypeError):
+        made.search("iron")
+
+
+def test_dense_refuses_in_one_line(sentence_model, tmp_path, monkeypatch):
+    corpus = made(20)
+    refuses(lambda: retriever_of("dense:" + str(tmp_path), corpus), "config.json", "sentence-transformers")
+    for spec in ("dense:", "dense", "bm26", "bm25:x"):
+        refuses(lambda: retriever_of(spec, corpus), f"--retriever {spec}", "dense:FOLDER")  # noqa: B023
+    for name, (file, content, said) in {
+            "pooling": ("1_Pooling/config.json", '{"pooling_mode_max_tokens": true}', "pooling_mode_max_tokens"),
+            "layer": ("modules.json", '[{"type": "sentence_transformers.models.Dense"}]', "Dense"),
+            "broken": ("config.json", "{", "can't be loaded")}.items():
+        shutil.copytree(sentence_model, tmp_path / name)
+        write(tmp_path / name / file, content)
+        refuses(lambda: Dense(corpus, tmp_path / name), said)  # noqa: B023
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    encoder.cache_clear()
+    refuses(lambda: Dense(corpus, sentence_model), "pip install transformers", "bm25")
+
+
+def test_judging_dense_beside_bm25(sentence_model, tmp_path, capsys):
+    corpus = write(tmp_path / "c.jsonl", '{"title": "Sing", "text": "To sing is a joy."}\n{"text": "Stone and iron."}')
+    argv = ["--corpus", corpus, "--questions", question_file(tmp_path), "--retriever", f"dense:{sentence_model}",
+            "--index", str(tmp_path / "i"), "--out", str(tmp_path / "f.json")]
+    assert judge.main(argv) == 0
+    (row,), printed = json.loads((tmp_path / "f.json").read_text())["rows"], capsys.readouterr().out
+    assert row["dense@10"]["found"] == 4 and row["bm25@10"]["found"] == 2, "five passages: ten are all"
+    assert "BM25 @3 | BM25 @10 | dense @3 | dense @10 | exact title @3" in printed
+    assert (tmp_path / "i-dense" / "vectors.npz").exists()
 
 
 # ---- how it is judged

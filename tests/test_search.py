@@ -7,13 +7,16 @@ import pytest
 import torch
 
 import memtrain
+from data import InputError
 from data.prompts import Prompts
-from data.search import CORRECTION, NOTHING_FOUND, boxes, parse_action, search_problem, split_response
+from data.search import CORRECTION, NOTHING_FOUND, Action, boxes, search_problem, split_response
+from data.tasks import Problem
 from data.text.corpus import Corpus, Passage, Question
 from data.text.retrieval import Retriever
 from data.world.demonstrations import Demonstrator, sentences
 from data.world.miniwiki import FAMILIES, MiniWorld
 from data.world.search_demonstrations import Searcher
+from eval.header import evidence
 from eval.searchqa import search_row
 
 PASSAGES = [Passage("Kovemgate", "Kovemgate was built by Mobrin Kovem."),
@@ -34,14 +37,18 @@ PAIR = search_problem([Question("a", "Who built Kovemgate?", ("Mobrin Kovem",), 
     (" One.\nAnswer:\\boxed{ x}\\boxed{ y", " One.", "", ()),
     (" One.\nSearch:", " One.", "", ()),
     (" I Search: nothing", " I Search: nothing", "", ()),  # in the middle of a line it is text
-    (" One.\nSearch: a\nAnswer:\\boxed{ x}\\boxed{ y}", " One.", "a", ()),  # the first action counts
+    (" One.\nSearch: a\nAnswer:\\boxed{ x}\\boxed{ y}", " One.\nSearch: a", "", ("x", "y")),  # the last action counts
+    ("Answer:\\boxed{ x}\\boxed{ y}\n No.\nSearch: a b", "Answer:\\boxed{ x}\\boxed{ y}\n No.", "a b", ()),
+    (" One.\nSearch: a\nAnswer: not known yet", " One.", "a", ()),  # begins like an action and is none
+    (" One.\nAnswer:\\boxed{ x}\\boxed{ y}\nSearch:", " One.", "", ("x", "y")),
+    (" One.\nAnswer: none\n Two.\nSearch:", " One.", "", ()),
+    (" One.\nAnswer: \\boxed {\\text{x}} \\boxed{\\textbf{y}}", " One.", "", ("x", "y")),
     ("", "", "", ()),
 ])
 def test_a_response_is_a_state_and_an_action(tokenizer, text, state, query, answers):
     ids = tokenizer.encode(text)
-    kept, action = split_response(ids, tokenizer)
+    kept, parsed = split_response(ids, tokenizer, 2)
     assert tokenizer.decode(kept) == state and kept == ids[:len(kept)]
-    parsed = parse_action(action, 2)
     assert (parsed.query, parsed.answers) == (query, answers)
     assert parsed.malformed == (not query and not answers)
 
@@ -49,13 +56,13 @@ def test_a_response_is_a_state_and_an_action(tokenizer, text, state, query, answ
 def test_the_state_keeps_its_very_tokens(tokenizer):
     """Sampled tokens need not be those that encoding their text would give: they go on as they are."""
     odd = [tokenizer.encode(x)[0] for x in " Kov"] + [i for x in "emé" for i in tokenizer.encode(x)]
-    kept, action = split_response([*odd, *tokenizer.encode("\nSearch: é")], tokenizer)
-    assert kept == odd and action == "Search: é"
+    kept, action = split_response([*odd, *tokenizer.encode("\nSearch: é")], tokenizer, 2)
+    assert kept == odd and action == Action(query="é")
 
 
 def test_boxes_is_linear_and_takes_the_outermost():
     assert boxes("\\boxed{a \\boxed{b}} \\boxed{ c }") == ["a \\boxed{b}", "c"]
-    assert boxes("\\boxed{a} \\boxed{b \\boxed{c}") == ["a"]
+    assert boxes("\\boxed{a} \\boxed{b \\boxed{c}") == ["a", "c"]
     assert boxes("\\boxed{" * 200_000) == [] and boxes("\\boxed{x}" * 50_000) == ["x"] * 50_000
 
 
@@ -102,6 +109,23 @@ def test_a_malformed_action_is_corrected_and_costs_a_turn(agent, monkeypatch):
     assert "Answer now." in prompts[2] and "Answer now." not in prompts[1]
     assert [a.malformed for a in episode.actions] == [True, True, False]
     assert episode.hits == [0.0, 1.0] and episode.correct == 0.5
+
+
+def test_an_emptied_memory_looks_alike_in_every_loop(agent, monkeypatch):
+    """Reading, answering, recalling, searching, `read`: nothing stands behind "Memory:". The first turn is another."""
+    a = agent()
+    _, prompts = play(a, monkeypatch, *["Search: Kovemgate"] * 3, " A.", " A.", " A.")
+    assert "Memory: No memory yet.\n" in prompts[0] and "Memory:\n" in prompts[1] and "Memory:\n" in prompts[2]
+    script = Scripted(a, monkeypatch, "", "", "", "")
+    (rollout,) = a.read([Problem("p", "Who?", ("x",), tuple(p.rendered for p in PASSAGES) * 9, "")], [("k",)])
+    assert len(rollout.sections) == 3 and rollout.memories == [[]] * 3
+    assert ["Memory: No memory yet.\n" in p for (p,) in script.prompts] == [True, False, False, False]
+    assert ["Memory:\n" in p for (p,) in script.prompts] == [False, True, True, True]
+    script = Scripted(a, monkeypatch, "", "", "")
+    memory = a.update("Who?", [5], a.prompts.no_memory, ("k", 1))
+    a.update("Who?", [5], memory, ("k", 2))
+    a.recall([[5]], [memory], ["x"], [("k", 3)])
+    assert ["Memory:\n" in p for (p,) in script.prompts] == [False, True, True]
 
 
 def test_the_last_turn_has_to_answer(agent, monkeypatch):
@@ -196,8 +220,7 @@ def test_demonstrated_episodes_are_valid(searcher, tokenizer):
             assert len(demo.prefix) + len(given) + c.memory + c.act <= c.window
             assert response[-1] == tokenizer.end and len(response) <= c.memory + c.act
             shown = tokenizer.decode(given)
-            state, text = split_response(response[:-1], tokenizer)
-            action = parse_action(text, 2)
+            state, action = split_response(response[:-1], tokenizer, 2)
             assert not action.malformed and bool(action.answers) == (n == len(demo.suffixes) - 1)
             written = tokenizer.decode(state)
             if written != " No memory yet.":
@@ -214,6 +237,65 @@ def answers_of(search, demo):
     known = {q.question: q.answers[0] for f in FAMILIES for i in range(120)
              for q in [search.demo.world.family_facts(f, i, 5)[0]]}
     return [a for q, a in sorted(known.items(), key=lambda item: text.find(item[0])) if q in text]
+
+
+@pytest.fixture
+def files(folder):
+    """A corpus of 200 towns, and questions: q, t, b in FlashRAG's form; h, of HotpotQA's, with passages."""
+    lines = lambda rows: "\n".join(map(json.dumps, rows))  # noqa: E731
+    asked = lambda who: [{"id": f"{who}{i}", "question": f"Who is {who} {i}?",  # noqa: E731
+                          "golden_answers": [f"Hugo Moor{i}"]} for i in range(5)]
+    (folder / "c.jsonl").write_text(lines({"title": f"Town {i}", "text": f"Town {i} was built by Hugo Moor{3 * i}."}
+                                          for i in range(200)))
+    for name in "qtb":
+        (folder / f"{name}.jsonl").write_text(lines(asked(name)))
+    (folder / "h.jsonl").write_text(lines(
+        {"_id": f"h{i}", "question": f"Who wed Ada{i}?", "answer": "Ben",
+         "supporting_facts": [[f"Ada{i}", 0], ["Ben", 0]],
+         "context": [[f"Ada{i}", [f"Ada{i} wed Ben."]], ["Ben", ["Ben sang."]], ["Cy", ["Cy fished."]]]}
+        for i in range(5)))
+    return ["--corpus", "c.jsonl", "--questions", "q.jsonl", "--train-questions", "t.jsonl", "--stages", "mem1,eval"]
+
+
+def test_search_looks_through_what_came_with_the_questions(files, tiny, tokenizer, folder):
+    files[5] = "h.jsonl"
+    data = memtrain.Data(tiny(*files), tokenizer)
+    assert len(data.searched) == 200 + 5 + 2, "each of their passages once"
+    assert data.evidence() == {"training": (10, 10, "gold passages"), "q": (2, 4, "answers stated")}, "Moor0, Moor3"
+    (first,) = evidence(data.c, data)
+    assert "207 passages" in first and "training: 10 of 10 gold passages, q: 2 of 4 answers stated" in first
+    (folder / "less.jsonl").write_text("".join((folder / "c.jsonl").read_text().splitlines(True)[1:]))
+    less = memtrain.Data(tiny("--corpus", "less.jsonl", *files[2:]), tokenizer)
+    second = evidence(less.c, less)[1]
+    assert second.startswith("note: search: ") and "1 of 4" in second and "--search-corpus" in second
+    (found,) = data.retriever().search(["Ada3 wed"], 1)
+    assert data.searched.passages[found[0]].title == "Ada3"
+    again = memtrain.Data(tiny(*files[:-1], "eval", "--benchmarks", "h2=h.jsonl"), tokenizer)
+    assert again.searched.fingerprint == data.searched.fingerprint, "one index from start to end"
+    (folder / "s.jsonl").write_text(json.dumps({"title": "Ada1", "text": "Ada1 wed Ben."}))
+    own = memtrain.Data(tiny(*files, "--search-corpus", "s.jsonl"), tokenizer)
+    assert len(own.searched) == 1 and own.evidence()["training"] == (1, 10, "gold passages")
+    assert len(evidence(own.c, own)) == 3
+    with pytest.raises(InputError, match="no.jsonl"):
+        memtrain.Data(tiny(*files, "--search-corpus", "no.jsonl"), tokenizer)
+    world = memtrain.Data(tiny("--stages", "mem1"), tokenizer)
+    assert evidence(world.c, world) == [], "the mini-world searches its own pages"
+
+
+def test_training_questions_come_in_epochs(files, tiny, tokenizer, folder):
+    data = memtrain.Data(tiny(*files), tokenizer)
+    for epoch in range(3):
+        pairs = [data.training_pair(2 * epoch + i).id.split("+") for i in range(2)]
+        assert len({q for pair in pairs for q in pair}) == 4, "of five questions one is left out"
+    drawn = [data.train_questions.index(q) for i in range(15) for q in data.train_questions
+             if q.id == data.training_question(i).id]
+    assert all(sorted(drawn[e:e + 5]) == list(range(5)) for e in (0, 5, 10))
+    for name, said in (("t", "--train-questions"), ("q", "--questions")):
+        whole = (folder / f"{name}.jsonl").read_text()
+        (folder / f"{name}.jsonl").write_text(whole.splitlines()[0])
+        with pytest.raises(InputError, match=f"{said} {name}.jsonl: one question"):
+            memtrain.Data(tiny(*files), tokenizer)
+        (folder / f"{name}.jsonl").write_text(whole)
 
 
 def test_a_finished_run_is_evaluated_on_its_own_benchmarks(folder, tiny, tokenizer):

@@ -11,7 +11,7 @@ import torch
 
 from data import InputError
 from data.prompts import MASK_PROBLEM, Prompts
-from data.tasks import Problem, cut_middle, masked_document, qa_document, recall_target, split_sections
+from data.tasks import Problem, cut_middle, in_epochs, masked_document, qa_document, recall_target, split_sections
 from data.text.corpus import Corpus, Passage
 from data.text.entities import RuleFinder, _occurrence, mask_entity, occurs
 from data.weights.loading import load_tokenizer
@@ -33,6 +33,22 @@ def corpus(world):
 @pytest.fixture(scope="module")
 def masked(corpus):
     return [masked_document(corpus, FINDER, 5, i, 12, 5) for i in range(60)]
+
+
+def test_draws_in_epochs_are_permutations():
+    for population in (1, 2, 7, 50):
+        drawn = [in_epochs("k", i, population) for i in range(3 * population)]
+        epochs = [drawn[e * population:(e + 1) * population] for e in range(3)]
+        assert all(sorted(e) == list(range(population)) for e in epochs)
+        assert population < 7 or len({tuple(e) for e in epochs}) == 3
+    assert [in_epochs("k", i, 50) for i in range(50)] != [in_epochs("l", i, 50) for i in range(50)]
+
+
+def test_every_passage_of_a_users_corpus_is_a_pivot_once_an_epoch():
+    corpus = Corpus([Passage(f"T{i}", f"Mobrin Kovem{i} lived here.") for i in range(40)], "own")
+    for epoch in range(2):
+        hidden = [masked_document(corpus, FINDER, 0, 40 * epoch + i, 3, 0).answers[0] for i in range(40)]
+        assert len({a for a in hidden if "Kovem" in a}) == len([a for a in hidden if "Kovem" in a]) > 10
 
 
 # ---- the mini-world

@@ -1,7 +1,7 @@
 """Files that are never left half written. Loads nothing heavy.
 
 Every file is written under a temporary name, flushed to the disk and renamed: a reader finds the old one or the new
-one, whole.
+one, whole. What is no file, such as a device or a pipe, is written to and stays what it is.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import stat
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 from data import InputError
 
@@ -29,19 +33,50 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a name to write to, which becomes `path`, all or nothing. InputError as in `writing`."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Yields a name to write to, which becomes `path`, all or nothing. The one way to every output.
+
+    A link is followed, what it names is replaced; a file keeps its permissions. What `standing` opens gets the bytes
+    and stays. InputError as in `writing`, and for a folder.
+    """
     with writing(path):
+        if path.is_dir():
+            raise InputError(f"{path}: a folder; give the name of a file")
+        if stream := standing(path):
+            with stream, TemporaryDirectory() as place:
+                temporary = Path(place, path.name)
+                yield temporary
+                with temporary.open("rb") as file:
+                    shutil.copyfileobj(file, stream)
+            return
+        path = Path(os.path.realpath(path))
+        temporary = path.with_name(path.name + ".tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)  # what a killed process left; a link goes, what it points to stays
             yield temporary
             flush(temporary)
+            with suppress(FileNotFoundError):
+                shutil.copymode(path, temporary)
             os.replace(temporary, path)
             flush(path.parent)  # else the new name may be lost with the power
         finally:  # also after what the caller raises within, such as a refused copy of the previous checkpoint
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def standing(path: Path) -> BinaryIO | None:
+    """Opens what can be written to but not replaced: a device, a pipe, a socket, and where standard output and error
+    go, even if that is a file. None for anything else. OSError as from open."""
+    try:
+        there = os.stat(path)
+    except OSError:
+        return None
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        with suppress(OSError):
+            if os.path.samestat(there, os.fstat(number)):
+                stream.flush()  # what was printed comes first
+                return os.fdopen(os.dup(number), "wb")  # a name opened anew would begin at the file's start
+    return None if stat.S_ISREG(there.st_mode) else path.open("wb")
 
 
 def flush(path: Path) -> None:
@@ -97,14 +132,19 @@ SOURCE = {"memtrain.py", "data", "kernels", "eval", "tests", "README.md", "LICEN
           "requirements.txt", ".git", ".gitattributes", ".gitignore", ".ci"}
 
 
-def output(path: Path, option: str = "--out") -> Path:
+def output(path: Path, option: str = "--out", inputs: Iterable[str | Path] | None = None) -> Path:
     """`path`, given by `option`, as a place to write to. InputError if it is part of this repository's own source.
 
-    Links are resolved first. Inside the repository, eval/results, runs and what is not source are fine.
+    Links are resolved first. Inside the repository, eval/results, runs and what is not source are fine. inputs: of a
+    command that writes one file, what it reads: a folder, and one of those, are refused before any work is done.
     """
     place = path.resolve()
     if place == ROOT or (place.is_relative_to(ROOT) and place.relative_to(ROOT).parts[0] in SOURCE
                          and not place.is_relative_to(ROOT / "eval" / "results")):
         raise InputError(f"{option} {path}: that is where the source of memtrain lies; write to runs/, eval/results/ "
                          f"or outside the repository")
+    if inputs is not None and path.is_dir():
+        raise InputError(f"{option} {path}: a folder; give the name of a file")
+    if path.is_file() and any(os.path.exists(i) and path.samefile(i) for i in inputs or ()):
+        raise InputError(f"{option} {path}: is read by this command, and would be overwritten; give another name")
     return path

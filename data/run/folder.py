@@ -147,8 +147,10 @@ class Log:
 class Wandb:
     """wandb in a thread of its own, behind a queue: should it fail or hang, the run goes on after one note.
 
-    Its id is drawn once and kept in the run folder, so that a run taken up again goes on in the same curves. InputError
-    where the package is missing.
+    Online, its id is drawn once and kept in the run folder, so that a run taken up again goes on in the same curves.
+    Offline, wandb resumes nothing: of two starts with one id, the sync of one would replace the other. So each is a run
+    of its own there, all in one group; every curve is drawn over its stage's own step, and so goes on. InputError where
+    the package is missing.
     """
 
     patience = 15.0  # seconds that the end of a run waits for its last rows to be sent
@@ -160,18 +162,29 @@ class Wandb:
             raise InputError(f"--wandb {config['wandb']}: {e}; pip install wandb, or leave --wandb out") from None
         known = folder / "wandb.json"
         if not known.exists():
-            write_json(known, {"id": f"{config['run']}-{uuid.uuid4().hex[:8]}"})
+            write_json(known, {"id": f"{config['run'][:40]}-{uuid.uuid4().hex[:8]}"})
         id_ = read_json(known, "delete it to begin new curves").get("id")
+        own, offline = id_, config["wandb"] == "offline"
+        if offline:
+            own = f"{id_}-{uuid.uuid4().hex[:8]}"
+            if (folder / "metrics.jsonl").exists():
+                tqdm.write(printable(f"note: wandb: offline, no run is resumed: this start is a run of its own, {own}, "
+                                     f"in the group {id_}; wandb sync takes them all"))
         self.rows: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
-        self.settings = {"project": "memtrain", "name": config["run"], "id": id_, "resume": "allow",
-                         "mode": config["wandb"], "dir": str(folder), "config": config}
+        self.settings = {"project": "memtrain", "name": config["run"], "id": own, "group": id_,
+                         "resume": None if offline else "allow", "mode": config["wandb"], "dir": str(folder),
+                         "config": config}
         self.thread = threading.Thread(target=self._send, args=(wandb,), daemon=True)
         self.thread.start()
 
     def _send(self, wandb) -> None:
         try:
             run = wandb.init(**self.settings)
+            axes: set[str] = set()
             while (row := self.rows.get()) is not None:
+                for axis in [k for k in row if k.endswith("/step") and k not in axes]:
+                    run.define_metric(axis.removesuffix("step") + "*", step_metric=axis)
+                    axes.add(axis)
                 run.log(row)
             run.finish()
         except BaseException as e:  # no class of exceptions covers a network; nor is it this run's to end

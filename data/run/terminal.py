@@ -16,11 +16,17 @@ from data import InputError
 
 # Control characters but for tab and line feed, marks that turn the direction of writing, lone surrogates.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+LINE_END = re.compile("[\n\u2028\u2029]")
 
 
 def printable(text: str) -> str:
     r"""`text` with what could steer a terminal, or turn a line around, spelled out: \x1b instead of an escape."""
     return UNPRINTABLE.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str) -> str:
+    r"""`text` as a message of one line: also what ends one, such as the \n in a file's name, is spelled out."""
+    return LINE_END.sub(lambda m: m[0].encode("unicode_escape").decode(), printable(text))
 
 
 @cache

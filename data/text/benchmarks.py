@@ -56,6 +56,11 @@ def load_benchmarks(spec: str, limit: int | None = None) -> dict[str, list[Quest
     return {name: _load(name, source, limit) for name, source in sources}
 
 
+def load_local(spec: str, limit: int | None = None) -> list[Question]:
+    """The questions of those benchmarks that are files, which may come with passages; those of the hub never do."""
+    return [q for name, file in _sources(spec) if file for q in _load(name, file, limit)]
+
+
 def _sources(spec: str) -> list[tuple[str, Path | None]]:
     """(name, file) of each item of `spec`; None: from the hub."""
     found: list[tuple[str, Path | None]] = []

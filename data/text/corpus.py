@@ -21,6 +21,7 @@ from typing import Any
 
 from data import InputError
 from data.text import hub
+from data.text.dense import Dense, retriever_of
 from data.text.retrieval import Retriever, top
 
 WIKIPEDIA = hub.Source(
@@ -70,7 +71,8 @@ class Question:
 
 
 class Corpus:
-    """Passages, a name, and a BM25 index that is built when it is first needed.
+    """Passages, a name, and an index that is built when it is first needed: BM25, or what `searched_by` says, which is
+    kept in the folder `kept` then.
 
     `clues` is kept as given; only the mini-world, which knows its own facts, provides it.
     Raises InputError if there is no passage.
@@ -82,6 +84,7 @@ class Corpus:
         self.passages = list(passages)
         self.name = name
         self.clues = clues
+        self.searched_by, self.kept = "bm25", None
 
     def __len__(self) -> int:
         return len(self.passages)
@@ -130,9 +133,9 @@ class Corpus:
         return digest.hexdigest()[:16]
 
     @cached_property
-    def retriever(self) -> Retriever:
-        """BM25 over the passages, in memory, built when it is first needed."""
-        return Retriever(self)
+    def retriever(self) -> Retriever | Dense:
+        """Over the passages, built when it is first needed."""
+        return retriever_of(self.searched_by, self, self.kept)
 
 
 def load_passages(spec: str, *, limit: int | None = None, max_words: int = 180) -> Corpus:
@@ -191,7 +194,7 @@ def _read_passages(path: Path, max_words: int) -> Iterator[Passage]:
             title, text = record.get("title"), record.get("text")
             if text is None and "contents" in record:
                 first, _, rest = record["contents"].strip().partition("\n")
-                title, text = (first.strip().strip('"'), rest) if rest else (title, first)
+                title, text = (_unquoted(first.strip()), rest) if rest else (title, first)
             title = _one_line(title or "") or f"{path.stem} {number}"
             text = _clean(text).strip()
         except (AttributeError, TypeError) as error:  # not a record, or not a string where one is needed
@@ -200,6 +203,12 @@ def _read_passages(path: Path, max_words: int) -> Iterator[Passage]:
             raise InputError(f"{where}: the text is empty; {PASSAGE_FORM}")
         for part in split_text(text, max_words) if ending == ".parquet" else (text,):
             yield Passage(title, part)
+
+
+def _unquoted(title: str) -> str:
+    """FlashRAG's `"title"` without the pair of quotes around it, and with those of its own."""
+    inner = title[1:-1]  # "A" and "B" is no pair around a title: behind the first word a quote closes
+    return inner if re.fullmatch('".*"', title) and not re.match(r'[^"]*[^\W\d_]"(?!\w)[^"]*"', inner) else title
 
 
 def _paragraphs(path: Path, max_words: int) -> Iterator[Passage]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +34,6 @@ class Corpus(Protocol):
 # A passage is searched by its rendered form: the words of its title count like those of its text.
 SETTINGS = {"method": "lucene", "k1": 1.5, "b": 0.75, "stopwords": "english", "text": "title: text"}
 INDEX, LOCK = "index.npz", ".lock"
-OWN = {INDEX, INDEX + ".tmp", LOCK}  # the second is what a killed build leaves
 ARRAYS = ("data", "indices", "indptr")
 LONGEST_QUERY = 10_000  # characters; a question has about 100, a page of text 3,000
 
@@ -48,7 +47,9 @@ class Retriever:
 
     def __init__(self, corpus: Corpus, folder: Path | None = None):
         self.corpus, self.size = corpus, len(corpus)
-        self.index = _build(corpus) if folder is None else _keep(corpus, Path(folder))
+        self.index = _build(corpus) if folder is None else keep(
+            Path(folder, INDEX), lambda path: _load(path, corpus), lambda: _build(corpus),
+            lambda index, path: _save(index, path, corpus))
 
     def search(self, queries: Sequence[str], k: int = 3) -> list[list[int]]:
         """For each query at most k passages, best first, ties to the lower index; passages that share no word with it
@@ -126,23 +127,24 @@ def _fill(index: Any, words: list[str], arrays: dict[str, Any], size: int) -> No
 # ---- an index on disk
 
 
-def _keep(corpus: Corpus, folder: Path) -> Any:
-    """The index in `folder`, which is built if nothing is there."""
-    path = folder / INDEX
+def keep(path: Path, load: Callable[[Path], Any], build: Callable[[], Any],
+         save: Callable[[Any, Path], None]) -> Any:
+    """The index in the file `path`, which is built if nothing is in its folder. InputError where other files are."""
     if path.exists():
-        return _load(path, corpus)
+        return load(path)
+    folder, own = path.parent, {path.name, path.name + ".tmp", LOCK}  # the second is what a killed build leaves
     with writing(folder):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: a file, and an index needs a folder; give a new or an empty one")
-        if folder.exists() and (strangers := sorted({p.name for p in folder.iterdir()} - OWN)):
+        if folder.exists() and (strangers := sorted({p.name for p in folder.iterdir()} - own)):
             raise InputError(f"{folder}: holds no index but other files ({strangers[0]}); give a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK).acquire()  # ends with its process, however that ends
     with lock:
         if path.exists():  # another process has built it meanwhile
-            return _load(path, corpus)
-        index = _build(corpus)
-        _save(index, path, corpus)
+            return load(path)
+        index = build()
+        save(index, path)
     return index
 
 
@@ -155,34 +157,47 @@ def _about(corpus: Corpus) -> dict[str, Any]:
 
 
 def _save(index: Any, path: Path, corpus: Corpus) -> None:
-    import numpy as np
-
     words = sorted(index.vocab_dict, key=index.vocab_dict.__getitem__)  # the k-th has the number k
-    parts = {name: np.frombuffer(json.dumps(value).encode(), np.uint8)
-             for name, value in (("about", _about(corpus)), ("words", words))}
-    parts |= {name: index.scores[name] for name in ARRAYS}
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **parts)  # a zip archive: each part has a checksum
+    write_arrays(path, _about(corpus), {"words": _packed(words)} | {name: index.scores[name] for name in ARRAYS})
 
 
 def _load(path: Path, corpus: Corpus) -> Any:
     """The index in a file; InputError if it is damaged, of another corpus, or made otherwise."""
+    arrays = read_arrays(path, _about(corpus), ("words", *ARRAYS))
+    index = _empty()
+    _fill(index, json.loads(arrays.pop("words").tobytes()), arrays, len(corpus))
+    return index
+
+
+def _packed(value: Any) -> Any:
+    import numpy as np
+
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def write_arrays(path: Path, about: dict[str, Any], arrays: dict[str, Any]) -> None:
+    """A zip archive, in which each part has a checksum."""
+    import numpy as np
+
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, about=_packed(about), **arrays)
+
+
+def read_arrays(path: Path, mine: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Arrays of a kept index by name; InputError if it is damaged, or says otherwise about itself than `mine`."""
     import numpy as np
 
     try:
         with np.load(path, allow_pickle=False) as file:
-            kept, mine = json.loads(file["about"].tobytes()), _about(corpus)
+            kept = json.loads(file["about"].tobytes())
             if isinstance(kept, dict) and isinstance(kept["fingerprint"], str):  # else it is damaged
                 _compare(path, kept, mine)
-            index = _empty()
-            arrays = {name: file[name] for name in ARRAYS}
-            _fill(index, json.loads(file["words"].tobytes()), arrays, len(corpus))
+            return {name: file[name] for name in names}
     except InputError:
         raise
     except Exception as error:  # a damaged zip archive raises many classes, and there is one thing to do
         why = type(error).__name__
         raise InputError(f"{path}: damaged or unreadable ({why}); delete it, and it is built again") from error
-    return index
 
 
 def _compare(path: Path, kept: dict[str, Any], mine: dict[str, Any]) -> None:
@@ -190,7 +205,7 @@ def _compare(path: Path, kept: dict[str, Any], mine: dict[str, Any]) -> None:
         theirs, ours = (f"{x['corpus']} with {x['passages']:,} passages, {x['fingerprint']}" for x in (kept, mine))
         raise InputError(f"{path}: the index of another corpus ({theirs}) than this one ({ours}); give another "
                          f"folder, or delete this one to have it built anew")
-    for name in ("form", "bm25s", "settings"):
-        if kept[name] != mine[name]:
+    for name in mine:
+        if name not in ("corpus", "passages", "fingerprint") and kept[name] != mine[name]:
             raise InputError(f"{path}: made with {name} {kept[name]}, here it is {mine[name]}; give another folder, or "
                              f"delete this one to have it built anew")

@@ -63,6 +63,7 @@ class Published(Tokenizer):
             if known != {i} or i in ordinary:
                 raise InputError(f"{where}: the vocabulary and the added token {content!r} disagree about the id {i}; "
                                  f"give every token an id of its own")
+        self._ordinary = frozenset([*ordinary, *words.values()])
         if self.decode(self.encode(PROBE)) != PROBE:
             raise InputError(f"{where}: text doesn't come back from its ids as it was; only BPE that keeps every "
                              f"character is supported (Qwen, Llama 3, SmolLM2)")
@@ -74,6 +75,9 @@ class Published(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return _ids(self._plain, text)
+
+    def ordinary(self, ids: Iterable[int]) -> list[int]:
+        return [i for i in ids if i in self._ordinary]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._whole.decode(list(ids), skip_special_tokens=False)

@@ -59,6 +59,10 @@ class Tokenizer:
     def end(self) -> int:
         return self.stops[0]
 
+    def ordinary(self, ids: Iterable[int]) -> list[int]:
+        """Those of `ids` that a text can give: control tokens, and ids without a token, are left out."""
+        return [i for i in ids if i < self.user[0]]
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` as ordinary text: "<|end|>" in a document gives its characters, never the stop id.
 

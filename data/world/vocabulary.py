@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from data import prompts as templates
+from data.run.files import replacing
 from data.weights.loading import load_tokenizer
 from data.weights.tokenizer import NANO_RANKS, PATTERN
 from data.world.miniwiki import MiniWorld
@@ -34,7 +35,9 @@ def build(path: Path = NANO_RANKS, size: int = 1533) -> None:
 
     ranks = bpe_train(data=tokenizer_text(), vocab_size=size, pat_str=PATTERN, visualise=None)
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in sorted(ranks.items(), key=lambda i: i[1])))
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % r
+                                       for t, r in sorted(ranks.items(), key=lambda i: i[1])))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from data.run.files import replacing
 from kernels import attention, decode, grpo, logprob, synchronise
 from kernels.layout import Layout
 
@@ -73,9 +74,8 @@ class Result:
 
     def add(self, **figures) -> None:
         self.figures |= figures
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(json.dumps(self.figures, indent=1), encoding="utf-8")
-        os.replace(temporary, self.path)
+        with replacing(self.path) as temporary:
+            temporary.write_text(json.dumps(self.figures, indent=1), encoding="utf-8")
 
 
 # ---- probe ---------------------------------------------------------------------------------------------------------
@@ -389,7 +389,8 @@ def main_command(device: torch.device, result: Result, options, *argv: str) -> b
         if results.exists():
             result.add(results=json.loads(results.read_text()))
         if options.out and (run / "report.md").exists():
-            (options.out / "report.md").write_text((run / "report.md").read_text())
+            with replacing(options.out / "report.md") as temporary:
+                temporary.write_bytes((run / "report.md").read_bytes())
         return code == 0
 
 
@@ -447,7 +448,8 @@ def train(device: torch.device, result: Result, options) -> bool:
                      {"state": (run / stage / "checkpoint.json").read_text()})
         parts = [whole[i:i + PART] for i in range(0, len(whole), PART)]
         for i, part in enumerate(parts):
-            (options.out / f"small.safetensors.{i}").write_bytes(part)
+            with replacing(options.out / f"small.safetensors.{i}") as temporary:
+                temporary.write_bytes(part)
         result.add(stage=stage, parts=len(parts), bytes=len(whole))
     return code in (0, 130) and stage is not None  # 130: stopped for time, and saved
 

@@ -50,7 +50,7 @@ import memtrain
 from data import InputError
 from data.config import STUDY, as_evaluated, dashes
 from data.run.files import output, write_json
-from data.run.terminal import StrictParser, printable
+from data.run.terminal import StrictParser, one_line
 from data.text.corpus import load_passages, load_questions
 from data.world.miniwiki import MiniWorld
 from eval.bench import plain
@@ -685,10 +685,10 @@ class Parser(StrictParser):
         for name in at_least_one:
             if getattr(options, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
-        if options.out and (options.out.is_dir() or not os.access(options.out.parent, os.W_OK)):
+        if options.out and not os.access(options.out.parent, os.W_OK):
             raise InputError(f"--out {options.out}: can't be written; give a file in a writable folder")
         if options.out:
-            output(options.out)
+            output(options.out, inputs=[])
         return options, fields
 
 
@@ -730,7 +730,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as e:
         if "--debug" in argv:
             raise
-        print(printable(f"bench: {e}"), file=sys.stderr)
+        print(one_line(f"bench: {e}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

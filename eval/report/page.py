@@ -28,7 +28,7 @@ from markupsafe import Markup, escape
 from data import InputError
 from data.config import Config
 from data.run.files import json_bytes, output, replacing, writing
-from data.run.terminal import printable
+from data.run.terminal import one_line, printable
 from eval.report import curve, plots, tables
 from eval.report.arms import BOTH, FULL, Arm, backbones
 from eval.report.claims import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, RULE, Claim, verdicts
@@ -314,6 +314,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(write_report(arguments.runs[0], arguments.runs[1:], arguments.out))
     except InputError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         return 2
     return 0

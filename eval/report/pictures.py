@@ -17,6 +17,7 @@ from matplotlib.patches import FancyBboxPatch
 
 from data import InputError
 from data.run.files import ROOT, output, read_json, replacing
+from data.run.terminal import one_line
 from eval.report.plots import INK, LOOKS, drawing
 from eval.report.results import SYSTEMS
 
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with replacing(out / name) as path:
                     figure.savefig(path, format="png", metadata={"Software": None})
     except InputError as e:
-        print(f"pictures: {e}", file=sys.stderr)
+        print(one_line(f"pictures: {e}"), file=sys.stderr)
         return 2
     print(f"{out / 'loop.png'}, {out / 'reading.png'}")
     return 0

@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from data.run.files import replacing
 from eval.metrics import wilson_interval
 from eval.report.arms import BOTH, Arm, Table
 from eval.report.curve import Curve
@@ -133,8 +134,9 @@ def plot_table1(table: Table, stem: Path) -> None:
         ours, paper = figure.subplots(1, 2, sharey=True)
         table1_ours(table)(ours)
         table1_paper(paper)
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-        figure.savefig(stem.with_suffix(".png"))
+        for form, metadata in (("svg", {"Date": None}), ("png", {})):
+            with replacing(stem.with_suffix(f".{form}")) as temporary:
+                figure.savefig(temporary, format=form, metadata=metadata)
 
 
 def bars(title: str, columns: Sequence[str], values: dict[str, list[tuple | None]]) -> Callable:
@@ -344,5 +346,6 @@ def plot_training(runs: Sequence[Run], path: Path) -> bool:
             draw(axes)
         lines = [Line2D([], [], color=LOOKS.get(s, (INK,))[0], label=s) for s in names]
         figure.legend(handles=lines, loc="outside upper center", ncols=len(names), frameon=False)
-        figure.savefig(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
     return True

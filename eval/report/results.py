@@ -55,17 +55,20 @@ CHECKS: dict[str, tuple[Callable, str]] = {
     "pairs": (lambda v: isinstance(v, list) and all(map(_pair, v)), "a list of [kept, asked]"),
     "object": (lambda v: isinstance(v, dict), "an object"),
 }
-SCHEMA = {  # section: fields of its rows; ? marks those that may be missing or null
+# section: fields of its rows; ? marks those that may be missing or null. sub_em: until 2026-11-28 the share of
+# predictions that hold an answer as whole words, which is no script's.
+SCHEMA = {
     "long_qa": "system:system seed:count length:positive n:positive em:share em_low:share em_high:share "
-               "correct:bits sections?:number tokens?:number f1?:share sub_em?:share kinds?:kinds "
-               "memory_tokens?:number finished?:share",
+               "correct:bits sections?:number tokens?:number f1?:share sub_em_search_r1?:share "
+               "sub_em_memagent?:share sub_em?:share kinds?:kinds memory_tokens?:number finished?:share",
     "recall": "system:system seed:count n:count accuracy:share low:share high:share",
-    "masked": "system:system seed:count n:positive em:share em_low:share em_high:share sections?:number",
+    "masked": "system:system seed:count n:positive em:share em_low:share em_high:share sections?:number f1?:share "
+              "sub_em_search_r1?:share sub_em_memagent?:share",
     "stages": "name:text seed?:count steps?:count seconds?:number tokens_sampled?:count tokens_trained?:count "
               "tokens_prompts?:count parameters?:count flops?:number reward_first?:number reward_last?:number",
     "search_qa": "system:system seed:count benchmark:text n:positive em:share em_low:share em_high:share correct:bits "
-                 "f1?:share turns?:number searches?:number answered?:share malformed?:number found?:share "
-                 "memory_tokens?:number",
+                 "f1?:share sub_em_search_r1?:share sub_em_memagent?:share turns?:number searches?:number "
+                 "answered?:share malformed?:number found?:share memory_tokens?:number",
     "memory": "system:system seed:count length:positive n:positive task?:text unit?:text retention?:pairs "
               "facts_per_100?:number gold_per_100?:number verbatim?:share invented?:share",
 }

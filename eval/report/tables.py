@@ -35,16 +35,30 @@ def search_systems(table: Table) -> list[str]:
     return [s for s in SYSTEMS if s in SEARCH or table.has(s)]
 
 
-def how_searched(table: Table) -> list[list[str]]:
-    """Beside exact match: means over benchmarks and seeds."""
-    shown = {"f1": 100, "turns": 1, "searches": 1, "answered": 100, "malformed": 1, "found": 100, "memory_tokens": 1}
-    return _means(table, [s for s in SYSTEMS if table.has(s)], shown)
+# field: (head of its column, factor)
+BESIDE = {"em": ("EM", 100), "f1": ("F1", 100), "sub_em_search_r1": ("sub-EM, Search-R1", 100),
+          "sub_em_memagent": ("sub-EM, MemAgent", 100), "sub_em": ("whole words", 100), "turns": ("turns", 1),
+          "searches": ("searches", 1), "answered": ("answered, %", 100), "malformed": ("malformed", 1),
+          "found": ("found, %", 100), "finished": ("finished, %", 100), "memory_tokens": ("memory, tokens", 1)}
 
 
-def aside(table: Table) -> list[list[str]]:
-    """The lenient metrics and how the systems read: means over lengths and seeds."""
-    shown = {"em": 100, "f1": 100, "sub_em": 100, "finished": 100, "memory_tokens": 1}
-    return _means(table, [s for s in SYSTEMS if table.has(s)], shown)
+def how_searched(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Beside exact match, heads and lines: means over benchmarks and seeds."""
+    return _beside(table, ("f1", "sub_em_search_r1", "sub_em_memagent", "turns", "searches", "answered", "malformed",
+                           "found", "memory_tokens"))
+
+
+def aside(table: Table) -> tuple[list[str], list[list[str]]]:
+    """The lenient metrics and how the systems read, heads and lines: means over lengths and seeds."""
+    return _beside(table, ("em", "f1", "sub_em_search_r1", "sub_em_memagent", "sub_em", "finished", "memory_tokens"))
+
+
+def _beside(table: Table, fields: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Containment only as far as the rows, which may be older, have it."""
+    systems = [s for s in SYSTEMS if table.has(s)]
+    fields = [f for f in fields if not f.startswith("sub_em") or any(
+        row.get(f) is not None for s in systems for row in table.rows(s))]
+    return ["system", *(BESIDE[f][0] for f in fields)], _means(table, systems, {f: BESIDE[f][1] for f in fields})
 
 
 def _means(table: Table, systems: Sequence[str], shown: dict[str, int]) -> list[list[str]]:
