@@ -314,8 +314,8 @@ def test_dense_finds_the_nearest_and_is_kept(sentence_model, tmp_path):
     again = Dense(corpus, sentence_model, tmp_path / "d")
     assert again.search(queries, 4) == found and contents(tmp_path) == before
     corpus.searched_by, corpus.kept = f"dense:{sentence_model}", tmp_path / "d"
-    assert 5 not in corpus.related(5, 7) and corpus.related(5, 7)[0] == [i for i in made.search(
-        [corpus.passages[5].rendered], 2)[0] if i != 5][0]
+    assert 5 not in corpus.related(5, 7) and corpus.related(5, 7)[0] == next(i for i in made.search(
+        [corpus.passages[5].rendered], 2)[0] if i != 5)
     other = Corpus(corpus.passages[1:], "other")
     refuses(lambda: Dense(other, sentence_model, tmp_path / "d"), "another corpus", "vectors")
     refuses(lambda: Retriever(corpus, tmp_path / "d"), "other files", "vectors.npz")

@@ -276,7 +276,7 @@ def test_search_looks_through_what_came_with_the_questions(files, tiny, tokenize
     own = memtrain.Data(tiny(*files, "--search-corpus", "s.jsonl"), tokenizer)
     assert len(own.searched) == 1 and own.evidence()["training"] == (1, 10, "gold passages")
     assert len(evidence(own.c, own)) == 3
-    with pytest.raises(InputError, match="no.jsonl"):
+    with pytest.raises(InputError, match=r"no.jsonl"):
         memtrain.Data(tiny(*files, "--search-corpus", "no.jsonl"), tokenizer)
     world = memtrain.Data(tiny("--stages", "mem1"), tokenizer)
     assert evidence(world.c, world) == [], "the mini-world searches its own pages"
