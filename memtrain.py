@@ -65,10 +65,12 @@ from data.config import (
     rope_scaling,
 )
 from data.run.terminal import outlive_terminal, printable
+from data.run.threads import spin_briefly
 from eval import commands
 
 if __name__ == "__main__":  # --help, typos, plans and studies are answered here, before torch is loaded
     outlive_terminal()
+    spin_briefly()
     try:
         if sys.argv[1:2] == ["plan"]:
             sys.exit(commands.plan(sys.argv[2:]))

@@ -252,10 +252,13 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Ten
 # ---- PyTorch reference -------------------------------------------------------------------------------------------
 
 CHUNK = 1 << 22  # logits at a time: 16 MB in fp32
+KEPT = 1 << 24  # probabilities that are kept for the backward pass where there are no more: 64 MB in fp32
+LEAST = 64  # rows at a time, as long as they are within KEPT: fewer would read a large head again and again
 
 
 class _Reference(torch.autograd.Function):
-    """Rows in chunks of at most CHUNK logits; the backward pass recomputes them."""
+    """Rows in chunks of about CHUNK logits. The backward pass finds their probabilities, or recomputes them where they
+    are many or the entropy has a gradient, too: to the same bits."""
 
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature):
@@ -263,32 +266,37 @@ class _Reference(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logprob = hidden.new_empty(len(hidden), dtype=wide)
         entropy, lse = torch.empty_like(logprob), torch.empty_like(logprob)
-        head = head_for(weight)
+        head, kept = head_for(weight), []
+        keep = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= KEPT
         for rows in _chunks(len(hidden), len(weight)):
             z = product(hidden[rows], head.T).div_(temperature)  # (n,V)
             lse[rows] = z.logsumexp(-1)
             logprob[rows] = z.gather(-1, target[rows, None])[:, 0] - lse[rows]
             p = (z - lse[rows, None]).exp_()
-            entropy[rows] = lse[rows] - (p * z).sum(-1)
-        ctx.save_for_backward(hidden, weight, target, lse, entropy)
+            entropy[rows] = lse[rows] - z.mul_(p).sum(-1)
+            if keep:
+                kept.append(p)
+        ctx.save_for_backward(hidden, weight, target, lse, entropy, *kept)
         ctx.temperature = temperature
         return logprob, entropy
 
     @staticmethod
     def backward(ctx, g_logprob, g_entropy):
-        hidden, weight, target, lse, entropy = ctx.saved_tensors
+        hidden, weight, target, lse, entropy, *kept = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
         head = head_for(weight)
-        for rows in _chunks(len(hidden), len(weight)):
-            z = product(hidden[rows], head.T).div_(ctx.temperature).sub_(lse[rows, None])  # log p (n,V)
-            p = z.exp()
-            dz = torch.zeros_like(p)
+        for i, rows in enumerate(_chunks(len(hidden), len(weight))):
+            if kept and g_entropy is None:
+                p = kept[i]
+            else:
+                logp = product(hidden[rows], head.T).div_(ctx.temperature).sub_(lse[rows, None])  # (n,V)
+                p = logp.exp()
+            dz = torch.zeros_like(p) if g_logprob is None else p * -g_logprob[rows, None]
             if g_logprob is not None:
-                dz.addcmul_(p, g_logprob[rows, None], value=-1)
                 dz.scatter_add_(-1, target[rows, None], g_logprob[rows, None])
             if g_entropy is not None:
-                dz -= g_entropy[rows, None] * p * (z + entropy[rows, None])
+                dz -= g_entropy[rows, None] * p * (logp + entropy[rows, None])
             dz = dz.div_(ctx.temperature).to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[rows] = dz @ weight
@@ -298,5 +306,5 @@ class _Reference(torch.autograd.Function):
 
 
 def _chunks(n: int, vocabulary: int):
-    step = max(1, CHUNK // vocabulary)
+    step = max(1, CHUNK // vocabulary, min(LEAST, KEPT // vocabulary))
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]

@@ -1,8 +1,11 @@
 """The benchmark's two sides compute the same thing: tokens, loss, every gradient. Else its times mean nothing."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,7 @@ from eval.bench import kernels as bench_kernels
 from eval.bench import main as bench
 from eval.bench import peers as bench_peers
 from eval.bench import plain
+from eval.bench import threads as bench_threads
 from kernels.grpo import grpo_loss
 
 TINY = ["--width", "32", "--layers", "2", "--heads", "2", "--key-heads", "1", "--head-size", "16", "--hidden", "48",
@@ -155,6 +159,76 @@ def test_time_command(tmp_path, monkeypatch, capsys):
     assert bench.main(["time"]) == 2 and "runs/time-1 exists" in capsys.readouterr().err
 
 
+SEEN = """
+import os, runpy, sys
+sys.path.insert(0, sys.argv[1])
+
+class Torch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Torch())
+program, sys.argv = sys.argv[2], ["x", "kernels"] if sys.argv[2] == "eval.bench" else ["x", "--stages", "eval"]
+run = runpy.run_path if program.endswith(".py") else runpy.run_module
+run(program, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("program", ["memtrain.py", "eval.bench"])
+@pytest.mark.parametrize(("chosen", "seen"), [
+    ({}, f"{bench_threads.SPINS} None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"),
+    ({"OMP_WAIT_POLICY": "PASSIVE"}, "None PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE")])
+def test_threads_wait_briefly_unless_the_user_chose(program, chosen, seen):
+    """As it is when torch is loaded: afterwards OpenMP does not look again."""
+    root = Path(memtrain.__file__).parent
+    environment = {k: v for k, v in os.environ.items() if k not in bench_threads.CHOSEN} | chosen
+    done = subprocess.run([sys.executable, "-c", SEEN, str(root), program], cwd=root, env=environment,
+                          capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split("\n")[0] == seen, done.stderr
+
+
+STAND_IN = """
+import json, os, pathlib, sys, time
+option = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+while time.process_time() < 0.2:
+    pass
+folder = pathlib.Path("runs", option["--run"])
+folder.mkdir(parents=True)
+waiting = os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY"), os.environ.get("OMP_NUM_THREADS")
+rows = [{"stage": "memtrain", "seconds": 0.5, "waiting": waiting}] * int(option["--memtrain-steps"])
+folder.joinpath("metrics.jsonl").write_text("".join(json.dumps(r) + "\\n" for r in [{"stage": "base"}, *rows]))
+print(option["--threads"], waiting, file=open(option["--init"], "a"))
+"""
+
+
+def test_threads_command(tmp_path, monkeypatch):
+    """Every way alone and beside a busy process, whatever is set here; one that takes too long is given up, and both
+    processes end."""
+    program, out, log = tmp_path / "stand_in.py", tmp_path / "threads.json", tmp_path / "log"
+    program.write_text(STAND_IN)
+    monkeypatch.setattr(bench_threads, "PROGRAM", program)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert bench.main(["threads", "--init", str(log), "--steps", "3", "--threads", "2", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [r["beside"] for r in rows] == [False] * 4 + [True] * 4 and len({r["way"] for r in rows}) == 4
+    assert all(r["seconds"] == 1.5 and r["cpu_seconds"] > 0.2 and 0 <= r["others"] <= 1 for r in rows)
+    assert log.read_text().splitlines() == 2 * [
+        "1 (None, None, None)", "2 ('300000', None, None)", "2 (None, None, None)", "2 (None, 'PASSIVE', None)"]
+    program.write_text("import time; time.sleep(60)")
+    started = []
+    monkeypatch.setattr(bench_threads.subprocess, "Popen", lambda *a, make=subprocess.Popen, **k: started.append(
+        make(*a, **k)) or started[-1])
+    row = bench_threads.measure([], "slow", 1, {}, 1, 0.2, True)
+    assert row["seconds"] is None and len(started) == 2 and all(p.poll() is not None for p in started)
+    assert "> 0" in bench_threads.table([row], 0.2)
+    program.write_text("raise SystemExit('no such thing')")
+    with pytest.raises(memtrain.InputError, match="slow: no such thing"):
+        bench_threads.measure([], "slow", 1, {}, 1, 30, False)
+
+
 def test_documents_command(tmp_path, capsys):
     out = tmp_path / "documents.json"
     argv = ["documents", "--people", "60", "--passages", "20", "--related", "5", "--repeats", "11", "--out", str(out)]
@@ -168,7 +242,7 @@ def test_documents_command(tmp_path, capsys):
 
 @pytest.mark.parametrize(("argv", "says"), [
     (["speed"], "speed: unknown benchmark; choose one of step, kernels, compile, sample, trl, documents, "
-     "retrieval, time, length"),
+     "retrieval, time, threads, length"),
     (["step", "--repeats", "0"], "--repeats 0: must be at least 1"),
     (["step", "--repeats", "x"], "--repeats"), (["step", "--grup", "4"], "--grup"),
     (["step", "--group", "1"], "--group 1"), (["step", "--update-documents", "2"], "leave it out"),
@@ -184,6 +258,7 @@ def test_documents_command(tmp_path, capsys):
     (["sample", "--vocabulary", "9"], "--vocabulary 9"), (["trl", "--lora-rank", "-1"], "--lora-rank -1"),
     (["trl", "--trl-batch", "0"], "--trl-batch 0"), (["trl", "--trl-batch", "3"], "--trl-batch 3: must divide"),
     (["trl", "--group", "1"], "--group 1"), (["trl", "--groups", "0"], "--groups 0"),
+    (["threads", "--steps", "0"], "--steps 0"), (["threads", "--device", "cuda"], "--device: the benchmark chooses"),
     (["time", "--runs", "-1"], "--runs -1"), (["time", "--preset", "huge"], "--preset huge")])
 def test_bad_arguments(argv, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -163,9 +163,12 @@ def exact_logprob(hidden, weight, target, temperature):
 
 @pytest.mark.parametrize(("n", "vocabulary", "chunk"),
                          [(1, 2, 1), (7, 11, 30), (33, 101, 256), (33, 101, 1 << 22), (0, 5, 8)])
+@pytest.mark.parametrize("kept", [0, 1 << 24])
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_linear_logprob_equals_full_log_softmax(n, vocabulary, chunk, temperature, monkeypatch):
+def test_linear_logprob_equals_full_log_softmax(n, vocabulary, chunk, temperature, kept, monkeypatch):
     monkeypatch.setattr(logprob, "CHUNK", chunk)
+    monkeypatch.setattr(logprob, "KEPT", kept)
+    monkeypatch.setattr(logprob, "LEAST", 1)
     hidden, weight = torch.randn(n, 6).requires_grad_(), (0.4 * torch.randn(vocabulary, 6)).requires_grad_()
     target = torch.randint(vocabulary, (n,))
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
@@ -178,6 +181,31 @@ def test_linear_logprob_equals_full_log_softmax(n, vocabulary, chunk, temperatur
         true = torch.autograd.grad([truth[i] for i in used], exact, [factor[i].double() for i in used], True)
         for a, b in zip(mine, true, strict=True):
             torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-5)
+
+
+def test_kept_probabilities_save_a_product_and_change_no_bit(monkeypatch):
+    """The head is multiplied once forward, never again; with one element more than KEPT a second time, as before."""
+    hidden, weight = torch.randn(40, 6).requires_grad_(), torch.randn(30, 6).requires_grad_()
+    target, factor, products = torch.randint(30, (40,)), torch.randn(40), []
+    monkeypatch.setattr(logprob, "CHUNK", 300)
+    monkeypatch.setattr(logprob, "LEAST", 1)
+    monkeypatch.setattr(logprob, "product", lambda a, b, real=logprob.product: products.append(len(a)) or real(a, b))
+    found = []
+    for kept in (40 * 30, 40 * 30 - 1):
+        monkeypatch.setattr(logprob, "KEPT", kept)
+        products.clear()
+        value, entropy = linear_logprob(hidden, weight, target, 0.7)
+        gradients = torch.autograd.grad(value, (hidden, weight), factor)
+        found.append((list(products), value, entropy, *gradients))
+    assert found[0][0] == [10] * 4 and found[1][0] == [10] * 8
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:], strict=True))
+
+
+def test_chunks_of_a_large_head_have_rows_enough():
+    """A chunk of a row reads the whole head for one product; 64 MB hold 64 rows of 151,936 logits, and no more than
+    16 are taken at once of a head of a million."""
+    sizes = {v: logprob._chunks(10_000, v)[0].stop for v in (1536, 8192, 151_936, 1 << 20)}
+    assert sizes == {1536: 2730, 8192: 512, 151_936: 64, 1 << 20: 16}
 
 
 def test_logit_gradients_of_a_row_sum_to_zero():

@@ -17,6 +17,9 @@
         a whole GRPO step beside TRL's GRPOTrainer: seconds, peak memory; that both have the same loss and gradient
     python -m eval.bench time [--runs 3] [--out FILE] [any field of memtrain.Config]
         the whole of `python memtrain.py`, once a seed, in runs/time-SEED: wall seconds and peak memory of each run
+    python -m eval.bench threads [--steps 2] [--limit 120] [--out FILE] [any field of memtrain.Config]
+        training steps on --threads threads (default: all cores) under OpenMP's ways to wait and ours, alone and beside
+        one busy process: wall and CPU seconds, and the share of the cores that other processes took meanwhile
     python -m eval.bench length [--read-mb 1,4,16] [--out FILE] [any field of memtrain.Config]
         the evaluation of --eval-questions questions at each of --eval-lengths (default: 32 at 1,4,16,64), each in a
         process of its own and on one thread: peak memory, CPU seconds by its tokens
@@ -554,6 +557,25 @@ def time_table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+# ---- threads: ways to wait ------------------------------------------------------------------------------------------
+
+
+def threads(argv: Sequence[str]) -> int:
+    from eval.bench import threads as bench_threads
+
+    parser = Parser("threads", "training steps under several ways to wait, alone and beside one busy process")
+    parser.add_argument("--steps", type=int, default=2, help="how many (default: 2)")
+    parser.add_argument("--limit", type=int, default=120, help="seconds after which one is given up (default: 120)")
+    options, fields = parser.read(argv, at_least_one=("steps", "limit"))
+    refuse_own(fields, "stages", "run", "memtrain-steps", "device")
+    c = memtrain.parse(fields)
+    count = c.threads or os.cpu_count() or 1
+    rows = bench_threads.run(fields, count, options.steps, options.limit)
+    finish("threads", argv, options.out, torch.device("cpu"), {"steps": options.steps, "team": count, "rows": rows},
+           bench_threads.table(rows, options.limit))
+    return 0
+
+
 # ---- length: what a longer document costs ---------------------------------------------------------------------------
 
 
@@ -715,7 +737,8 @@ def finish(name: str, argv: Sequence[str], out: Path | None, device, result: dic
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": step, "kernels": kernels, "compile": compile_kernels,
                                                         "sample": sample, "trl": trl, "documents": documents,
-                                                        "retrieval": retrieval, "time": time_runs, "length": length}
+                                                        "retrieval": retrieval, "time": time_runs, "threads": threads,
+                                                        "length": length}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,94 @@
+"""Training steps on several threads, alone and beside a busy process, under ways to wait.
+
+What others do on these cores meanwhile is measured too: on a machine that is not idle, "alone" means beside them.
+Called by `python -m eval.bench threads`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data import InputError
+from data.run.threads import CHOSEN, SPINS
+
+PROGRAM = Path(__file__).parents[2] / "memtrain.py"
+WAYS = {"300,000 looks, the default": {"GOMP_SPINCOUNT": "300000"}, f"{int(SPINS):,} looks, ours": {},
+        "no look": {"OMP_WAIT_POLICY": "PASSIVE"}}
+
+
+def run(fields: Sequence[str], threads: int, steps: int, limit: float) -> list[dict]:
+    """A row for each way and one for a single thread, alone and beside a busy process: wall seconds of the steps (None
+    where `limit` was not enough), CPU seconds of the whole process, share of all cores that others took meanwhile."""
+    ways = [(f"{threads} threads, {name}", threads, setting) for name, setting in WAYS.items()]
+    ways = [("1 thread", 1, {}), *(ways if threads > 1 else [])]
+    return [measure(fields, name, count, setting, steps, limit, beside)
+            for beside in (False, True) for name, count, setting in tqdm(ways, "beside" if beside else "alone")]
+
+
+def measure(fields, name: str, threads: int, setting: dict[str, str], steps: int, limit: float, beside: bool) -> dict:
+    environment = {k: v for k, v in os.environ.items() if k not in (*CHOSEN, "OMP_NUM_THREADS")} | setting
+    with tempfile.TemporaryDirectory() as folder, busy(beside):
+        command = [sys.executable, str(PROGRAM), *fields, "--stages", "memtrain", "--memtrain-steps", str(steps),
+                   "--threads", str(threads), "--device", "cpu", "--run", "threads"]
+        own, all_, began = _children(), _machine(), time.perf_counter()
+        try:
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit,
+                                  check=False)
+        except subprocess.TimeoutExpired:
+            done = None
+        wall, own, used = time.perf_counter() - began, _children() - own, _machine() - all_
+        if done and done.returncode:
+            raise InputError(f"{name}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+        lines = Path(folder, "runs/threads/metrics.jsonl").read_text().splitlines() if done else []
+    rows = [r for r in map(json.loads, lines) if r.get("stage") == "memtrain"]
+    others = max(0.0, used - own - (wall if beside else 0)) / (wall * (os.cpu_count() or 1))
+    return {"way": name, "beside": beside, "seconds": sum(r["seconds"] for r in rows) if done else None,
+            "cpu_seconds": own, "others": others}
+
+
+@contextmanager
+def busy(wanted: bool):
+    """One process that does nothing but keep a core busy."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if wanted else None
+    try:
+        yield
+    finally:
+        if process:
+            process.kill()
+            process.wait()
+
+
+def _children() -> float:
+    """CPU seconds of the processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _machine() -> float:
+    """CPU seconds of everything on this machine since it started; 0 where /proc does not say it."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, *_ = map(int, stat.read_text().split(maxsplit=8)[1:5])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def table(rows: Sequence[dict], limit: float) -> str:
+    lines = [f"{'':44s}{'seconds':>10s}{'CPU seconds':>13s}{'others':>9s}"]
+    for r in rows:
+        seconds = f"> {limit:.0f}" if r["seconds"] is None else f"{r['seconds']:.1f}"
+        name = r["way"] + (", beside one" if r["beside"] else "")
+        lines.append(f"{name:44s}{seconds:>10s}{r['cpu_seconds']:13.1f}{r['others']:9.0%}")
+    return "\n".join([*lines, "\nseconds: the steps alone; CPU seconds: the process with its start; others: share of "
+                              "all cores that processes\nbeside these took"])
