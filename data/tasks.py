@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from data import InputError
-from data.prompts import MASK_PROBLEM
-from data.text.corpus import Corpus, Passage, Question
+from data.prompts import LAST_PROBLEM, MASK_PROBLEM
+from data.text.corpus import SENTENCE_END, Corpus, Passage, Question
 from data.text.entities import mask_entity
 from data.weights.tokenizer import Tokenizer
 
@@ -103,6 +103,79 @@ def recall_target(section: str, finder, rng: random.Random) -> tuple[str, str] |
         return None
     target = rng.choice(found)
     return mask_entity(section, target, TARGET)[0], target
+
+
+def competing(earlier: Sequence[str], last: str, finder, known: bool) -> list[tuple[str, str]]:
+    """(entity, its sentence) of `last`, for those that compete with earlier ones of their type: a sentence of the texts
+    `earlier` names what the entity's sentence names, too, and another entity of the same type. known: only entities
+    that an earlier text holds. A speaker or a year in front of a line is no part of its sentence."""
+    def told(text: str) -> list[tuple[str, list]]:
+        lines = (line.partition(": ")[2] or line for line in text.split("\n"))
+        return [(s, finder.find(s)) for line in lines for s in SENTENCE_END.split(line) if s.strip()]
+
+    past = [[(e.text, e.label) for e in found] for text in earlier for _, found in told(text)]
+    before, chosen = {text for found in past for text, _ in found}, {}
+    for sentence, found in told(last):
+        for e in found:
+            context = {other.text for other in found} - {e.text}
+            if (not known or e.text in before) and any(
+                    any(text in context for text, _ in old) and
+                    any(label == e.label and text != e.text and text not in context for text, label in old)
+                    for old in past):
+                chosen.setdefault(e.text, sentence)
+    return sorted(chosen.items())
+
+
+def last_masked(id: str, passages: Sequence[str], finder, tokenizer: Tokenizer, length: int, room: int,
+                rng: random.Random) -> Problem | None:
+    """A document in its own order, one entity of its last section hidden there, and the sentence that held it as the
+    problem, in at most `room` tokens: what holds in the end has to be kept while earlier, competing values stay
+    readable. None where no entity of the last section was named before and competes."""
+    parts = split_sections(passages, tokenizer, length)
+    if len(parts) < 2:
+        return None
+    start, size = len(passages), 0
+    while size < len(parts[-1]):
+        start -= 1
+        size += len(tokenizer.encode(passages[start] + "\n"))
+    found = [(y, LAST_PROBLEM.format(sentence=around(mask_entity(sentence, y, MASK)[0], MASK)))
+             for y, sentence in competing(passages[:start], "\n".join(passages[start:]), finder, known=True)]
+    found = [(y, question) for y, question in found if len(tokenizer.encode(question)) <= room]
+    if not found:
+        return None
+    answer, question = rng.choice(found)
+    tail = [mask_entity(p, answer, MASK)[0] for p in passages[start:]]
+    return Problem(id, question, (answer,), (*passages[:start], *tail), "masked-last")
+
+
+def masked_in_order(id: str, passages: Sequence[str], finder, rng: random.Random,
+                    determined: Callable[[str], bool] | None = None) -> Problem | None:
+    """The paper's task on a document in its own order: an entity of a passage drawn at random is hidden everywhere.
+    determined: whether the document determines a name, where someone can tell. None where there is no such entity."""
+    found = sorted({e.text for e in finder.find(rng.choice(passages))})
+    found = [e for e in found if determined is None or determined(e)]
+    if not found:
+        return None
+    answer = rng.choice(found)
+    return Problem(id, MASK_PROBLEM, (answer,), tuple(mask_entity(p, answer, MASK)[0] for p in passages), "masked")
+
+
+def around(sentence: str, placeholder: str, words: int = 12) -> str:
+    """At most `words` words of a sentence, those around a placeholder."""
+    found = sentence.split()
+    at = next(i for i, w in enumerate(found) if placeholder in w)
+    first = max(0, min(at - words // 2, len(found) - words))
+    return " ".join(found[first:first + words])
+
+
+def recall_then(texts: Sequence[str], finder, rng: random.Random) -> tuple[str, str] | None:
+    """As recall_target for the last of these sections: an entity that competes with earlier ones, so that the memory
+    after it is asked for what held then."""
+    found = competing(texts[:-1], texts[-1], finder, known=False)
+    if not found:
+        return None
+    target, _ = rng.choice(found)
+    return mask_entity(texts[-1], target, TARGET)[0], target
 
 
 def _shuffled(rng: random.Random, population: int) -> Iterator[int]:
