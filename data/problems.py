@@ -77,10 +77,13 @@ class Data:
 
     def _refuse_leaks(self, questions: Iterable[Question]) -> None:
         """questions: of the evaluation."""
-        asked = {q.question: q.id for q in questions}
-        if leak := next((q for q in self.train_questions if q.question in asked), None):
+        def key(q: Question) -> tuple:  # stories ask the same of other things that happened
+            return q.question, q.gold if q.ordered else ()
+
+        asked = {key(q): q.id for q in questions}
+        if leak := next((q for q in self.train_questions if key(q) in asked), None):
             raise InputError(f"--train-questions {self.c.train_questions}: question {leak.id} is also question "
-                             f"{asked[leak.question]} of the evaluation; give files without a question in common")
+                             f"{asked[key(leak)]} of the evaluation; give files without a question in common")
 
     def retriever(self, held_out: bool = True) -> Retriever:
         """The search tool over the passages that the evaluation's (or the training) questions are asked of. A

@@ -191,8 +191,8 @@ def qa_document(question: Question, pool: Sequence[Passage], tokenizer: Tokenize
                 seed: int) -> Problem:
     """The question's gold passages shuffled among its own distractors and then `pool`, up to `tokens` tokens.
 
-    The gold passages are always in, however short the document; the filling is a function of (question, seed,
-    tokens). InputError if the pool can't fill the document without repeating a passage.
+    The gold passages are always in, however short the document, those of a story in their order; the filling is a
+    function of (question, seed, tokens). InputError if the pool can't fill the document without repeating a passage.
     """
     rng = random.Random(f"qa:{question.id}:{seed}:{tokens}")
     chosen, seen = [], set()
@@ -215,8 +215,14 @@ def qa_document(question: Question, pool: Sequence[Passage], tokenizer: Tokenize
         if room > tokens // 4:
             raise InputError(f"question {question.id}: the corpus has too few passages for a document of {tokens} "
                              f"tokens; give a larger corpus or shorter --eval-lengths")
-    rng.shuffle(chosen)
-    return Problem(question.id, question.question, question.answers, tuple(chosen), question.kind)
+    order = list(range(len(chosen)))
+    rng.shuffle(order)
+    if question.ordered:  # scattered among the others, in its own order
+        gold = len(question.gold)
+        story = iter(range(gold))
+        order = [next(story) if i < gold else i for i in order]
+    passages = tuple(chosen[i] for i in order)
+    return Problem(question.id, question.question, question.answers, passages, question.kind)
 
 
 def cut_middle(ids: list[int], length: int) -> list[int]:

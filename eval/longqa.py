@@ -6,7 +6,8 @@ import random
 from collections.abc import Sequence
 
 from data.tasks import Problem
-from eval.metrics import exact_match, f1, sub_exact_match, wilson_interval
+from data.text.conversations import LOCOMO
+from eval.metrics import exact_match, f1, locomo_f1, sub_exact_match, wilson_interval
 
 
 def long_qa_row(agent, system: str, seed: int, length: int, problems: Sequence[Problem],
@@ -34,7 +35,8 @@ def long_qa_row(agent, system: str, seed: int, length: int, problems: Sequence[P
 
 
 def scores(answers: Sequence[str | None], problems: Sequence[Problem]) -> dict:
-    """em with its 95% Wilson interval, f1, sub_em, a 0 or 1 for each problem, and [correct, n] of each kind."""
+    """em with its 95% Wilson interval, f1, sub_em, a 0 or 1 for each problem, and [correct, n] of each kind; of LoCoMo
+    also its authors' F1 by kind."""
     correct = [int(exact_match(a, p.answers)) for a, p in zip(answers, problems, strict=True)]
     low, high = wilson_interval(sum(correct), len(correct))
     kinds: dict[str, list[int]] = {}
@@ -43,7 +45,12 @@ def scores(answers: Sequence[str | None], problems: Sequence[Problem]) -> dict:
         count[0] += hit
         count[1] += 1
     mean = lambda metric: sum(metric(a, p.answers) for a, p in zip(answers, problems, strict=True)) / len(problems)  # noqa: E731
-    return {"em": sum(correct) / len(correct), "em_low": low, "em_high": high, "f1": mean(f1),
+    told: dict[str, list[float]] = {}
+    for a, p in zip(answers, problems, strict=True):
+        if p.kind.startswith(LOCOMO):
+            told.setdefault(p.kind, []).append(locomo_f1(a, p.answers, p.kind.removeprefix(LOCOMO)))
+    locomo = {"locomo_f1": {kind: [sum(f), len(f)] for kind, f in told.items()}} if told else {}
+    return locomo | {"em": sum(correct) / len(correct), "em_low": low, "em_high": high, "f1": mean(f1),
             "sub_em": mean(sub_exact_match), "correct": "".join(map(str, correct)), "kinds": kinds}
 
 

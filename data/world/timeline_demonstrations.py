@@ -92,7 +92,7 @@ class Chronicler:
                   "stubborn": held or needed(kind, lines)[:1] or lines[:1],
                   "loose": [*held, *rng.sample(lines, min(1, len(lines)))]}[reader]
         kept = [s for s in old if s not in line_of] + [x.text for x in chosen]
-        return self.demo.fit(kept or [sentences(rng.choice(said))[-1]])
+        return self.demo.fit(kept or [rng.choice(said).split(". ")[-1]])
 
     def oracle_memory(self, asked: Asked, rng: random.Random) -> list[str]:
         """The lines that the answer needs, among others of the same threads in the order of the text and small talk."""

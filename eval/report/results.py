@@ -53,13 +53,16 @@ CHECKS: dict[str, tuple[Callable, str]] = {
     "bit": (lambda v: _count(v) and v <= 1, "0 or 1"),
     "kinds": (lambda v: isinstance(v, dict) and all(map(_pair, v.values())), "{kind: [correct, asked]}"),
     "marks": (lambda v: isinstance(v, str) and v.isascii() and v.isalnum(), "a letter or digit for each question"),
+    "sums": (lambda v: isinstance(v, dict) and all(
+        isinstance(x, list) and len(x) == 2 and number(x[0]) and _count(x[1]) and 0 <= x[0] <= x[1] > 0
+        for x in v.values()), "{kind: [sum of shares, asked]}"),
     "pairs": (lambda v: isinstance(v, list) and all(map(_pair, v)), "a list of [kept, asked]"),
     "object": (lambda v: isinstance(v, dict), "an object"),
 }
 SCHEMA = {  # section: fields of its rows; ? marks those that may be missing or null
     "long_qa": "system:system seed:count length:positive n:positive em:share em_low:share em_high:share "
                "correct:bits sections?:number tokens?:number f1?:share sub_em?:share kinds?:kinds "
-               "memory_tokens?:number finished?:share",
+               "locomo_f1?:sums memory_tokens?:number finished?:share",
     "recall": "system:system seed:count n:count accuracy:share low:share high:share",
     "masked": "system:system seed:count n:positive em:share em_low:share em_high:share sections?:number",
     "stages": "name:text seed?:count steps?:count seconds?:number tokens_sampled?:count tokens_trained?:count "
