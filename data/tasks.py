@@ -138,12 +138,13 @@ def last_masked(id: str, passages: Sequence[str], finder, tokenizer: Tokenizer, 
     while size < len(parts[-1]):
         start -= 1
         size += len(tokenizer.encode(passages[start] + "\n"))
-    found = [(y, LAST_PROBLEM.format(sentence=around(mask_entity(sentence, y, MASK)[0], MASK)))
-             for y, sentence in competing(passages[:start], "\n".join(passages[start:]), finder, known=True)]
-    found = [(y, question) for y, question in found if len(tokenizer.encode(question)) <= room]
-    if not found:
+    found = competing(passages[:start], "\n".join(passages[start:]), finder, known=True)
+    asked = [(y, LAST_PROBLEM.format(sentence=around(mask_entity(sentence, y, MASK)[0], MASK, words)))
+             for y, sentence in found for words in (12, 8, 5)]
+    fitting = {y: question for y, question in reversed(asked) if len(tokenizer.encode(question)) <= room}
+    if not fitting:
         return None
-    answer, question = rng.choice(found)
+    answer, question = rng.choice(sorted(fitting.items()))
     tail = [mask_entity(p, answer, MASK)[0] for p in passages[start:]]
     return Problem(id, question, (answer,), (*passages[:start], *tail), "masked-last")
 
@@ -160,7 +161,7 @@ def masked_in_order(id: str, passages: Sequence[str], finder, rng: random.Random
     return Problem(id, MASK_PROBLEM, (answer,), tuple(mask_entity(p, answer, MASK)[0] for p in passages), "masked")
 
 
-def around(sentence: str, placeholder: str, words: int = 12) -> str:
+def around(sentence: str, placeholder: str, words: int) -> str:
     """At most `words` words of a sentence, those around a placeholder."""
     found = sentence.split()
     at = next(i for i, w in enumerate(found) if placeholder in w)
