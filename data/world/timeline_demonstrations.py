@@ -51,30 +51,33 @@ class Chronicler:
     def __init__(self, demo: Demonstrator):
         self.demo, self.timeline = demo, Timeline(demo.world, demo.tokenizer)
 
-    def wording(self, asked: Asked, rng: random.Random) -> str:
-        """The question, or the sentence that the end of the text would hide."""
+    def wording(self, asked: Asked, rng: random.Random) -> tuple[str, str]:
+        """(the question, ""), or (the problem of a sentence that the end of the text hides, that sentence)."""
         if asked.kind != "now" or rng.random() > CLOZE:
-            return asked.question
+            return asked.question, ""
         thread = asked.threads[0]
         recap = rng.choice(PHRASES["recap"]).format(n=thread.slot.noun, k=thread.key, v=asked.answer)
-        return LAST_PROBLEM.format(sentence=mask_entity(recap, asked.answer, MASK)[0])
+        hidden = mask_entity(recap, asked.answer, MASK)[0]
+        return LAST_PROBLEM.format(sentence=hidden), hidden
 
     def read(self, seed: int, index: int, rng: random.Random, readers: int) -> list[Demo]:
         """`readers` readings of one document: updates with a shared prefix, answers from final memories that do."""
         demo, asked = self.demo, self.timeline.asked(index, seed)
         length = round(rng.choice(LENGTHS) * demo.section)
         problem = self.timeline.problem(asked, rng.choice((1, 2, 3, 4)) * length)
-        question, line_of = self.wording(asked, rng), {x.text: x for t in asked.threads for x in t.lines}
+        (question, hidden), line_of = self.wording(asked, rng), {x.text: x for t in asked.threads for x in t.lines}
+        passages = [*problem.passages, *([f"{problem.passages[-1].partition(': ')[0]}: {hidden}"] if hidden else [])]
         demos, memories = [], [demo.earlier(rng) for _ in range(readers)]
-        for ids in split_sections(problem.passages, demo.tokenizer, length):
+        for ids in split_sections(passages, demo.tokenizer, length):
             said = [p.partition(": ")[2] for p in demo.tokenizer.decode(ids).split("\n") if p]
+            said = [s for s in said if s != hidden] or said  # what is asked for is nothing to note
             lines, suffixes = [line_of[s] for s in said if s in line_of], []
             for r, old in enumerate(memories):
                 prefix, given = demo.prompts.update(question, ids, demo.memory_ids(old))
                 memories[r] = self.update(asked.kind, old, said, lines, line_of, rng)
                 shown = given, [*demo.memory_ids(memories[r]), demo.tokenizer.end]
                 suffixes += [shown] if shown not in suffixes else []
-            if lines or rng.random() < 0.2:
+            if lines or hidden or rng.random() < 0.2:
                 demos.append(Demo("update", prefix, suffixes))
         for memory in memories:
             if suffices(asked, [line_of[s] for s in memory if s in line_of]):
@@ -121,6 +124,6 @@ class Chronicler:
         while answers:
             asked = self.timeline.asked(rng.randrange(1 << 30), seed)
             if memory := self.oracle_memory(asked, rng):
-                demos.append(self.answer(self.wording(asked, rng), memory, asked.answer))
+                demos.append(self.answer(self.wording(asked, rng)[0], memory, asked.answer))
                 answers -= 1
         return demos
