@@ -99,7 +99,7 @@ from data.search import (
     observation,
     split_response,
 )
-from data.tasks import Problem, cut_middle, recall_target, sections
+from data.tasks import Problem, cut_middle, recall_target, recall_then, sections
 from data.text.retrieval import Retriever
 from data.weights.checkpoint import load_checkpoint, save_checkpoint
 from data.weights.loading import check_vocabulary, load_tokenizer
@@ -502,7 +502,10 @@ def recall_probe(agent: Agent, finder, rollout: Rollout, rng: random.Random):
     if len(rollout.sections) < 2:
         return None
     k = rng.randrange(1, len(rollout.sections))
-    made = recall_target(agent.tokenizer.decode(rollout.sections[rng.randrange(k)]), finder, rng)
+    if rollout.problem.kind == "masked-last":  # what held then: of the section just read, beside what it overtook
+        made = recall_then([agent.tokenizer.decode(s) for s in rollout.sections[:k + 1]], finder, rng)
+    else:
+        made = recall_target(agent.tokenizer.decode(rollout.sections[rng.randrange(k)]), finder, rng)
     if made is None:
         return None
     masked, target = made

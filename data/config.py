@@ -134,6 +134,11 @@ class Config:
     train_questions: str = option("", "data", "training questions: a file, or hotpotqa:train; needed where --questions "
                                            "is given")
     entities: str = option("auto", "data", "entity finder: auto, rules or spacy")
+    masked_text: str = option("encyclopaedia", "data", "what MemTrain reads in the mini-world: encyclopaedia; "
+                              "timeline, chronicles and dialogues in which facts change; or both, in turn")
+    mask: str = option("any", "data", "what MemTrain hides: any entity of a passage drawn at random, everywhere (the "
+                       "paper); last, one of the last section that competes with earlier ones of its type, there "
+                       "alone, in text in its own order: the timeline, or --corpus as it comes")
     passages: int = option(60, "data", "passages of a masked document (paper: 150)")
     related: int = option(10, "data", "of them retrieved for the pivot (paper: 29)")
     masked_sections: int = option(8, "data", "longest masked document, in sections; long passages are fewer (paper: 8)")
@@ -219,6 +224,7 @@ class Config:
                                               "policy flatter than an instruct model's")
     base_answers: int = option(24, "base", "answers from a sufficient memory a step")
     base_searches: int = option(14, "base", "pairs of questions answered with the search tool a step")
+    base_timelines: int = option(0, "base", "documents on facts that change read by careless readers a step")
     base_recalls: int = option(32, "base", "recalls of what a memory holds a step")
     base_directs: int = option(8, "base", "answers straight from a section a step")
 
@@ -230,6 +236,8 @@ class Config:
     eval_top_p: float = option(0.95, "evaluation", "nucleus of sampling in evaluation (MemAgent's: 0.95)")
     eval_pairs: int = option(64, "evaluation", "pairs of questions a search benchmark")
     eval_masked: int = option(100, "evaluation", "held-out masked documents for recall and reconstruction")
+    changing: bool = option(False, "evaluation", "also ask about facts that change, as many questions at the same "
+                            "lengths, in the mini-world's chronicles and dialogues")
     eval_systems: str = option("", "evaluation", "what to evaluate, like base,memtrain+memagent; if empty, the base "
                                "(also with the whole document in one window) and all that was trained")
 
@@ -302,7 +310,7 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths, and one
 # that ran out of memory goes on in smaller batches.
 FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset", "eval_lengths", "eval_systems",
-               "world", "lora_merge", "recompute", "micro_tokens", "sample_rows", "cache_gb"} | set(STUDY)
+               "world", "changing", "lora_merge", "recompute", "micro_tokens", "sample_rows", "cache_gb"} | set(STUDY)
 
 
 class CommandParser(StrictParser):
@@ -333,8 +341,10 @@ def command_options(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace,
     """(options of `python memtrain.py read`, `export` or `gates`, the rest: fields of Config). InputError as parse."""
     if name == "read":
         parser = CommandParser(name, "Read a text of any length section by section: the memory after each, the answer.")
-        parser.add_argument("file", metavar="FILE", help="text, markdown or HTML in UTF-8; - for standard input")
-        parser.add_argument("--question", default="", help="answered after the last section")
+        parser.add_argument("file", metavar="FILE", help="text, markdown, HTML or a chat export (JSON, or lines "
+                                                         '"Name: text") in UTF-8; - for standard input')
+        parser.add_argument("--question", action="append", help="answered after the last section; may be given several "
+                                                                "times")
         parser.add_argument("--out", type=Path, metavar="FILE", help="also write memories and answer as JSON")
     elif name == "gates":
         parser = CommandParser(name, "Whether a base is fit to start reinforcement learning from, step by step.")
@@ -502,8 +512,8 @@ def check(c: Config) -> None:
     for name in ("lr", "temperature", "eval_temperature", "grad_clip", "rope_theta", "base_lr", "base_sharpen",
                  "lora_alpha", "cache_gb", "norm_eps"):
         refuse(not getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be above 0")
-    for name in ("memtrain_steps", "memagent_steps", "mem1_steps", "base_searches", "recall_group", "recall_weight",
-                 "kl", "lora_rank", "related",
+    for name in ("memtrain_steps", "memagent_steps", "mem1_steps", "base_searches", "base_timelines", "recall_group",
+                 "recall_weight", "kl", "lora_rank", "related",
                  "eval_masked", "warmup", "threads", "base_copy_steps", "base_steps", "vocab"):
         refuse(getattr(c, name) < 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
     refuse(c.documents % c.update_documents > 0,
@@ -539,6 +549,14 @@ def check(c: Config) -> None:
     refuse(max(kept_steps(c), default=0) > max(c.memagent_steps, c.mem1_steps),
            f"--keep-steps {c.keep_steps}: neither --memagent-steps {c.memagent_steps} nor --mem1-steps {c.mem1_steps} "
            f"goes that far")
+    refuse(c.masked_text not in ("encyclopaedia", "timeline", "both"),
+           f"--masked-text {c.masked_text}: choose encyclopaedia, timeline or both")
+    refuse(c.mask not in ("any", "last"), f"--mask {c.mask}: choose any or last")
+    for name in ("masked_text", "changing"):
+        refuse(c.corpus != "miniworld" and getattr(c, name) != getattr(Config, name),
+               f"--{name.replace('_', '-')}: only the mini-world has a timeline; leave it out with --corpus")
+    refuse(c.corpus == "miniworld" and c.mask == "last" and c.masked_text == "encyclopaedia",
+           "--mask last: the encyclopaedia's documents have no order; give --masked-text timeline or both")
     refuse(c.world not in ("eval", "dev"), f"--world {c.world}: choose eval or dev")
     refuse(c.world == "dev" and c.corpus != "miniworld", f"--world dev: there is none of --corpus {c.corpus}; give "
                                                          f"development questions as --questions")

@@ -8,14 +8,14 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from data import InputError
 from data.config import Config, kind_of, lengths_of
 from data.run.files import output
 from data.search import SearchProblem, evidence_held, search_problem, with_contexts
-from data.tasks import Problem, in_epochs, masked_document, permutation, qa_document
+from data.tasks import Problem, in_epochs, last_masked, masked_document, masked_in_order, permutation, qa_document
 from data.text.benchmarks import load_benchmarks, load_local
 from data.text.corpus import Corpus, Question, load_passages, load_questions
 from data.text.dense import Dense, retriever_of
@@ -23,6 +23,7 @@ from data.text.entities import make_finder
 from data.text.retrieval import Retriever
 from data.weights.tokenizer import Tokenizer
 from data.world.miniwiki import FAMILIES, MiniWorld
+from data.world.timeline import ROOM, Changing, Timeline
 
 
 class Data:
@@ -92,10 +93,13 @@ class Data:
 
     def _refuse_leaks(self, questions: Iterable[Question]) -> None:
         """questions: of the evaluation."""
-        asked = {q.question: q.id for q in questions}
-        if leak := next((q for q in self.train_questions if q.question in asked), None):
+        def key(q: Question) -> tuple:  # stories ask the same of other things that happened
+            return q.question, q.gold if q.ordered else ()
+
+        asked = {key(q): q.id for q in questions}
+        if leak := next((q for q in self.train_questions if key(q) in asked), None):
             raise InputError(f"--train-questions {self.c.train_questions}: question {leak.id} is also question "
-                             f"{asked[leak.question]} of the evaluation; give files without a question in common")
+                             f"{asked[key(leak)]} of the evaluation; give files without a question in common")
 
     @cached_property
     def searched(self) -> Corpus:
@@ -128,10 +132,48 @@ class Data:
         return retriever_of(self.c.retriever, self.searched, self.index)
 
     def masked_problem(self, index: int, held_out: bool = False) -> Problem:
-        """Masked document `index` of the training (or held-out) passages; differs by --seed in training only."""
+        """Masked document `index` of the training (or held-out) passages; differs by --seed in training only. Held-out
+        ones are the paper's, whatever is trained on."""
+        text = self.c.masked_text
+        if not held_out and (self.c.mask == "last" or text != "encyclopaedia") and not (text == "both" and index % 2):
+            return self._masked_in_order(index)
         corpus, seed = (self.held_out, -1) if held_out else (self.train, self.c.seed)
         return masked_document(corpus, self.finder, seed, index, self.c.passages, self.c.related,
                                lambda text: len(self.tokenizer.encode(text)), self.c.masked_sections * self.c.section)
+
+    def _masked_in_order(self, index: int) -> Problem:
+        """A document of the timeline, or passages of the corpus as they come. InputError if nothing can be masked."""
+        c, passages = self.c, self.train.passages
+        room = ROOM if self.world else c.window - c.section - c.memory - c.response - 24
+        for attempt in range(200):
+            id = f"mask-{c.seed}-{index}-{attempt}"
+            rng = random.Random(f"{c.mask}:{id}")
+            if self.world:
+                text = self.timeline.document(index * 200 + attempt, c.train_sections * c.section, c.seed)
+            else:
+                first = rng.randrange(max(1, len(passages) - c.passages + 1))
+                text = [p.rendered for p in passages[first:first + c.passages]]
+            if c.mask == "last":
+                made = last_masked(id, text, self.finder, self.tokenizer, c.section, room, rng)
+            else:
+                known = partial(self.timeline.determined, passages=text)
+                made = masked_in_order(id, text, self.finder, rng, known)
+            if made:
+                return made
+        raise InputError(f"--mask {c.mask}: nothing to hide in 200 documents of {self.train.name}; give a text whose "
+                         f"names come back with others in their place, or --mask any")
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        return Timeline(self.world, self.tokenizer)
+
+    @cached_property
+    def held_out_timeline(self) -> Timeline:
+        return Timeline(self.held_out_world, self.tokenizer)
+
+    def changing_question(self, index: int, length: int) -> Changing:
+        """Evaluation question `index` about facts that change, in a document of `length` sections."""
+        return self.held_out_timeline.question(index, length * self.c.section)
 
     def training_question(self, index: int) -> Problem:
         if self.world:

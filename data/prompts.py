@@ -24,6 +24,7 @@ DIRECT = "Answer from the text in \\boxed{{}}.\nProblem: {problem}\n"
 RECALL = "Name [TARGET] from the memory in \\boxed{{}}.\n"
 SEARCH = "Update the memory, then search or answer.\nProblem: {problem}\n"
 MASK_PROBLEM = "Which entity is [MASK] in the whole article?"
+LAST_PROBLEM = "Name [MASK]. {sentence}"  # it stands at the end of the text
 NO_MEMORY = " No memory yet."
 NO_RESULT = " No search yet.\n"
 LAST_TURN = "Answer now.\n"

@@ -15,8 +15,8 @@ from functools import lru_cache
 from itertools import accumulate
 
 from data import InputError
-from data.prompts import MASK_PROBLEM
-from data.text.corpus import Corpus, Passage, Question
+from data.prompts import LAST_PROBLEM, MASK_PROBLEM
+from data.text.corpus import SENTENCE_END, Corpus, Passage, Question
 from data.text.entities import mask_entity
 from data.weights.tokenizer import Tokenizer
 
@@ -125,6 +125,80 @@ def recall_target(section: str, finder, rng: random.Random) -> tuple[str, str] |
     return mask_entity(section, target, TARGET)[0], target
 
 
+def competing(earlier: Sequence[str], last: str, finder, known: bool) -> list[tuple[str, str]]:
+    """(entity, its sentence) of `last`, for those that compete with earlier ones of their type: a sentence of the texts
+    `earlier` names what the entity's sentence names, too, and another entity of the same type. known: only entities
+    that an earlier text holds. A speaker or a year in front of a line is no part of its sentence."""
+    def told(text: str) -> list[tuple[str, list]]:
+        lines = (line.partition(": ")[2] or line for line in text.split("\n"))
+        return [(s, finder.find(s)) for line in lines for s in SENTENCE_END.split(line) if s.strip()]
+
+    past = [[(e.text, e.label) for e in found] for text in earlier for _, found in told(text)]
+    before, chosen = {text for found in past for text, _ in found}, {}
+    for sentence, found in told(last):
+        for e in found:
+            context = {other.text for other in found} - {e.text}
+            if (not known or e.text in before) and any(
+                    any(text in context for text, _ in old) and
+                    any(label == e.label and text != e.text and text not in context for text, label in old)
+                    for old in past):
+                chosen.setdefault(e.text, sentence)
+    return sorted(chosen.items())
+
+
+def last_masked(id: str, passages: Sequence[str], finder, tokenizer: Tokenizer, length: int, room: int,
+                rng: random.Random) -> Problem | None:
+    """A document in its own order, one entity of its last section hidden there, and the sentence that held it as the
+    problem, in at most `room` tokens: what holds in the end has to be kept while earlier, competing values stay
+    readable. None where no entity of the last section was named before and competes."""
+    parts = split_sections(passages, tokenizer, length)
+    if len(parts) < 2:
+        return None
+    start, size = len(passages), 0
+    while size < len(parts[-1]):
+        start -= 1
+        size += len(tokenizer.encode(passages[start] + "\n"))
+    found = competing(passages[:start], "\n".join(passages[start:]), finder, known=True)
+    asked = [(y, LAST_PROBLEM.format(sentence=around(mask_entity(sentence, y, MASK)[0], MASK, words)))
+             for y, sentence in found for words in (12, 8, 5)]
+    fitting = {y: question for y, question in reversed(asked) if len(tokenizer.encode(question)) <= room}
+    if not fitting:
+        return None
+    answer, question = rng.choice(sorted(fitting.items()))
+    tail = [mask_entity(p, answer, MASK)[0] for p in passages[start:]]
+    return Problem(id, question, (answer,), (*passages[:start], *tail), "masked-last")
+
+
+def masked_in_order(id: str, passages: Sequence[str], finder, rng: random.Random,
+                    determined: Callable[[str], bool] | None = None) -> Problem | None:
+    """The paper's task on a document in its own order: an entity of a passage drawn at random is hidden everywhere.
+    determined: whether the document determines a name, where someone can tell. None where there is no such entity."""
+    found = sorted({e.text for e in finder.find(rng.choice(passages))})
+    found = [e for e in found if determined is None or determined(e)]
+    if not found:
+        return None
+    answer = rng.choice(found)
+    return Problem(id, MASK_PROBLEM, (answer,), tuple(mask_entity(p, answer, MASK)[0] for p in passages), "masked")
+
+
+def around(sentence: str, placeholder: str, words: int) -> str:
+    """At most `words` words of a sentence, those around a placeholder."""
+    found = sentence.split()
+    at = next(i for i, w in enumerate(found) if placeholder in w)
+    first = max(0, min(at - words // 2, len(found) - words))
+    return " ".join(found[first:first + words])
+
+
+def recall_then(texts: Sequence[str], finder, rng: random.Random) -> tuple[str, str] | None:
+    """As recall_target for the last of these sections: an entity that competes with earlier ones, so that the memory
+    after it is asked for what held then."""
+    found = competing(texts[:-1], texts[-1], finder, known=False)
+    if not found:
+        return None
+    target, _ = rng.choice(found)
+    return mask_entity(texts[-1], target, TARGET)[0], target
+
+
 def _shuffled(rng: random.Random, population: int) -> Iterator[int]:
     """Indices below `population` in random order, drawn as they are asked for."""
     moved: dict[int, int] = {}
@@ -138,8 +212,8 @@ def qa_document(question: Question, pool: Sequence[Passage], tokenizer: Tokenize
                 seed: int) -> Problem:
     """The question's gold passages shuffled among its own distractors and then `pool`, up to `tokens` tokens.
 
-    The gold passages are always in, however short the document; the filling is a function of (question, seed,
-    tokens). InputError if the pool can't fill the document without repeating a passage.
+    The gold passages are always in, however short the document, those of a story in their order; the filling is a
+    function of (question, seed, tokens). InputError if the pool can't fill the document without repeating a passage.
     """
     rng = random.Random(f"qa:{question.id}:{seed}:{tokens}")
     chosen, seen = [], set()
@@ -162,8 +236,14 @@ def qa_document(question: Question, pool: Sequence[Passage], tokenizer: Tokenize
         if room > tokens // 4:
             raise InputError(f"question {question.id}: the corpus has too few passages for a document of {tokens} "
                              f"tokens; give a larger corpus or shorter --eval-lengths")
-    rng.shuffle(chosen)
-    return Problem(question.id, question.question, question.answers, tuple(chosen), question.kind)
+    order = list(range(len(chosen)))
+    rng.shuffle(order)
+    if question.ordered:  # scattered among the others, in its own order
+        gold = len(question.gold)
+        story = iter(range(gold))
+        order = [next(story) if i < gold else i for i in order]
+    passages = tuple(chosen[i] for i in order)
+    return Problem(question.id, question.question, question.answers, passages, question.kind)
 
 
 def cut_middle(ids: list[int], length: int) -> list[int]:

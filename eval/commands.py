@@ -59,7 +59,7 @@ def read(argv: Sequence[str], policy: Callable, agent: Callable) -> None:
     opened = open_checkpoint(options, fields, policy)
     c = as_evaluated(opened.c)
     torch.set_num_threads(c.threads or os.cpu_count() or 1)
-    read(agent(opened.model, opened.tokenizer, c), options.file, options.question, options.out, Interrupt())
+    read(agent(opened.model, opened.tokenizer, c), options.file, options.question or [], options.out, Interrupt())
 
 
 def gates(argv: Sequence[str], policy: Callable, agent: Callable, recall_probe: Callable) -> int:

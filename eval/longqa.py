@@ -6,7 +6,8 @@ import random
 from collections.abc import Sequence
 
 from data.tasks import Problem
-from eval.metrics import LENIENT, exact_match, lenient, wilson_interval
+from data.text.conversations import LOCOMO
+from eval.metrics import LENIENT, exact_match, lenient, locomo_f1, wilson_interval
 
 
 def long_qa_row(agent, system: str, seed: int, length: int, problems: Sequence[Problem],
@@ -34,7 +35,8 @@ def long_qa_row(agent, system: str, seed: int, length: int, problems: Sequence[P
 
 
 def scores(answers: Sequence[str | None], problems: Sequence[Problem]) -> dict:
-    """em with its 95% Wilson interval, LENIENT, a 0 or 1 for each problem, and [correct, n] of each kind."""
+    """em with its 95% Wilson interval, LENIENT, a 0 or 1 for each problem, and [correct, n] of each kind; of LoCoMo
+    also its authors' F1 by kind."""
     correct = [int(exact_match(a, p.answers)) for a, p in zip(answers, problems, strict=True)]
     low, high = wilson_interval(sum(correct), len(correct))
     kinds: dict[str, list[int]] = {}
@@ -42,7 +44,12 @@ def scores(answers: Sequence[str | None], problems: Sequence[Problem]) -> dict:
         count = kinds.setdefault(p.kind or "question", [0, 0])
         count[0] += hit
         count[1] += 1
-    return {"em": sum(correct) / len(correct), "em_low": low, "em_high": high,
+    told: dict[str, list[float]] = {}
+    for answer, p in zip(answers, problems, strict=True):
+        if p.kind.startswith(LOCOMO):
+            told.setdefault(p.kind, []).append(locomo_f1(answer, p.answers, p.kind.removeprefix(LOCOMO)))
+    locomo = {"locomo_f1": {kind: [sum(f), len(f)] for kind, f in told.items()}} if told else {}
+    return locomo | {"em": sum(correct) / len(correct), "em_low": low, "em_high": high,
             **lenient(answers, [p.answers for p in problems]), "correct": "".join(map(str, correct)), "kinds": kinds}
 
 

@@ -65,7 +65,7 @@ class Book:
     """A document, its sections as text, and what a good memory of it would hold.
 
     gold: facts, or entities where `phrases` is None. shown: the sentences of the sections to mark as gold facts.
-    marks: the strings to mark as the masked or asked entity.
+    outdated: those to mark as true once and not any more. marks: the strings to mark as the masked or asked entity.
     """
 
     problem: Problem
@@ -76,6 +76,7 @@ class Book:
     phrases: dict[str, Fact] | None = None
     shown: list[str] = field(default_factory=list)
     marks: list[str] = field(default_factory=list)
+    outdated: list[str] = field(default_factory=list)
 
     def stated(self, text: str) -> dict[Fact, str]:
         """{fact: the sentence that states it, as printed} of a text of the mini-world."""
@@ -255,9 +256,9 @@ class Memories:
         return ("question", length) if length else ("masked", self.masked_length)
 
     def has(self, system: str, length: int | str) -> bool:
-        """Whether nothing is left to note of `system` at this length; of search benchmarks, strings, nothing is, nor of
+        """Whether nothing is left to note of `system` at this length; of other jobs than lengths nothing is, nor of
         policies that were kept on the way."""
-        if system == "base-one-window" or "@" in system or isinstance(length, str):  # the first writes no memory
+        if system == "base-one-window" or "@" in system or type(length) is not int:  # the first writes no memory
             return True
         task, sections = self._task(length)
         row = any((r.get("system"), r.get("task"), r.get("length")) == (system, task, sections) for r in self.rows)
@@ -280,9 +281,9 @@ class Memories:
                 tally.add(book, memories, sum(map(len, rollout.memories)), self.data.finder)
         if count:
             for book, rollout, memories in zip(self.books[length][:count], rollouts, texts, strict=False):
-                self._keep(book, system, {"memories": memories, "answer": rollout.answer,
-                                          "correct": int(exact_match(rollout.answer, book.problem.answers))})
-            write_json(self.path, {"format": 1, "documents": self.documents})
+                self.keep(book, system, {"memories": memories, "answer": rollout.answer,
+                                         "correct": int(exact_match(rollout.answer, book.problem.answers))})
+            self.save()
         row = {"system": system, "seed": self.seed, "task": task, "length": sections}
         return {"memory": row | tally.row()} if measured else {}
 
@@ -298,11 +299,14 @@ class Memories:
             facts = world.question_facts(i)[1] if world else ()
             yield question_book(p, sections, length, data.finder, gold, facts, phrases)
 
-    def _keep(self, book: Book, system: str, reading: dict) -> None:
+    def save(self) -> None:
+        write_json(self.path, {"format": 1, "documents": self.documents})
+
+    def keep(self, book: Book, system: str, reading: dict) -> None:
         p = book.problem
         new = {"id": p.id, "task": book.task, "length": book.length, "kind": p.kind, "question": p.question,
                "answers": list(p.answers), "sections": [s.strip() for s in book.sections], "gold": book.shown,
-               "marks": book.marks}
+               "marks": book.marks} | ({"outdated": book.outdated} if book.outdated else {})
         same = [d for d in self.documents if all(d[k] == new[k] for k in ("id", "task", "length"))]
         if not same:
             self.documents.append(new | {"systems": {}})

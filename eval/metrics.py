@@ -108,6 +108,29 @@ def lenient(predictions: Sequence[str | None], answers: Sequence[Sequence[str]])
     return {name: sum(metric(p, a) for p, a in pairs) / len(pairs) for name, metric in LENIENT.items()}
 
 
+def locomo_f1(prediction: str | None, answers: Sequence[str], category: str) -> float:
+    """The score of LoCoMo's authors: token F1 of Porter stems, "and" counted among the articles. Multi-hop: the mean
+    over the parts of the answer, cut at commas, of the best part of the prediction. Unanswerable: whether a phrase of
+    refusal, one of `answers`, occurs. Their stemmer is NLTK's, which departs from Porter's in a few words."""
+    if category == "unanswerable":
+        return float(any(a in (prediction or "").lower() for a in answers))
+    parts = (lambda text: [p.strip() for p in text.split(",")]) if category == "multi-hop" else (lambda text: [text])
+    guesses = [_stems(p) for p in parts(prediction or "")]
+    best = [max(_overlap(guess, _stems(gold)) for guess in guesses) for gold in parts(answers[0])]
+    return sum(best) / len(best)
+
+
+def _stems(text: str) -> list[str]:
+    from snowballstemmer import stemmer
+
+    return stemmer("porter").stemWords([w for w in normalize(text).split() if w != "and"])
+
+
+def _overlap(guess: list[str], gold: list[str]) -> float:
+    shared = sum((Counter(guess) & Counter(gold)).values())
+    return 2 * shared / (len(guess) + len(gold)) if shared else 0.0
+
+
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     """95% Wilson score interval of a proportion; (0, 1) where nothing was measured."""
     if n < 0 or not 0 <= successes <= n:

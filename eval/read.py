@@ -1,9 +1,13 @@
 """Reading a text of any length with a memory: the paper's loop on a file or on standard input, in constant memory.
 
-    read(agent, source, question, out) prints the memory after each section, then the answer.
+    read(agent, source, questions, out) prints the memory after each section, then the answers.
 
 The text is never held whole: it comes in pieces of 64 KB, is cut into sections of the window's size at line ends, and
-what was read is forgotten but for the memory.
+what was read is forgotten but for the memory. A conversation is cut at its turns: lines "Name: text" come like any
+text, a JSON list of {role, content} or {speaker, text} is held whole.
+
+The problem stands in every turn of the loop, so a memory is of one question: several questions are several readings.
+Only prompts that do not show it while reading, those of a fork, let one reading answer all.
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from html import unescape
 from html.parser import HTMLParser
@@ -25,9 +30,11 @@ from data import InputError
 from data.run.files import output, replacing
 from data.run.terminal import printable
 from data.tasks import sections
+from data.text.conversations import chat, joined, speaking
 
 DECODER = codecs.getincrementaldecoder("utf-8-sig")
 PIECE, LINE = 1 << 16, 1 << 13  # bytes read at a time; characters after which a line is cut
+EXPORT = re.compile(r"\ufeff?\s*\[\s*\{\s*\"(role|content|speaker|text)\"")
 WITHOUT_QUESTION = "What are the main facts?"
 MAGIC = {b"%PDF": "a PDF; extract its text first, for example with pdftotext",
          b"PK\x03\x04": "a zip archive or an office document; save it as text first"}
@@ -57,9 +64,12 @@ class Text:
             raise InputError(f"{name}: binary, there is a NUL byte in it; give a text file in UTF-8")
         if not self.first.strip():
             raise InputError(f"{name}: empty, not a word in it; give a text")
-        self._decoded(DECODER(), self.first)
+        text = self._decoded(DECODER(), self.first)
         start = self.first[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
         self.html = start.startswith((b"<!doctype html", b"<html")) or path.suffix.lower() in (".html", ".htm")
+        self.exported = EXPORT.match(text) is not None
+        whole = text.split("\n")[:None if len(self.first) < PIECE else -1]  # the last line of a piece may be cut
+        self.speakers = set() if self.html else speaking([line.strip() for line in whole if line.strip()])
 
     def _decoded(self, decoder, piece: bytes, final: bool = False) -> str:
         try:
@@ -78,7 +88,18 @@ class Text:
         self._decoded(decoder, b"", final=True)
 
     def lines(self) -> Iterator[str]:
-        """Lines without their end, blank ones left out; a line of over LINE characters comes in parts."""
+        """Lines without their end, blank ones left out, or the turns of a conversation; whatever is longer than LINE
+        characters comes in parts. InputError where a chat export can't be read."""
+        if self.exported:
+            if (turns := chat(self.name, "".join(self.pieces()))) is not None:
+                self.speakers = {who for who, _ in turns}
+                yield from (f"{who}: {text}" for who, text in turns)
+                return
+            raise InputError(f"{self.name}: begins like a chat export and is none; it must be one JSON list of "
+                             f"{{role, content}} or {{speaker, text}}")
+        yield from joined(self._lines(), self.speakers) if self.speakers else self._lines()
+
+    def _lines(self) -> Iterator[str]:
         pieces, rest = self.pieces(), ""
         for piece in visible(pieces) if self.html else pieces:
             *whole, rest = (rest + piece).split("\n")
@@ -137,33 +158,56 @@ def visible(pieces: Iterable[str]) -> Iterator[str]:
     yield "".join(parser.shown)
 
 
-def read(agent, name: str, question: str, out: Path | None, interrupt=None) -> None:
+def read(agent, name: str, questions: Sequence[str], out: Path | None, interrupt=None) -> None:
     """Reads, prints and, with `out`, writes a JSON list: {"section", "tokens", "memory"} of each, then {"question",
-    "answer", "response"}. An interrupt ends the reading, not the answer. InputError on a bad text or place."""
+    "answer", "response"}; so for each reading, one for each question. An interrupt ends the readings, not the answer.
+    InputError on a bad text or place, or where standard input would be read twice."""
     if out:
         output(out, inputs=[name])
-    c, text = agent.c, Text(name)
-    problem = question or WITHOUT_QUESTION
-    if (need := agent.prompts.overhead(problem) + c.section + c.memory + c.response) > c.window:
-        raise InputError(f"--question: with it a turn has {need} tokens, the window {c.window}; ask a shorter one")
-    memory, answer = agent.prompts.no_memory, None
+    c, problems = agent.c, list(questions) or [WITHOUT_QUESTION]
+    for problem in problems:
+        if (need := agent.prompts.overhead(problem) + c.section + c.memory + c.response) > c.window:
+            raise InputError(f"--question: with {problem!r:.60} a turn has {need} tokens, the window {c.window}; ask a "
+                             f"shorter one")
+    at_once = agent.prompts.update(problems[0], [], []) == agent.prompts.update(problems[-1], [], [])
+    readings = [problems] if at_once else [[p] for p in problems]
+    if len(readings) > 1 and name == "-":
+        raise InputError(f"--question: {len(readings)} questions are as many readings, and standard input can be read "
+                         f"once; give a file")
+    text = Text(name)
     with ExitStack() as stack:
         write = stack.enter_context(_list(out)) if out else lambda entry: None
-        bar = stack.enter_context(tqdm(total=text.size, desc="read", unit="B", unit_scale=True))
+        if len(problems) > 1:
+            how = "one reading for all" if at_once else "one reading each, for a memory is of its question"
+            print(f"{len(problems)} questions: {how}")
+        for asked in readings:
+            _reading(agent, text, asked, asked if questions else [], write, interrupt)
+            if interrupt and interrupt.asked:
+                break
+            text = Text(name) if asked is not readings[-1] else text
+
+
+def _reading(agent, text: Text, asked: Sequence[str], answered: Sequence[str], write, interrupt) -> None:
+    """One pass over a text with the first problem in view; then the answers."""
+    c, memory, told = agent.c, agent.prompts.no_memory, False
+    with tqdm(total=text.size, desc="read", unit="B", unit_scale=True) as bar:
         for number, section in enumerate(sections(text.lines(), agent.tokenizer, c.section), start=1):
-            memory = agent.update(problem, section, memory, ("read", c.seed, number))
+            memory = agent.update(asked[0], section, memory, ("read", c.seed, number))
             shown = agent.tokenizer.decode(memory).strip()
             bar.update(text.read - bar.n)
             with bar.external_write_mode():
+                if text.speakers and not told:
+                    print(f"a conversation of {', '.join(map(printable, sorted(text.speakers)))}, cut at its turns")
+                told = True
                 print(f"section {number} ({len(section)} tokens):\n  {printable(shown)}", flush=True)
             write({"section": number, "tokens": len(section), "memory": shown})
             if interrupt and interrupt.asked:
                 break
-        bar.close()
-        if question:
-            response, answer = agent.answer(question, memory, ("read", c.seed, "answer"))
-            print(f"\nanswer: {printable(answer if answer is not None else '(none in a box) ' + response.strip())}")
-            write({"question": question, "answer": answer, "response": response.strip()})
+    for question in answered:
+        response, answer = agent.answer(question, memory, ("read", c.seed, "answer"))
+        asks = f"{printable(question)}\n" if len(answered) > 1 else ""
+        print(f"\n{asks}answer: {printable(answer if answer is not None else '(none in a box) ' + response.strip())}")
+        write({"question": question, "answer": answer, "response": response.strip()})
 
 
 class _list:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data import InputError
 from data.config import readers, searchers, systems_of
 from data.run.files import read_json, write_json
+from eval.changing import changing_row, keep_for_viewer
 from eval.gpu import commit
 from eval.longqa import held_out_rows, long_qa_row
 from eval.memory import Memories
@@ -55,6 +56,7 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     jobs = [(s, n) for s in [*readers(trained), "base-one-window"] for n in lengths]
     jobs += [(s, 0) for s in readers(trained) if c.eval_masked and "@" not in s]
     jobs += [(s, name) for s in searchers(trained) for name in run.data.benchmarks]
+    jobs += [(s, ChangingLength(n)) for s in readers(trained) for n in lengths if c.changing]
     memories = Memories(run, lengths, results.value["memory"])
     wanted = c.eval_systems.split(",") if c.eval_systems else systems
     jobs = [j for j in jobs if j[0] in wanted and not (results.has(*j) and memories.has(*j))]
@@ -69,6 +71,11 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
         if isinstance(job, str):
             results.add(search_qa=search_row(run.evaluated, run.data.retriever(), system, c.seed,
                                              run.data.benchmarks[job]))
+        elif isinstance(job, ChangingLength):
+            problems, read = [run.data.changing_question(i, job) for i in range(c.eval_questions)], []
+            row = changing_row(run.evaluated, system, c.seed, int(job), problems, read)
+            keep_for_viewer(memories, system, int(job), problems, read)
+            results.add(changing=row)
         else:
             results.add(**reading_rows(run, system, job, memories, recall_probe))
         bar.update(effort(run, system, job))
@@ -78,6 +85,10 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     bar.close()
     results.finish()
     return True
+
+
+class ChangingLength(int):
+    """A length in sections of documents in which facts change, as a job."""
 
 
 def reading_rows(run, system: str, length: int, memories: Memories, recall_probe) -> dict[str, dict]:
@@ -130,7 +141,7 @@ class Results:
     def has(self, system: str, job: int | str) -> bool:
         """job: a length in sections, 0 for the held-out masked documents, or the name of a benchmark."""
         section, key = ("search_qa", "benchmark") if isinstance(job, str) else (
-            "long_qa" if job else "recall", "length")
+            "changing" if isinstance(job, ChangingLength) else "long_qa" if job else "recall", "length")
         return any(r["system"] == system and r.get(key, 0) == job for r in self.value[section])
 
     def add(self, **rows: dict) -> None:

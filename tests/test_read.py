@@ -157,3 +157,69 @@ def test_a_run_is_exported_and_read(folder, capsys, monkeypatch, base_checkpoint
     assert "no adapters" in capsys.readouterr().err
     Path("t.txt").write_text(TEXT)
     assert "section 2" in read(capsys, "t.txt", "--checkpoint", "runs/t/memtrain", "--seed", "5")
+
+
+# ---- conversations -----------------------------------------------------------------------------------------------
+
+CHAT = [{"role": "user", "content": "Let us meet in Tellinford.\nOr not?"}, {"role": "assistant", "content": "Noted."},
+        {"role": "user", "content": "No, rather in Oskelmoor."}]
+
+
+def test_a_chat_export_is_cut_at_its_turns(folder, capsys):
+    Path("c.json").write_text(json.dumps(CHAT))
+    assert list(Text("c.json").lines()) == ["user: Let us meet in Tellinford. Or not?", "assistant: Noted.",
+                                            "user: No, rather in Oskelmoor."]
+    Path("d.json").write_text(json.dumps([{"speaker": m["role"], "text": m["content"]} for m in CHAT]))
+    assert list(Text("d.json").lines()) == list(Text("c.json").lines())
+    shown = read(capsys, "c.json", "--question", "Where do we meet?")
+    assert "a conversation of assistant, user, cut at its turns" in shown and "section 1" in shown
+    assert "answer:" in shown
+
+
+def test_lines_of_a_conversation_belong_to_who_began(folder):
+    talk = ("Nora: Let us meet.\nIn town, I mean.\n\nPiet: Yes.\nNora: At nine: sharp.\nPiet: Fine.\nNora: Bye.\n"
+            "Piet: Bye.")
+    assert lines(folder, talk.encode())[:3] == ["Nora: Let us meet. In town, I mean.", "Piet: Yes.",
+                                                "Nora: At nine: sharp."]
+    assert Text(str(folder / "t.txt")).speakers == {"Nora", "Piet"}
+    pages = "\n".join(f"Page {i}: Of page {i}.\nMore of it." for i in range(9))
+    assert lines(folder, pages.encode()) == pages.split("\n"), "headings that don't come back are no speakers"
+    assert lines(folder, b"Note: one.\nTwo.\nThree.") == ["Note: one.", "Two.", "Three."], "a text like any other"
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (json.dumps(CHAT[:1]), "1 speaker; a conversation has two"),
+    (json.dumps([*CHAT, {"role": "user", "content": " "}]), "turn 4: empty text"),
+    (json.dumps([*CHAT, {"role": "user"}]), "turn 4: a turn is {role, content}"),
+    (json.dumps([*CHAT, {"role": "user", "content": 7}]), "turn 4: `content` must be a text"),
+    (json.dumps(CHAT)[:-9], "begins like a chat export and is none")])
+def test_a_broken_chat_export_ends_in_one_line(folder, capsys, content, said):
+    Path("c.json").write_text(content)
+    assert main(["read", "c.json", "--threads", "1", "--out", "o.json"]) == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert said in error and "c.json" in error and not Path("o.json").exists()
+
+
+def test_each_question_has_a_reading_of_its_own(folder, capsys, monkeypatch):
+    Path("t.txt").write_text(TEXT)
+    one, two = "When was Mara Tellin born?", "When was Kigon Tellin born?"
+    alone = [read(capsys, "t.txt", "--question", q).split("\n\n", 1) for q in (one, two)]
+    shown = read(capsys, "t.txt", "--question", one, "--question", two, "--out", "o.json")
+    assert "2 questions: one reading each" in shown
+    for reading, answer in alone:
+        assert reading in shown and answer.strip() in shown, "the same as if it were asked alone"
+    told = json.loads(Path("o.json").read_text())
+    assert [e["question"] for e in told if "question" in e] == [one, two]
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(TEXT.encode()))))
+    assert main(["read", "-", "--question", one, "--question", two, "--threads", "1"]) == 2
+    assert "standard input can be read once" in capsys.readouterr().err
+
+
+def test_one_reading_answers_all_where_no_turn_shows_the_problem(folder, capsys, monkeypatch):
+    """A fork whose prompts leave it out."""
+    Path("t.txt").write_text(TEXT)
+    plain = (memtrain.SHORT[0].replace("Problem: {problem}\n", ""), *memtrain.SHORT[1:])
+    monkeypatch.setattr(memtrain, "SHORT", plain)
+    shown = read(capsys, "t.txt", "--question", "Who?", "--question", "When?")
+    assert "2 questions: one reading for all" in shown
+    assert shown.count("section 1 (") == 1 and shown.count("answer:") == 2

@@ -1,7 +1,8 @@
 """Passages to train on and questions to evaluate with, from local files or from the hub.
 
     load_passages(spec)  -> Corpus          .jsonl .json .txt .parquet, a folder of them, or "wikipedia"
-    load_questions(spec) -> list[Question]  HotpotQA / 2WikiMultiHopQA, MuSiQue and FlashRAG records, or "hotpotqa"
+    load_questions(spec) -> list[Question]  HotpotQA / 2WikiMultiHopQA, MuSiQue and FlashRAG records, or "hotpotqa";
+                                            bAbI, LoCoMo and LongMemEval's form (data/text/conversations.py)
 
 A Corpus knows the two things the method asks of raw text: which passages are related to a passage (BM25),
 and a split by title that never puts one subject on both sides. Whatever is wrong with the user's files raises
@@ -14,13 +15,13 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data import InputError
-from data.text import hub
+from data.text import conversations, hub
 from data.text.dense import Dense, retriever_of
 from data.text.retrieval import Retriever, top
 
@@ -41,7 +42,8 @@ PASSAGE_FORM = "a passage is {title, text} or {contents}, all of them strings"
 OWN_PLACEHOLDER = re.compile(r"\[(MASK|TARGET)\]")
 QUESTION_FORMS = (
     "accepted: HotpotQA/2WikiMultiHopQA (_id, question, answer, supporting_facts, context), "
-    "MuSiQue (id, question, answer, paragraphs), FlashRAG (id, question, golden_answers)"
+    "MuSiQue (id, question, answer, paragraphs), FlashRAG (id, question, golden_answers), LoCoMo, LongMemEval, "
+    "bAbI (.txt)"
 )
 
 
@@ -55,7 +57,7 @@ class Passage:
     @property
     def rendered(self) -> str:
         """The form in which a passage appears in documents and in the index."""
-        return f"{self.title}: {self.text}"
+        return f"{self.title}: {self.text}" if self.title else self.text  # statements of a story have none
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Question:
     gold: tuple[Passage, ...]  # the passages that hold the evidence; may be empty
     distractors: tuple[Passage, ...]  # the other passages that came along; may be empty
     kind: str = ""  # as the data set names it: bridge, comparison, 2hop, ...
+    ordered: bool = False  # whether `gold` is a story or conversation: its order is kept, its end counts
 
 
 class Corpus:
@@ -280,9 +283,9 @@ def load_questions(spec: str, limit: int | None = None) -> list[Question]:
 def parse_questions(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Question]]:
     """(where, Question) of each (where, parsed JSON). InputError as in `load_questions`."""
     ids: set[str] = set()
-    for where, record in records:
+    for where, record in (part for whole in records for part in conversations.expand(*whole)):
         try:
-            question = _question(record)
+            question = _told(record) if isinstance(record, conversations.Told) else _question(record)
         except KeyError as error:
             raise InputError(f"{where}: `{error.args[0]}` is missing; {QUESTION_FORMS}") from error
         except (TypeError, ValueError, LookupError) as error:
@@ -294,12 +297,25 @@ def parse_questions(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Q
 
 
 def question_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """("path, line k" or "path, record k", parsed JSON) of a file of questions."""
+    """("path, line k" or "path, record k", parsed JSON) of a file of questions; a .txt is bAbI."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a .json or .jsonl file of questions, or hotpotqa")
+    if path.suffix.lower() == ".txt":
+        return conversations.babi(path, _lines(path))
     if path.suffix.lower() not in (".json", ".jsonl"):
-        raise InputError(f"{path}: unsupported ending {path.suffix!r}; questions come as .json or .jsonl")
+        raise InputError(f"{path}: unsupported ending {path.suffix!r}; questions come as .json or .jsonl, bAbI as .txt")
     return _records(path)
+
+
+@lru_cache(maxsize=4)  # hundreds of questions are asked about one conversation
+def _said(lines: tuple[tuple[str, str], ...]) -> tuple[Passage, ...]:
+    return tuple(Passage(_one_line(who), _one_line(text)) for who, text in lines)
+
+
+def _told(told: conversations.Told) -> Question:
+    lines = _said(told.lines)
+    answers = tuple(map(_one_line, told.answers))
+    return Question(told.id, _one_line(told.question), answers, lines, (), told.kind, ordered=True)
 
 
 def _question(record: Any) -> Question:

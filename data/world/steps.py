@@ -9,6 +9,7 @@ from data.weights.loading import load_tokenizer
 from data.world.demonstrations import Demonstrator
 from data.world.miniwiki import MiniWorld
 from data.world.search_demonstrations import Searcher
+from data.world.timeline_demonstrations import Chronicler
 
 # answers are few tokens among many
 WEIGHTS = {"update": 2.0, "answer": 2.0, "recall": 3.0, "direct": 2.0, "search": 2.0}
@@ -42,4 +43,6 @@ class DemoSteps:
         searcher = Searcher(demonstrator, c.turns, c.hits, c.result, c.act)
         rng = random.Random(f"search:{c.seed}:{step}")
         demos += [searcher.episode(c.seed, rng.randrange(1 << 30), rng) for _ in range(c.base_searches)]
+        if c.base_timelines:
+            demos += Chronicler(demonstrator).batch(c.seed, step, c.base_timelines)
         return [(d.prefix, [(g, r, WEIGHTS[d.kind]) for g, r in d.suffixes]) for d in demos]

@@ -29,7 +29,7 @@ from data import InputError
 from data.config import Config
 from data.run.files import json_bytes, output, replacing, writing
 from data.run.terminal import one_line, printable
-from eval.report import curve, plots, tables
+from eval.report import changing, curve, plots, tables
 from eval.report.arms import BOTH, FULL, Arm, backbones
 from eval.report.claims import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, RULE, Claim, verdicts
 from eval.report.ledger import ledger
@@ -97,6 +97,7 @@ def content(named: dict[str, list[Arm]]) -> dict:
         "paper_benchmarks": list(PAPER_BENCHMARKS),
         "table2": tables.by_columns(search, tables.search_systems(search)), "searched": tables.how_searched(search),
         "summary": summary, "detail": detail, "aside": tables.aside(table), "kinds": tables.by_kind(table),
+        "locomo": tables.locomo(table),
         "ablations": {SYSTEMS[s]: found for s in (BOTH, "memtrain")
                       if len(found := tables.ablations(arms, s)) > 1},
         "changed": [[Outside(arm.name), str(len(arm.runs)),
@@ -107,6 +108,7 @@ def content(named: dict[str, list[Arm]]) -> dict:
         "recall": tables.per_system(rows["recall"], "accuracy", "low", "high"),
         "masked": tables.per_system(rows["masked"], "em", "em_low", "em_high"),
         "memory": tables.memory(rows["memory"]), "kept_after": [f"k = {k}" for k in tables.RETENTION],
+        "changing": changing.content(arms),
         "stages": tables.stages(runs), "costs": tables.costs(costs), "assumed": [Outside(a) for a in assumed],
         "notes": [Outside(run.results["claims_note"]) for run in everyone if run.results.get("claims_note")],
     }
@@ -172,7 +174,8 @@ def readings(runs: Sequence[Run]) -> tuple[Markup | str, tuple[int, int]]:
     for d in found:
         keep = {"task": d["task"], "kind": d.get("kind") or "", "question": d["question"], "sections": d["sections"],
                 "systems": {name: {key: reading.get(key) for key in ("memories", "answer", "correct")}
-                            for name, reading in d["systems"].items()}}
+                            for name, reading in d["systems"].items()}} | (
+                                {"outdated": d["outdated"]} if d.get("outdated") else {})
         keep |= {key: [part for part in d[key] if part.strip()] for key in ("answers", "gold", "marks")}
         size += len(embedded(keep).encode())
         if size > VIEWER_BYTES:
@@ -210,6 +213,7 @@ def figures(arms: Sequence[Arm]) -> dict[str, list[dict]]:
     if labels := curve.label_curve(arms):
         found["labels"] = [plot("Accuracy by labelled questions, with MemTrain first and without",
                                 plots.label_curve(labels), (7.6, 3.6))]
+    found["changing"] = [plot(label, draw) for label, draw in (changing.figures(arms) if full.rows("changing") else [])]
     memories = full.rows("memory")
     for task, what in tables.tasks(memories).items():
         if draw := plots.retention([row for row in memories if row.get("task") == task], what):
@@ -293,6 +297,7 @@ def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = 
         plots.plot_table1(arms[0].table, out / "table1")
         plots.plot_labels(curve.label_curve(arms), out / "labels")
         curves = plots.plot_training(arms[0].runs, out / "training.png")
+        changing.plot(arms, out / "changing.png")
     markdown = _environment(finalize=lambda v: md(v) if isinstance(v, Outside) else v)
     markdown.filters |= {"cell": lambda v: md(v) if isinstance(v, Outside) else v, "lines": claim_cells, "md": md}
     made = {"report.html": html(named, said, data),

@@ -101,7 +101,7 @@ def _over_lengths(axes, lines: dict[str, tuple], ticks: Sequence, labels: Sequen
                       for name, (lengths, values, look) in lines.items()})
 
 
-def _curve(table: Table, system: str, look: tuple) -> tuple | None:
+def curve(table: Table, system: str, look: tuple) -> tuple | None:
     lengths = [n for n in table.lengths if table.seeds_of([system], [n])]
     if not lengths:
         return None
@@ -109,9 +109,18 @@ def _curve(table: Table, system: str, look: tuple) -> tuple | None:
     return lengths, 100 * np.array(values), look
 
 
+def over_lengths(title: str, lines: dict[str, tuple], ticks: Sequence) -> Callable:
+    """A panel of curves of shares in % by document length."""
+    def draw(axes) -> None:
+        _over_lengths(axes, lines, ticks, [f"{n:g}x" for n in ticks])
+        axes.set(title=title, xlabel="document length", ylabel="%")
+
+    return draw
+
+
 def table1_ours(table: Table) -> Callable:
-    curves = {SYSTEMS[s]: curve for s in ("base-one-window", "base", "memtrain", "memagent", BOTH)
-              if (curve := _curve(table, s, LOOKS[s]))}
+    curves = {SYSTEMS[s]: found for s in ("base-one-window", "base", "memtrain", "memagent", BOTH)
+              if (found := curve(table, s, LOOKS[s]))}
 
     def draw(axes) -> None:
         _over_lengths(axes, curves, table.lengths, [f"{n:g}x" for n in table.lengths])
@@ -180,7 +189,7 @@ def ablations_by_length(arms: Sequence[Arm], system: str = BOTH) -> Callable:
     curves = {}
     for i, arm in enumerate(a for a in arms if a.table.has(system)):
         look = ARM_COLOURS[i % len(ARM_COLOURS)], ARM_DASHES[i // len(ARM_COLOURS) % len(ARM_DASHES)], MARKERS[i % 7]
-        lengths, values, _ = _curve(arm.table, system, look)
+        lengths, values, _ = curve(arm.table, system, look)
         curves[arm.name] = lengths, values if i == 0 else values[:, :1], look  # one band: more would hide each other
 
     def draw(axes) -> None:

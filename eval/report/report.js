@@ -34,6 +34,7 @@
   function marked(parent, text, doc) {
     const spans = [];
     for (const part of doc.gold) for (const [x, y] of places(text, part, false)) spans.push([x, y, "gold"]);
+    for (const part of doc.outdated ?? []) for (const [x, y] of places(text, part, false)) spans.push([x, y, "old"]);
     for (const part of doc.marks) for (const [x, y] of places(text, part, true)) spans.push([x, y, "mark"]);
     for (const part of doc.answers) for (const [x, y] of places(text, part, true)) spans.push([x, y, "hit"]);
     const cuts = [...new Set([0, text.length, ...spans.flatMap(([x, y]) => [x, y])])].sort((x, y) => x - y);

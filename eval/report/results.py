@@ -52,6 +52,10 @@ CHECKS: dict[str, tuple[Callable, str]] = {
     "bits": (lambda v: isinstance(v, list) and all(_count(x) and x <= 1 for x in v), "zeros and ones"),
     "bit": (lambda v: _count(v) and v <= 1, "0 or 1"),
     "kinds": (lambda v: isinstance(v, dict) and all(map(_pair, v.values())), "{kind: [correct, asked]}"),
+    "marks": (lambda v: isinstance(v, str) and v.isascii() and v.isalnum(), "a letter or digit for each question"),
+    "sums": (lambda v: isinstance(v, dict) and all(
+        isinstance(x, list) and len(x) == 2 and number(x[0]) and _count(x[1]) and 0 <= x[0] <= x[1] > 0
+        for x in v.values()), "{kind: [sum of shares, asked]}"),
     "pairs": (lambda v: isinstance(v, list) and all(map(_pair, v)), "a list of [kept, asked]"),
     "object": (lambda v: isinstance(v, dict), "an object"),
 }
@@ -60,7 +64,8 @@ CHECKS: dict[str, tuple[Callable, str]] = {
 SCHEMA = {
     "long_qa": "system:system seed:count length:positive n:positive em:share em_low:share em_high:share "
                "correct:bits sections?:number tokens?:number f1?:share sub_em_search_r1?:share "
-               "sub_em_memagent?:share sub_em?:share kinds?:kinds memory_tokens?:number finished?:share",
+               "sub_em_memagent?:share sub_em?:share kinds?:kinds locomo_f1?:sums memory_tokens?:number "
+               "finished?:share",
     "recall": "system:system seed:count n:count accuracy:share low:share high:share",
     "masked": "system:system seed:count n:positive em:share em_low:share em_high:share sections?:number f1?:share "
               "sub_em_search_r1?:share sub_em_memagent?:share",
@@ -69,14 +74,17 @@ SCHEMA = {
     "search_qa": "system:system seed:count benchmark:text n:positive em:share em_low:share em_high:share correct:bits "
                  "f1?:share sub_em_search_r1?:share sub_em_memagent?:share turns?:number searches?:number "
                  "answered?:share malformed?:number found?:share memory_tokens?:number",
+    "changing": "system:system seed:count length:positive n:positive em:share em_low:share em_high:share correct:bits "
+                "asked:marks stale:marks changes:marks distance:marks sections?:number tokens?:number f1?:share "
+                "sub_em_search_r1?:share sub_em_memagent?:share kinds?:kinds memory_tokens?:number finished?:share",
     "memory": "system:system seed:count length:positive n:positive task?:text unit?:text retention?:pairs "
               "facts_per_100?:number gold_per_100?:number verbatim?:share invented?:share",
 }
 ONCE = {  # section: with system and seed, what tells a measurement from another
     "long_qa": ("length",), "recall": (), "masked": ("sections",), "search_qa": ("benchmark",),
-    "memory": ("task", "length")}
+    "memory": ("task", "length"), "changing": ("length",)}
 DOCUMENT = ("id:text task:text kind?:text question:text answers:texts sections:texts gold:texts marks:texts "
-            "systems:object")  # of readings.json
+            "outdated?:texts systems:object")  # of readings.json
 READING = "memories:texts answer?:text correct?:bit"
 
 
@@ -148,6 +156,8 @@ def _check_rows(path: Path, section: str, rows) -> list[dict]:
             asked, right = row["n"] * (2 if section == "search_qa" else 1), sum(row["correct"])
             if len(row["correct"]) != asked or abs(right / asked - row["em"]) > 1e-3:
                 raise InputError(f"{where}: 'correct' disagrees with 'n' or 'em'")
+        if section == "changing" and any(len(row[k]) != row["n"] for k in ("asked", "stale", "changes", "distance")):
+            raise InputError(f"{where}: 'asked', 'stale', 'changes' and 'distance' need one letter for each of 'n'")
     return rows
 
 

@@ -92,6 +92,18 @@ def by_kind(table: Table) -> list[list[str]]:
             for kind in sorted({kind for kind, _ in sums})]
 
 
+def locomo(table: Table) -> list[list[str]]:
+    """F1 as LoCoMo's authors count it, by category over all lengths and seeds."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for system in LONG:
+        for row in table.rows(system):
+            for kind, pair in (row.get("locomo_f1") or {}).items():
+                sums = found.setdefault(kind, {})
+                sums[system] = sums.get(system, np.zeros(2)) + pair
+    return [[Outside(kind), *(f"{points(own[s][0] / own[s][1]):.1f} ({own[s][1]:.0f})" if s in own else "—"
+                              for s in LONG)] for kind, own in sorted(found.items())]
+
+
 def memory(rows: Sequence[dict]) -> list[list[str]]:
     """What memories hold, by kind of document: shares of gold facts kept after k further sections, then means over
     lengths and seeds."""
