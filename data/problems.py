@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from data.run.files import output
 from data.search import SearchProblem, search_problem
 from data.tasks import Problem, masked_document, qa_document
 from data.text.benchmarks import load_benchmarks
-from data.text.corpus import Question, load_passages, load_questions
+from data.text.corpus import Corpus, Question, load_passages, load_questions
 from data.text.entities import make_finder
 from data.text.retrieval import Retriever
 from data.weights.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ class Data:
     def __init__(self, c: Config, tokenizer: Tokenizer):
         self.c, self.tokenizer, self.finder = c, tokenizer, make_finder(c.entities)
         self.world = self.held_out_world = None
+        self.kept_out = 0  # passages that hold evidence of evaluation questions: nothing is trained on them
         stages = c.stages.split(",")
         kinds = set(map(kind_of, stages))
         if c.corpus == "miniworld":
@@ -41,8 +42,9 @@ class Data:
         else:
             self.whole = load_passages(c.corpus)
             self.train, self.held_out = self.whole.split()
-            self.questions = load_questions(c.questions, c.eval_questions) if c.questions else []
-            self.train_questions = load_questions(c.train_questions) if c.train_questions else []
+            self.questions = list(_of_files(c.questions, c.eval_questions))
+            self.train_questions = list(_of_files(c.train_questions))
+            self.train, self.kept_out = without_evidence(self.train, self.questions)
             self._refuse_leaks(self.questions)
         # a corpus that can't do what the stages need is refused before anything is trained or written
         if "memtrain" in stages:
@@ -118,6 +120,21 @@ class Data:
 
     def evaluation_question(self, index: int, length: int) -> Problem:
         return qa_document(self.questions[index], self.held_out.passages, self.tokenizer, length * self.c.section, 0)
+
+
+def _of_files(spec: str, limit: int | None = None) -> Iterator[Question]:
+    """The questions of comma-separated files, as many of each; `limit` of them in all."""
+    names = [n for n in spec.split(",") if n]
+    for name in names:
+        yield from load_questions(name, limit and max(1, limit // len(names)))
+
+
+def without_evidence(corpus: Corpus, questions: Iterable[Question]) -> tuple[Corpus, int]:
+    """(the corpus without passages that share a title with the evidence of `questions`, how many those are)."""
+    titles = {p.title for q in questions for p in q.gold}
+    kept = [p for p in corpus.passages if p.title not in titles]
+    out = len(corpus) - len(kept)
+    return (Corpus(kept, corpus.name, corpus.clues) if out else corpus), out
 
 
 def world_pair(world: MiniWorld, family: str, index: int, seed: int = -1) -> SearchProblem:
