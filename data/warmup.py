@@ -7,7 +7,8 @@ through real passages, over entities that the finder marks, and show four format
     cloze    a sentence of a passage with one entity left out; what bears on it is that sentence, then sentences that
              hold a name of the problem
 
-    update   the memory so far, then the section's sentences that bear on the problem, word for word, as many as fit
+    update   the memory so far, then the section's sentences that bear on the problem, word for word, as many as fit;
+             its first sentence where there is nothing else to keep: shown an empty memory, a model wrote nothing at all
     answer   from a memory that suffices, among lines that don't matter
     recall   of an entity that the memory holds
     direct   from a text, for a problem whose answer it holds
@@ -105,6 +106,8 @@ class Reader:
         """The old memory, then what bears on the problem; lines that don't are let go where it gets too full."""
         found = [s for s in section if s in e.needed] or [s for s in section if any(occurs(s, c) for c in e.cues)]
         new = [s for s in found if s not in memory and self.size(s) <= LONGEST * self.memory][:MOST]
+        if not memory and not new:
+            new = [s for s in section if self.size(s) <= LONGEST * self.memory][:1]
         kept = set(self.fit([s for s in memory if self.bears(e, s)] + new + memory))
         return [s for s in dict.fromkeys(memory + new) if s in kept]
 
@@ -145,16 +148,19 @@ class Reader:
         return [*self.tokenizer.encode(f"\\boxed{{{answer}}}"), self.tokenizer.end]
 
     def read(self, e: Episode, rng: random.Random, length: int) -> list[tuple]:
-        """Two readers go through a document, one from an empty memory, one from lines of other pages."""
+        """Two readers go through a document, one from an empty memory, one from lines of other pages. One in five of
+        the sections that say nothing on the problem is shown."""
         rows, memories = [], [[], self.fit(self.idle(rng, 3))]
         for ids in sections(e.passages, self.tokenizer, length):
             text, suffixes = lines(self.tokenizer.decode(ids)), []
+            shown_at_all = any(s in e.needed for s in text) or rng.random() < 0.2
             for r, old in enumerate(memories):
                 memories[r] = self.update(e, old, text)
                 prefix, given = self.prompts.update(e.problem, ids, self.memory_ids(old))
                 shown = given, [*self.memory_ids(memories[r]), self.tokenizer.end], WEIGHTS["update"]
                 suffixes += [shown] if shown not in suffixes else []
-            rows.append((prefix, suffixes))
+            if shown_at_all:
+                rows.append((prefix, suffixes))
         return rows
 
     def answer(self, e: Episode, rng: random.Random) -> tuple:
