@@ -22,12 +22,14 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from data import InputError
 from data.prompts import Prompts
 from data.tasks import MASK, TARGET, masked_document, qa_document, recall_target, sections
 from data.text.corpus import SENTENCE_END, Corpus, Question
 from data.text.entities import mask_entity, occurs
 
 GAP = "___"
+ATTEMPTS = 2000  # draws of a passage before a corpus is found to hold nothing to ask
 CLOZE = "What belongs in the gap? {sentence}"
 LENGTHS = (0.25, 0.4, 0.6)  # of demonstrated sections, as shares of a whole one: short ones teach more a token
 MOST = 2  # lines that a reader takes from one section
@@ -75,7 +77,7 @@ class Reader:
 
     def cloze(self, rng: random.Random, tokens: int) -> Episode:
         """A line of a passage with one of its entities left out, and a document that holds the line."""
-        while True:
+        for _ in range(ATTEMPTS):
             gold = rng.choice(self.corpus.passages)
             line = rng.choice(lines(gold.rendered))
             body = line.removeprefix(f"{gold.title}: ")
@@ -91,11 +93,16 @@ class Reader:
             document = qa_document(question, self.corpus.passages, self.tokenizer, tokens, 0)
             return Episode(document.question, answer, document.passages,
                            tuple(e for e in found if e != answer), (line,))
+        raise self.nothing("sentence with two entities")
 
     def episode(self, rng: random.Random, seed: int, tokens: int) -> Episode:
         if rng.random() < 0.5:
             return self.masked(seed, rng.randrange(1 << 30), tokens)
         return self.cloze(rng, tokens)
+
+    def nothing(self, what: str) -> InputError:
+        return InputError(f"corpus {self.corpus.name}: no {what} in {ATTEMPTS} passages drawn at random; give a corpus "
+                          f"with names, dates or numbers, a longer --memory, or another --entities finder")
 
     # ---- the simulated reader ----------------------------------------------------------------------------
 
@@ -177,7 +184,7 @@ class Reader:
 
     def recall_case(self, rng: random.Random) -> tuple[list[int], list[int], str]:
         """(section with [TARGET], memory that holds it, the entity)."""
-        while True:
+        for _ in range(ATTEMPTS):
             text = "".join(rng.choice(self.corpus.passages).rendered + "\n" for _ in range(2))
             made = recall_target(text, self.finder, rng)
             held = [s for s in lines(text) if made and occurs(s, made[1])
@@ -187,6 +194,7 @@ class Reader:
                 memory = self.fit([rng.choice(held), *self.idle(rng)])
                 rng.shuffle(memory)
                 return ids, self.memory_ids(memory), made[1]
+        raise self.nothing("entity in a short sentence")
 
     def recall(self, rng: random.Random) -> tuple:
         section, memory, target = self.recall_case(rng)
