@@ -102,7 +102,7 @@ from data.search import (
 from data.tasks import Problem, cut_middle, recall_target, recall_then, sections
 from data.text.retrieval import Retriever
 from data.weights.checkpoint import load_checkpoint, save_checkpoint
-from data.weights.loading import check_vocabulary, load_tokenizer
+from data.weights.loading import check_vocabulary, choose_dtype, load_tokenizer
 from data.weights.pretrained import check_window, load_adapter, load_weights, locate, read_shape
 from data.weights.tokenizer import Tokenizer
 from eval.header import header
@@ -746,6 +746,8 @@ class Policy:
             load_checkpoint(trained or Path(c.init or SHIPPED_BASE), model, self.tokenizer)
         if self.source and c.init:
             load_adapter(Path(c.init), model)
+        if self.source and folder.finished("warmup"):
+            load_checkpoint(folder.checkpoint("warmup"), model, self.tokenizer)
 
 
 class Run:
@@ -774,7 +776,7 @@ class Run:
             if not self.folder.finished("memtrain") and "memtrain" not in stages[:stages.index(stage)]:
                 raise InputError(f"--stages {c.stages}: {stage} starts from memtrain, which is not finished in "
                                  f"{self.folder.path}; give memtrain before it")
-        if "base" not in stages and {*TRAINED, "eval"}.intersection(stages):
+        if "base" not in stages and {"warmup", *TRAINED, "eval"}.intersection(stages):
             self.load("base")  # a checkpoint that does not fit is refused before anything is written
             if c.lora_rank:  # so are adapters of another base; whole weights would be read twice for nothing
                 for name in filter(self.folder.finished, TRAINED):
@@ -829,75 +831,86 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(c: Config, device: torch.device) -> str:
-    """--dtype; auto is bfloat16 where weights are frozen and the hardware multiplies it, and float32 elsewhere, where
-    it would be emulated and slower."""
-    if c.dtype != "auto":
-        return c.dtype
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return "bfloat16" if c.lora_rank and fast else "float32"
-
-
 # ---- Stages ------------------------------------------------------------------------------------------------------
 
 
 def train_base(run: Run) -> None:
     """The stand-in for an instruct model: copying, then text and demonstrations of the five formats."""
-    from torch.utils.data import DataLoader
-
     from data.world.steps import DemoSteps
+    from eval.gates import gates
 
-    c, model, path = run.c, run.model, run.folder.checkpoint("base")
-    optimizers = base_optimizers(c, model)
-    rates = [[g["lr"] for g in o.param_groups] for o in optimizers]
-    state = {"stage": "base", "step": 0, "seconds": 0.0, "tokens": 0}
-    if path.exists():
-        state = load_checkpoint(path, model, run.tokenizer, optimizers)
-    elif c.init and load_checkpoint(Path(c.init), model, run.tokenizer).get("done"):
+    c, model = run.c, run.model
+    if not run.folder.checkpoint("base").exists() and c.init and load_checkpoint(
+            Path(c.init), model, run.tokenizer).get("done"):
         with torch.no_grad():  # a finished base was sharpened at its end, as this one will be
             model.norm.weight.div_(c.base_sharpen)
-    run.rewind("base", state["step"])
-    steps, total = DemoSteps(c, state["step"] - c.base_copy_steps), c.base_copy_steps + c.base_steps
+
+    def scale(step: int) -> float:
+        after = step - c.base_copy_steps  # warm up anew after copying; the last half decays to zero
+        return min(1.0, (step + 1) / 20, 2 - 2 * (after + 0.5) / c.base_steps if after >= 0 else 1.0,
+                   (after + 1) / 20 if after >= 0 else 1.0)
+
+    state = teach(run, "base", DemoSteps(c, run.tokenizer), base_optimizers(c, model), scale, text=0.2)
+    with torch.no_grad():
+        model.norm.weight.mul_(c.base_sharpen)
+    state |= {"done": True, "config": dataclasses.asdict(c), "commit": commit()}
+    run.save("base", state | {"gates": gates(run.agent, c) if ranks.FIRST else {}})
+
+
+def warm_up(run: Run) -> None:
+    """Real weights learn the formats from demonstrations that raw text gives, before they are rewarded."""
+    from data.warmup import WarmupSteps
+    from eval.gates import real_gates
+
+    c, data = run.c, run.data
+    optimizer = torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad], lr=c.demo_lr, weight_decay=0.)
+    steps = WarmupSteps(c, data.train, data.finder, run.agent.prompts)
+    state = teach(run, "warmup", steps, [optimizer], lambda step: min((step + 1) / 5, 1 - step / c.demo_steps))
+    state |= {"done": True, "commit": commit()}
+    run.save("warmup", state | {"gates": real_gates(run.agent, c, data) if ranks.FIRST else {}})
+
+
+def teach(run: Run, name: str, steps: Sequence, optimizers, scale, text: float = 0.0) -> dict:
+    """Imitates steps[i], rows as `imitate` takes them, one optimiser step each, from where it stopped; the state then.
+    scale(i): factor on all learning rates."""
+    from torch.utils.data import DataLoader, Subset
+
+    c, path = run.c, run.folder.checkpoint(name)
+    rates = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    state = {"stage": name, "step": 0, "seconds": 0.0, "tokens": 0}
+    if path.exists():
+        state = load_checkpoint(path, run.model, run.tokenizer, optimizers)
+    run.rewind(name, state["step"])
     # a generator of its own: no run draws from the global ones, so that no checkpoint has to keep their state
     # on a CPU they would take the cores that train; a GPU waits for one of them: 0.5 s a step of preset small, measured
     workers = 1 if run.device.type == "cpu" else min(8, max(1, (os.cpu_count() or 2) - 1))
-    demos = iter(DataLoader(steps, batch_size=None, num_workers=workers, prefetch_factor=4,
-                            generator=torch.Generator(), worker_init_fn=deaf))
+    demos = iter(DataLoader(Subset(steps, range(state["step"], len(steps))), batch_size=None, num_workers=workers,
+                            prefetch_factor=4, generator=torch.Generator(), worker_init_fn=deaf))
     with ExitStack() as stack:
         # the workers are told to go: deaf as they are, an exit that only sends it a signal would wait for ever
         stack.callback(demos._shutdown_workers)
-        bar = stack.enter_context(tqdm(total=total, initial=state["step"], desc="base", unit="step",
+        bar = stack.enter_context(tqdm(total=len(steps), initial=state["step"], desc=name, unit="step",
                                        disable=not ranks.FIRST))
-        while state["step"] < total:
+        while state["step"] < len(steps):
             step, start = state["step"], time.perf_counter()
-            after = step - c.base_copy_steps  # warm up anew after copying; the last half decays to zero
-            scale = min(1.0, (step + 1) / 20, 2 - 2 * (after + 0.5) / c.base_steps if after >= 0 else 1.0,
-                        (after + 1) / 20 if after >= 0 else 1.0)
-            rows = copying_rows(c, step, run.tokenizer) if after < 0 else next(demos)
-            loss, tokens = imitate(model, rows, c, step, run.device)
+            loss, tokens = imitate(run.model, next(demos), c, step, run.device, text)
             for o, lr in zip(optimizers, rates, strict=True):
                 for g, base in zip(o.param_groups, lr, strict=True):
-                    g["lr"] = base * scale
+                    g["lr"] = base * scale(step)
                 o.step()
                 o.zero_grad(set_to_none=True)
             synchronise(run.device)
             seconds = time.perf_counter() - start
             state |= {"step": step + 1, "seconds": state["seconds"] + seconds, "tokens": state["tokens"] + tokens}
-            run.write({"stage": "base", "step": step, "loss": loss, "seconds": seconds, "tokens": tokens})
+            run.write({"stage": name, "step": step, "loss": loss, "seconds": seconds, "tokens": tokens})
             bar.set_postfix_str(f"loss {loss:.3f}")
             bar.update()
             stop = run.asked_to_stop()
-            if state["step"] % c.save_every == 0 or state["step"] == total or stop:
-                run.save("base", state, optimizers)
+            if state["step"] % c.save_every == 0 or state["step"] == len(steps) or stop:
+                run.save(name, state, optimizers)
             if stop:
                 raise Stopped
-    with torch.no_grad():
-        model.norm.weight.mul_(c.base_sharpen)
-    from eval.gates import gates
-
-    state |= {"done": True, "config": dataclasses.asdict(c), "commit": commit()}
-    run.save("base", state | {"gates": gates(run.agent, c) if ranks.FIRST else {}})
+    return state
 
 
 def base_optimizers(c: Config, model: Decoder) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
@@ -910,15 +923,8 @@ def base_optimizers(c: Config, model: Decoder) -> tuple[torch.optim.Muon, torch.
                                {"params": vectors, "lr": c.base_lr / 5}], betas=(0.9, 0.95), weight_decay=0.0))
 
 
-def copying_rows(c: Config, step: int, tokenizer: Tokenizer) -> list[tuple]:
-    """64 sequences of 32 random tokens to be repeated: they build the copy circuit that everything rests on."""
-    rng = np.random.default_rng([c.seed, step])
-    tokens = rng.integers(0, tokenizer.size - 3, (64, 32)).tolist()
-    return [(ids, [(tokenizer.assistant, ids, 1.0)]) for ids in tokens]
-
-
-def imitate(model: Decoder, rows, c: Config, step: int, device) -> tuple[float, int]:
-    """Gradient of the weighted next-token loss of rows [(prefix, [(given, response, weight), ...]), ...]; a fifth
+def imitate(model: Decoder, rows, c: Config, step: int, device, share: float) -> tuple[float, int]:
+    """Gradient of the weighted next-token loss of rows [(prefix, [(given, response, weight), ...]), ...]; a share
     of the prefix tokens is scored too, at weight 0.6. Returns loss and packed tokens."""
     generator = torch.Generator().manual_seed(step)
     batches, total = [], 0.0
@@ -926,7 +932,7 @@ def imitate(model: Decoder, rows, c: Config, step: int, device) -> tuple[float, 
         packed = pack([(p, [(g, r) for g, r, _ in s]) for p, s in micro], device)
         weight = [torch.full((len(r),), w) for _, s in micro for _, r, w in s]
         text = packed.layout.within_prefixes()
-        text = text[torch.rand(len(text), generator=generator).numpy() < 0.2]
+        text = text[torch.rand(len(text), generator=generator).numpy() < share]
         weight = torch.cat([*weight, torch.full((len(text),), 0.6)])
         total += float(weight.sum())
         batches.append((packed, torch.from_numpy(text).to(device), weight.to(device)))
@@ -1029,8 +1035,9 @@ def report(run: Run) -> None:
 
 def run_stages(run: Run) -> None:
     for stage in run.c.stages.split(","):
-        if stage == "base" and not run.folder.finished("base"):
-            train_base(run)
+        if stage in ("base", "warmup"):
+            if not run.folder.finished(stage):
+                (train_base if stage == "base" else warm_up)(run)
         elif stage == "memtrain":
             train_policy(run, "memtrain", "base")
         elif stage in ("memagent", "mem1"):

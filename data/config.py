@@ -97,7 +97,8 @@ class Config:
     """The whole configuration, flat. The command line is generated from it; a preset only changes values."""
 
     preset: str = option("nano", "run", "set of defaults: nano (two CPU cores, twenty minutes); small (one GPU "
-                         "of 8 GB or more, its base is trained in the same run); qwen3-0.6b, qwen2.5-1.5b, qwen3-4b, "
+                         "of 8 GB or more, its base is trained in the same run); smollm2-135m (real weights that two "
+                         "cores can read with); qwen3-0.6b, qwen2.5-1.5b, qwen3-4b, "
                          "qwen2.5-7b (real weights on one GPU); paper, the same for "
                          "any other --model; each of them with -consumer (batches for 24 GB)")
     model: str = option("", "run", "real weights instead of our own: a folder as published (config.json, safetensors, "
@@ -106,9 +107,10 @@ class Config:
     run: str = option("", "run", "name of the folder under runs/; the preset's name if empty, for a study with "
                       "-study behind it")
     stages: str = option("memtrain,memagent,mem1,eval,report", "run",
-                         "what to do, in order: base (train the stand-in for an instruct model), memtrain, memagent "
-                         "and mem1 (from the base and, where memtrain was run, from it too; memtrain+memagent, "
-                         "memtrain+mem1: from it alone), eval, report")
+                         "what to do, in order: base (train the stand-in for an instruct model), warmup (a --model "
+                         "learns the formats, without labels), memtrain, memagent and mem1 (from the base and, where "
+                         "memtrain was run, from it too; memtrain+memagent, memtrain+mem1: from it alone), eval, "
+                         "report")
     seed: int = option(0, "run", "seed of documents, rollouts and evaluation")
     seeds: str = option("", "run", "a study: one run a seed, like 0,1,2, then one report of them all")
     ablations: bool = option(False, "run", "a study: also one run a seed for each of " + ", ".join(
@@ -228,6 +230,10 @@ class Config:
     base_recalls: int = option(32, "base", "recalls of what a memory holds a step")
     base_directs: int = option(8, "base", "answers straight from a section a step")
 
+    demo_steps: int = option(150, "warm-up", "steps of the stage warmup, on demonstrations made from the corpus alone")
+    demo_documents: int = option(2, "warm-up", "documents read a step, with six more prompts each")
+    demo_lr: float = option(1e-3, "warm-up", "learning rate of AdamW on adapters; for whole weights give about 2e-5")
+
     world: str = option("eval", "evaluation", "of the mini-world: eval, or dev, another one to choose budgets and "
                         "designs on; its results go to runs/RUN/dev")
     eval_lengths: str = option("1,2,4,8,16,32", "evaluation", "document lengths in sections, up to 128")
@@ -292,6 +298,15 @@ QWEN = {  # as in their published config.json
                    "vocab": 152_064},
 }
 REAL = {"paper": PAPER} | {name: PAPER | shape for name, shape in QWEN.items()}
+# A model that two cores can read with: the paper's window, 1 : 5 : 1 : 1, at an eighth of its size. It follows no
+# format by itself, so that it is warmed up, and then short prompts do. Rank, rates and batches are ours.
+SMOL = PAPER | {
+    "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "width": 576, "layers": 30, "heads": 9, "key_heads": 3,
+    "head_size": 64, "hidden": 1536, "rope_theta": 1e5, "norm_eps": 1e-5, "qk_norm": False, "tied": True,
+    "vocab": 49_152, "stages": "warmup,memtrain,memagent,eval,report", "prompts": "short", "window": 1024,
+    "section": 640, "memory": 127, "response": 128, "passages": 50, "result": 384, "act": 48, "lora_rank": 16,
+    "lora_alpha": 32.0, "lr": 1e-4, "recompute": False, "micro_tokens": 8_192, "cache_gb": 4.0, "documents": 8,
+    "update_documents": 8, "eval_lengths": "1,2,4,8,16"}
 # One GPU: the paper's window, 1 : 5 : 1 : 1, at an eighth of its size, and a base that is trained in the same run.
 # Sixty steps of its base ran on an H200, 0.26 s each; none has taken it to its report. `plan --preset small` says more.
 SMALL = {"stages": "base,memtrain,memagent,mem1,eval,report", "people": 2000, "passages": 240, "related": 29,
@@ -299,10 +314,10 @@ SMALL = {"stages": "base,memtrain,memagent,mem1,eval,report", "people": 2000, "p
          "window": 1024, "section": 640, "memory": 128, "response": 129, "lr": 1e-4, "tf32": True,
          "micro_tokens": 8_192, "sample_rows": 512, "cache_gb": 2.0, "base_documents": 12, "base_answers": 16,
          "base_recalls": 24, "base_directs": 6}
-PRESETS: dict[str, dict] = {"nano": {}, "small": SMALL} | REAL | {
+PRESETS: dict[str, dict] = {"nano": {}, "small": SMALL, "smollm2-135m": SMOL} | REAL | {
     f"{name}-consumer": p | CONSUMER | TIGHT.get(name, {}) for name, p in REAL.items()}
 TRAINED = ("memtrain", "memagent", "memtrain+memagent", "mem1", "memtrain+mem1")  # stages of reinforcement learning
-STAGES = ("base", *TRAINED, "eval", "report")
+STAGES = ("base", "warmup", *TRAINED, "eval", "report")
 SYSTEMS = ("base-one-window", "base", *TRAINED)
 STUDY = ("seeds", "ablations", "scaling")  # fields that ask for a study: its runs are started without them
 COMMANDS = ("plan", "read", "export", "gates")  # besides training and evaluation; the plain command takes options only
@@ -369,7 +384,7 @@ def given_fields(argv: Sequence[str]) -> dict:
 def parse(argv: Sequence[str]) -> Config:
     """Command line -> checked Config. InputError on an unknown name, a wrong type or an impossible combination."""
     given = given_fields(argv)
-    preset = given.setdefault("preset", "paper" if "model" in given else "nano")
+    preset = given.setdefault("preset", preset_of(given["model"]) if "model" in given else "nano")
     if preset not in PRESETS:
         raise InputError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
     if "questions" in given:  # those of one's own are for search, too, unless there are others
@@ -400,6 +415,14 @@ def read_config(path: Path, remedy: str) -> Config:
         if type(value) not in (kind := type(defaults[name]), int if kind is float else kind):
             raise InputError(f"{path}: {name} is {value!r}, not of type {kind.__name__}; {remedy}")
     return Config(**theirs)
+
+
+def preset_of(model: str) -> str:
+    """The preset made for checkpoints of this size, where `model` is a folder; paper for all others."""
+    if not Path(model).exists():
+        return "paper"
+    shape, sizes = read_shape(Path(model)), ("width", "layers", "heads", "key_heads", "hidden", "vocab")
+    return next((n for n, p in PRESETS.items() if "model" in p and all(p[k] == shape[k] for k in sizes)), "paper")
 
 
 def _truth(text: str) -> bool:
@@ -524,6 +547,10 @@ def check(c: Config) -> None:
         refuse(not 0 < getattr(c, name) <= 1, f"--{name.replace('_', '-')} {getattr(c, name)}: must lie in (0, 1]")
     refuse(not (0 <= c.eps_low < 1 and c.eps_high >= 0), f"--eps-low {c.eps_low}, --eps-high {c.eps_high}: "
                                                          f"expected 0 <= eps_low < 1 and eps_high >= 0")
+    refuse(c.demo_steps < 1 or c.demo_documents < 1 or not c.demo_lr > 0,
+           f"--demo-steps {c.demo_steps}, --demo-documents {c.demo_documents}, --demo-lr {c.demo_lr}: must be above 0")
+    refuse("warmup" in wants and not c.model, f"--stages {c.stages}: warmup is for a --model; our own decoder is "
+                                              f"taught by the stage base")
     refuse(c.passages <= c.related, f"--related {c.related}: a document of --passages {c.passages} holds the pivot "
                                     f"and at most {c.passages - 1} related passages")
     refuse(c.people < 40, f"--people {c.people}: a mini-world needs at least 40")

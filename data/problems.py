@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class Data:
     def __init__(self, c: Config, tokenizer: Tokenizer):
         self.c, self.tokenizer, self.finder = c, tokenizer, make_finder(c.entities)
         self.world = self.held_out_world = None
+        self.kept_out = 0  # passages that hold evidence of evaluation questions: nothing is trained on them
         stages = c.stages.split(",")
         kinds = set(map(kind_of, stages))
         if c.corpus == "miniworld":
@@ -43,8 +44,9 @@ class Data:
         else:
             self.whole = load_passages(c.corpus)
             self.train, self.held_out = self.whole.split()
-            self.questions = load_questions(c.questions, c.eval_questions) if c.questions else []
-            self.train_questions = load_questions(c.train_questions) if c.train_questions else []
+            self.questions = list(_of_files(c.questions, c.eval_questions))
+            self.train_questions = list(_of_files(c.train_questions))
+            self.train, self.kept_out = without_evidence(self.train, self.questions)
             self._refuse_leaks(self.questions)
         if c.retriever != "bm25":
             for corpus in (self.train, self.held_out):  # vectors take minutes: they are kept
@@ -200,6 +202,21 @@ class Data:
 
     def evaluation_question(self, index: int, length: int) -> Problem:
         return qa_document(self.questions[index], self.held_out.passages, self.tokenizer, length * self.c.section, 0)
+
+
+def _of_files(spec: str, limit: int | None = None) -> Iterator[Question]:
+    """The questions of comma-separated files, as many of each; `limit` of them in all."""
+    names = [n for n in spec.split(",") if n]
+    for name in names:
+        yield from load_questions(name, limit and max(1, limit // len(names)))
+
+
+def without_evidence(corpus: Corpus, questions: Iterable[Question]) -> tuple[Corpus, int]:
+    """(the corpus without passages that share a title with the evidence of `questions`, how many those are)."""
+    titles = {p.title for q in questions for p in q.gold}
+    kept = [p for p in corpus.passages if p.title not in titles]
+    out = len(corpus) - len(kept)
+    return (Corpus(kept, corpus.name, corpus.clues) if out else corpus), out
 
 
 def world_pair(world: MiniWorld, family: str, index: int, seed: int = -1) -> SearchProblem:

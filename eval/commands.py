@@ -63,15 +63,18 @@ def read(argv: Sequence[str], policy: Callable, agent: Callable) -> None:
 
 
 def gates(argv: Sequence[str], policy: Callable, agent: Callable, recall_probe: Callable) -> int:
-    """python memtrain.py gates: whether a base is fit to start reinforcement learning from, 1 where it is not; and
-    whether a step of MemTrain has something to select on."""
-    from eval.gates import gates, passed
+    """python memtrain.py gates: whether a base is fit to start reinforcement learning from, 1 where it is not; of our
+    own also whether a step of MemTrain has something to select on."""
+    from data.problems import Data
+    from eval.gates import gates, passed, real_gates
     from eval.health import health, show
 
     opened = open_checkpoint(*command_options("gates", argv), policy)
-    own = agent(opened.model, opened.tokenizer, opened.c)
-    fit = passed(gates(own, opened.c))
-    show(health(own, opened.c, recall_probe))
+    own, c = agent(opened.model, opened.tokenizer, opened.c), opened.c
+    if c.model:
+        return int(not passed(real_gates(own, c, Data(c, opened.tokenizer))))
+    fit = passed(gates(own, c))
+    show(health(own, c, recall_probe))
     return int(not fit)
 
 

@@ -118,7 +118,7 @@ def announced_run(target: Moment | None, trace: Path, fields: Sequence[str]) -> 
     here, real_gates, save, replace = Announcer(target, trace), gates.gates, checkpoint.save_file, os.replace
     wrap(memtrain, "train_policy", lambda run, name, start: here.enter(name, -1))
     wrap(memtrain, "train_step", lambda run, kind, step, *_: here.enter(here.stage, step))
-    wrap(memtrain, "imitate", lambda model, rows, c, step, device: here.enter("base", step))
+    wrap(memtrain, "imitate", lambda model, rows, c, step, *_: here.enter("base", step))
     wrap(memtrain.Agent, "sample", lambda *_: here("sampling"))
     wrap(torch.Tensor, "backward", lambda *_: here("backward"))
     for optimizer in (torch.optim.AdamW, torch.optim.Muon):

@@ -34,7 +34,8 @@ def header(run, score: Callable) -> None:
           f"  device   {run.device} ({torch.get_num_threads()} threads), kernels: {kernels_in_use(run.device)}\n"
           f"  model    {parameters / 1e6:.2f} M parameters, {run.tokenizer.size} tokens"
           f"{f', LoRA rank {c.lora_rank}' if c.lora_rank else ''}\n"
-          f"  corpus   {data.train.name}: {len(data.train)} passages to train on, {len(data.held_out)} held out; "
+          f"  corpus   {data.train.name}: {len(data.train)} passages to train on, {len(data.held_out)} held out"
+          f"{f', {data.kept_out} with evidence of evaluation questions left out' * bool(data.kept_out)}; "
           f"entities: {data.finder.name}; {len(data.questions)} evaluation questions\n"
           f"  window   {c.window} = {c.window - c.section - c.memory - c.response} instruction and problem + "
           f"{c.section} section + {c.memory} memory + {c.response} response; order {c.prompt_order}\n"
@@ -60,10 +61,12 @@ def evidence(c, data) -> list[str]:
 def estimate(run, score: Callable) -> tuple[float, int]:
     """(minutes, packed tokens of one MemTrain step), from a second of training measured here and now."""
     c = run.c
-    rows = [([5] * c.section, [([6] * c.memory, [7] * 20)] * 8)] * 4
+    # four groups of a small model; of one that takes a second for one of them, that one once
+    large = run.device.type == "cpu" and sum(p.numel() for p in run.model.parameters()) > 50e6
+    rows = [([5] * c.section, [([6] * c.memory, [7] * 20)] * 8)] * (1 if large else 4)
     packed = pack(rows, run.device)
     spent = []
-    for _ in range(3):
+    for _ in range(1 if large else 3):
         synchronise(run.device)
         began = time.perf_counter()
         (-score(run.model, packed)[0].mean()).backward()

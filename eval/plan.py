@@ -288,7 +288,10 @@ def prefill(c, calls: Sequence[Call], made: Sequence[tuple[int, int, int, int]])
 # Of the demonstrations of data/world/demonstrations.py, counted: how many of a document's sections are shown, to how
 # many readers that differ; tokens of an answer; turns of an episode of search.
 SHOWN, READERS, SAID, TURNS = 0.68, 2.5, 6, 5.5
-COPIED = 64 * 64  # tokens of a step of copying: memtrain.copying_rows
+COPIED = 64 * 64  # tokens of a step of copying: DemoSteps.copying
+# Of data/warmup.py's, counted over 30 steps with sections of 400 and 640 tokens: packed tokens of a document's rows are
+# WARMED[0] + WARMED[1] * section, of which the share is scored.
+WARMED, WARMED_SCORED = (1_810, 0.145), 0.1
 
 
 def demonstrated(c) -> Passes:
@@ -312,12 +315,22 @@ def demonstrated(c) -> Passes:
                   round(min(1, c.micro_tokens / tokens) * scored))
 
 
+def warmed(c) -> Passes:
+    """The micro-batches of one step of the stage warmup, about."""
+    tokens = round(c.demo_documents * (WARMED[0] + WARMED[1] * c.section))
+    most = min(tokens, c.micro_tokens)
+    return Passes(max(1, round(tokens / c.micro_tokens)), tokens, round(WARMED_SCORED * tokens),
+                  round(tokens * c.section / 4), most, round(WARMED_SCORED * most))
+
+
 def trainings(c) -> dict[str, int]:
     """What a run trains, in order: name -> steps."""
     wanted, steps = c.stages.split(","), {}
     for stage in wanted:
         if stage == "base":
             steps["base"] = c.base_copy_steps + c.base_steps
+        elif stage == "warmup":
+            steps["warmup"] = c.demo_steps
         elif stage in TRAINED:
             count = getattr(c, f"{kind_of(stage)}_steps")
             steps[stage] = count
@@ -354,8 +367,8 @@ def _wanted(c, systems: list[str]) -> list[str]:
 
 def packed_tokens(c, stage: str) -> int:
     """Of one step, through forward and backward."""
-    if stage == "base":
-        return demonstrated(c).tokens
+    if stage in ("base", "warmup"):
+        return (demonstrated if stage == "base" else warmed)(c).tokens
     return training(step(c, kind_of(stage)), c.micro_tokens).tokens
 
 
@@ -611,6 +624,11 @@ def stages(c, vocab: int, card: Card, mfu: float) -> list[dict]:
     rows, before = [], []
     if "base" in c.stages.split(","):
         rows.append(base_stage(c, vocab, card, mfu))
+    if "warmup" in c.stages.split(","):
+        flops = training_flops(dataclasses.replace(c, kl=0.0), vocab, warmed(c))
+        learn = flops / (rate(c, card) * 1e12 * mfu)
+        rows.append({"stage": "warmup", "steps": c.demo_steps, "sample_seconds": 0.0, "train_seconds": learn,
+                     "flops": flops, "sample_rows": 0, "hours": c.demo_steps * learn / 3600})
     trained = trainings(c)
     for kind in kinds_of(c):
         calls = step(c, kind)

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import memtrain
 from data.weights import checkpoint, pretrained
+from data.world.steps import DemoSteps
 from kernels import attention, decode, grpo, logprob
 from kernels.layout import Layout
 
@@ -181,7 +182,7 @@ def test_a_grpo_step(cuda, tiny, tokenizer, fields):
 def test_a_step_of_the_base(cuda, tiny, tokenizer):
     c = tiny()
     model = own_policy(c).model
-    memtrain.imitate(model, memtrain.copying_rows(c, 0, tokenizer), c, 0, CUDA)
+    memtrain.imitate(model, DemoSteps(c, tokenizer)[0], c, 0, CUDA, 0.2)
     hidden = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
     assert all(p.grad.device == CUDA for p in hidden)
     torch.optim.Muon(hidden, lr=0.02).step()

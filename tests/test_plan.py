@@ -154,16 +154,16 @@ def test_the_papers_step_passes_the_tokens_that_the_design_names():
 def test_tokens_are_those_of_a_step_of_the_base_stage(argv, tokenizer):
     """On the mean of eight steps: each is a draw of documents, questions and readers."""
     c, tokens, scored = parse(argv), [], []
-    steps = DemoSteps(c)
+    steps = DemoSteps(c, tokenizer)
     for i in range(8):
-        rows = steps[i]
+        rows = steps[c.base_copy_steps + i]
         packed = pack([(p, [(g, r) for g, r, _ in s]) for p, s in rows])
         tokens.append(packed.layout.total)
         scored.append(len(packed.target) + 0.2 * sum(len(p) for p, _ in rows))
     p = plan.demonstrated(c)
     assert p.tokens == pytest.approx(sum(tokens) / 8, rel=0.08) and p.scored == pytest.approx(sum(scored) / 8, rel=0.08)
     assert p.most <= c.micro_tokens and p.most_scored < p.most
-    assert len(memtrain.copying_rows(c, 0, tokenizer)) * 64 == plan.COPIED
+    assert len(steps[0]) * 64 == plan.COPIED
 
 
 def test_what_a_run_trains_and_evaluates():

@@ -456,14 +456,16 @@ def test_a_worn_memory_fills_the_budget_with_what_it_held(demos, tokenizer):
     assert set(whole) == set(memory[:1]) and memory[0].startswith(cut.removesuffix("."))
 
 
-def test_demonstration_steps_follow_from_the_configuration(tiny):
-    steps = DemoSteps(tiny())
+def test_demonstration_steps_follow_from_the_configuration(tiny, tokenizer):
+    steps = DemoSteps(tiny(), tokenizer)
     rows = [steps[i] for i in range(len(steps))]
-    assert len(rows) == 3 and rows[2] != rows[1]
-    assert DemoSteps(tiny(), 2)[0] == rows[2], "a resumed base stage sees the same"
-    assert torch.tensor([w for _, s in rows[0] for _, _, w in s]).min() > 0
+    assert len(rows) == 5 and rows[4] != rows[3], "two steps of copying, then three of demonstrations"
+    assert rows[1] != rows[0] and all(given == tokenizer.assistant and ids == prefix
+                                      for prefix, [(given, ids, _)] in rows[1])
+    assert DemoSteps(tiny(), tokenizer)[4] == rows[4], "a resumed base stage sees the same"
+    assert torch.tensor([w for _, s in rows[2] for _, _, w in s]).min() > 0
     with pytest.raises(IndexError):
-        steps[3]
+        steps[5]
 
 
 def test_problems_carry_what_evaluation_needs(masked):

@@ -803,10 +803,10 @@ def test_the_base_stage_continues_bit_for_bit(start, tmp_path, monkeypatch):
     assert start("whole", *base) == 0
     imitate = memtrain.imitate
     for stop in (1, 3):  # during the copying, and during the demonstrations
-        def ctrl_c(model, rows, c, step, device, stop=stop):
+        def ctrl_c(model, rows, c, step, device, share, stop=stop):
             if step == stop:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return imitate(model, rows, c, step, device)
+            return imitate(model, rows, c, step, device, share)
         monkeypatch.setattr(memtrain, "imitate", ctrl_c)
         assert start("broken", *base) == 130
     monkeypatch.setattr(memtrain, "imitate", imitate)

@@ -1,4 +1,4 @@
-"""Which tokenizer a path means: ours, of a `.tiktoken` file, or a published checkpoint's."""
+"""Which tokenizer a path means: ours, of a `.tiktoken` file, or a published checkpoint's; which dtype weights get."""
 
 from __future__ import annotations
 
@@ -28,3 +28,15 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
     if tokenizer.needed > rows:
         raise InputError(f"tokenizer {tokenizer.name}: its ids go up to {tokenizer.needed - 1}, the model's "
                          f"embedding has {rows} rows; give the tokenizer and the weights of one checkpoint")
+
+
+def choose_dtype(c, device) -> str:
+    """--dtype; auto is bfloat16 where weights are frozen and the hardware multiplies it, and float32 elsewhere, where
+    it would be emulated and slower."""
+    import torch
+
+    if c.dtype != "auto":
+        return c.dtype
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bfloat16" if c.lora_rank and fast else "float32"
