@@ -23,7 +23,7 @@ ROOM = {  # name: (lowest that passes, what it says)
 }
 
 
-def health(agent, c: Config, recall_probe: Callable, steps: int = 4) -> dict[str, float]:
+def health(agent, c: Config, recall_probe: Callable, steps: int = 2) -> dict[str, float]:
     """{name of ROOM: share, "tokens": sampled in a step}, over the documents of `steps` steps."""
     corpus, finder = MiniWorld(c.people, 0, "dev").corpus(), make_finder(c.entities)
     problems = [masked_document(corpus, finder, -1, i, c.passages, c.related, lambda t: len(agent.tokenizer.encode(t)),
