@@ -86,7 +86,7 @@ def test_header_tables_and_notes(one):
     assert "| + MemTrain | — | 50.0 [40.4, 59.6] | 100 |" in text  # recall
     assert "| + MemTrain | 4 | 25.0 [17.0, 35.0] | 100 |" in text  # masked
     assert line(text, r"date\|of birth")[0] == r"date\|of birth"
-    assert "| + MemTrain | 52.5 | 52.5 | 52.5 | 98.0 | 31.5 |" in text
+    assert "| + MemTrain | 52.5 | 52.5 | 52.5 | 52.5 | 98.0 | 31.5 |" in text
     assert not re.search(r"\b(nan|None)\b", text)
     assert "real text" not in text and "at chance:" not in text and "saturated:" not in text
 
