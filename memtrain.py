@@ -865,6 +865,7 @@ def warm_up(run: Run) -> None:
     c, data = run.c, run.data
     optimizer = torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad], lr=c.demo_lr, weight_decay=0.)
     steps = WarmupSteps(c, data.train, data.finder, run.agent.prompts)
+    _ = steps[0]  # a corpus that holds nothing to ask is refused here, in one line, and not by a worker
     state = teach(run, "warmup", steps, [optimizer], lambda step: min((step + 1) / 5, 1 - step / c.demo_steps))
     state |= {"done": True, "commit": commit()}
     run.save("warmup", state | {"gates": real_gates(run.agent, c, data) if ranks.FIRST else {}})

