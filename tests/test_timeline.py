@@ -18,7 +18,7 @@ from data.world.miniwiki import MiniWorld
 from data.world.timeline import KINDS, ROOM, SETTING, Line, Timeline, baselines
 from data.world.timeline_demonstrations import Chronicler, needed, suffices
 from eval.report import changing
-from eval.report.claims import Difference, group
+from eval.report.arms import Difference, group
 from eval.report.page import main, write_report
 from eval.report.results import load_run
 from memtrain import main as memtrain_main
