@@ -1063,15 +1063,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         if argv and argv[0] in COMMANDS:
-            if argv[0] == "read":
-                commands.read(argv[1:], Policy.of, Agent)
-            elif argv[0] == "export":
-                commands.export(argv[1:], Policy.of)
-            elif argv[0] == "gates":
-                return commands.gates(argv[1:], Policy.of, Agent, recall_probe)
-            else:
-                commands.plan(argv[1:])
-            return 0
+            given = {"read": (Policy.of, Agent), "gates": (Policy.of, Agent, recall_probe), "export": (Policy.of,)}
+            return getattr(commands, argv[0])(argv[1:], *given.get(argv[0], ())) or 0
         c = parse(argv)
         if is_study(c):
             return commands.study(argv)
