@@ -15,7 +15,7 @@ from itertools import accumulate
 from data import InputError
 from data.prompts import MASK_PROBLEM
 from data.text.corpus import Corpus, Passage, Question
-from data.text.entities import mask_entity
+from data.text.entities import mask_entity, shows
 from data.weights.tokenizer import Tokenizer
 
 MASK, TARGET = "[MASK]", "[TARGET]"
@@ -67,8 +67,8 @@ def masked_document(corpus: Corpus, finder, seed: int, index: int, passages: int
 
     At most `limit` of what `size` measures (characters; a tokenizer's tokens), the least related left out first, but
     always the pivot and the passage nearest to it. Where the corpus can tell (the mini-world), only entities that
-    the document determines are masked. InputError if the corpus is too small, or if 200 pivots in a row (2,000
-    where the corpus can tell) hold no usable entity.
+    the document determines are masked. A document that still shows its answer is not given out, another is drawn.
+    InputError if the corpus is too small, or if 200 pivots in a row (2,000 where the corpus can tell) give none.
     """
     if len(corpus.passages) < passages:
         raise InputError(f"corpus {corpus.name}: {len(corpus.passages)} passages, but a masked document needs "
@@ -88,21 +88,25 @@ def masked_document(corpus: Corpus, finder, seed: int, index: int, passages: int
             answer = rng.choice(found)
             rng.shuffle(chosen)
             masked = tuple(mask_entity(corpus.passages[i].rendered, answer, MASK)[0] for i in chosen)
-            return Problem(f"mask-{seed}-{index}", MASK_PROBLEM, (answer,), masked, "masked")
-    raise InputError(f"corpus {corpus.name}: no entity to mask in {attempts} passages drawn at random; "
+            if not shows("\n".join(masked), answer):
+                return Problem(f"mask-{seed}-{index}", MASK_PROBLEM, (answer,), masked, "masked")
+    raise InputError(f"corpus {corpus.name}: no entity to mask, or none that masks hide, in {attempts} passages drawn; "
                      f"give a corpus with names, dates or numbers, or another --entities finder")
 
 
 def recall_target(section: str, finder, rng: random.Random) -> tuple[str, str] | None:
-    """(section with one entity replaced by [TARGET], that entity), or None if it holds no entity.
+    """(section with one entity replaced by [TARGET], that entity), or None if it holds none that this hides.
 
     The section may contain [MASK]; a finder never returns a placeholder, so [TARGET] never is its entity.
     """
     found = sorted({e.text for e in finder.find(section)})
-    if not found:
-        return None
-    target = rng.choice(found)
-    return mask_entity(section, target, TARGET)[0], target
+    while found:
+        target = rng.choice(found)
+        masked, count = mask_entity(section, target, TARGET)
+        if count and not shows(masked, target):
+            return masked, target
+        found.remove(target)
+    return None
 
 
 def _shuffled(rng: random.Random, population: int) -> Iterator[int]:
