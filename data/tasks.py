@@ -16,8 +16,9 @@ from itertools import accumulate
 
 from data import InputError
 from data.prompts import LAST_PROBLEM, MASK_PROBLEM
-from data.text.corpus import SENTENCE_END, Corpus, Passage, Question
-from data.text.entities import mask_entity
+from data.text.corpus import Corpus, Passage, Question
+from data.text.entities import mask_entity, shows
+from data.text.words import SENTENCE_END
 from data.weights.tokenizer import Tokenizer
 
 MASK, TARGET = "[MASK]", "[TARGET]"
@@ -83,10 +84,10 @@ def masked_document(corpus: Corpus, finder, seed: int, index: int, passages: int
 
     At most `limit` of what `size` measures (characters; a tokenizer's tokens), the least related left out first, but
     always the pivot and the passage nearest to it. Where the corpus can tell (the mini-world), only entities that
-    the document determines are masked. Of other corpora every passage is a pivot once an epoch, but for those without
-    an entity, which chance replaces; of the mini-world, whose documents shipped results rest on, chance draws all.
-    InputError if the corpus is too small, or if 200 pivots in a row (2,000
-    where the corpus can tell) hold no usable entity.
+    the document determines are masked. A document that still shows its answer is not given out, another is drawn. Of
+    other corpora every passage is a pivot once an epoch, but for those that give none, which chance replaces; of the
+    mini-world, whose documents shipped results rest on, chance draws all. InputError if the corpus is too small, or if
+    200 pivots in a row (2,000 where the corpus can tell) give none.
     """
     if len(corpus.passages) < passages:
         raise InputError(f"corpus {corpus.name}: {len(corpus.passages)} passages, but a masked document needs "
@@ -108,21 +109,25 @@ def masked_document(corpus: Corpus, finder, seed: int, index: int, passages: int
             answer = rng.choice(found)
             rng.shuffle(chosen)
             masked = tuple(mask_entity(corpus.passages[i].rendered, answer, MASK)[0] for i in chosen)
-            return Problem(f"mask-{seed}-{index}", MASK_PROBLEM, (answer,), masked, "masked")
-    raise InputError(f"corpus {corpus.name}: no entity to mask in {attempts} passages drawn at random; "
+            if not shows("\n".join(masked), answer):
+                return Problem(f"mask-{seed}-{index}", MASK_PROBLEM, (answer,), masked, "masked")
+    raise InputError(f"corpus {corpus.name}: no entity to mask, or none that masks hide, in {attempts} passages drawn; "
                      f"give a corpus with names, dates or numbers, or another --entities finder")
 
 
 def recall_target(section: str, finder, rng: random.Random) -> tuple[str, str] | None:
-    """(section with one entity replaced by [TARGET], that entity), or None if it holds no entity.
+    """(section with one entity replaced by [TARGET], that entity), or None if it holds none that this hides.
 
     The section may contain [MASK]; a finder never returns a placeholder, so [TARGET] never is its entity.
     """
     found = sorted({e.text for e in finder.find(section)})
-    if not found:
-        return None
-    target = rng.choice(found)
-    return mask_entity(section, target, TARGET)[0], target
+    while found:
+        target = rng.choice(found)
+        masked, count = mask_entity(section, target, TARGET)
+        if count and not shows(masked, target):
+            return masked, target
+        found.remove(target)
+    return None
 
 
 def competing(earlier: Sequence[str], last: str, finder, known: bool) -> list[tuple[str, str]]:

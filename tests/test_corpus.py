@@ -1,5 +1,6 @@
 """Corpora and questions: what is read, what is retrieved, and what is said about files that are wrong."""
 
+import gzip
 import json
 import random
 import subprocess
@@ -210,7 +211,10 @@ def test_parquet(tmp_path):
         ("x.jsonl", '{"contents": null}', ["x.jsonl, line 1", "{title, text}"]),
         ("x.jsonl", '{"text": " "}', ["x.jsonl, line 1", "empty"]),
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}', ["x.jsonl, line 2", "UTF-8"]),
-        ("x.txt", "a\nb\nc".encode("utf-16"), ["x.txt, line 1", "UTF-8"]),
+        ("x.txt", "a\nb\nc".encode("utf-16-le"), ["x.txt, line 1", "UTF-8"]),  # without its mark
+        ("x.txt.gz", gzip.compress(b"a b c" * 99)[:-9], ["x.txt.gz", "download it again"]),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": 5}'), ["x.jsonl.gz, line 2", "{title, text}"]),
+        ("x.csv.gz", gzip.compress(b"a,b"), ["x.csv.gz", "unsupported ending"]),
         ("x.csv", "a,b", ["x.csv", "'.csv'", ".jsonl"]),
         ("noending", "a", ["noending", ".jsonl"]),
     ],

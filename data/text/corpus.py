@@ -20,10 +20,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from data import InputError
-from data.text import conversations, hub
+from data.text import conversations, files, hub
 from data.text.dense import Dense, retriever_of
 from data.text.retrieval import Retriever, top
+from data.text.words import SENTENCE_END, UNIT, count
 
 WIKIPEDIA = hub.Source(
     "wikimedia/wikipedia", "20231101.en", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", ("title", "text"),
@@ -38,6 +41,7 @@ HOTPOTQA = hub.Source(
 HOTPOTQA_SPLITS = ("validation", "train")  # "hotpotqa" alone is the first
 HOTPOTQA_QUESTIONS = 20_000  # the paper's 500 steps of 32 documents ask 16,000
 ENDINGS = (".jsonl", ".json", ".txt", ".parquet")
+PASSAGE_COLUMNS = ("title", "text", "contents")
 PASSAGE_FORM = "a passage is {title, text} or {contents}, all of them strings"
 OWN_PLACEHOLDER = re.compile(r"\[(MASK|TARGET)\]")
 QUESTION_FORMS = (
@@ -71,6 +75,7 @@ class Question:
     distractors: tuple[Passage, ...]  # the other passages that came along; may be empty
     kind: str = ""  # as the data set names it: bridge, comparison, 2hop, ...
     ordered: bool = False  # whether `gold` is a story or conversation: its order is kept, its end counts
+    missing: tuple[str, ...] = ()  # titles of evidence that did not come along
 
 
 class Corpus:
@@ -109,8 +114,9 @@ class Corpus:
         """At most k passages for `query`, best first; those without a word of the query are left out."""
         return self.retriever.search([query], k)[0]
 
-    def split(self, held_out: float = 0.1, seed: int = 0) -> "tuple[Corpus, Corpus]":
-        """(training part, held-out part), about `held_out` of the titles in the second.
+    def split(self, held_out: float = 0.1, seed: int = 0,
+              apart: Callable[[Passage], bool] = lambda passage: False) -> "tuple[Corpus, Corpus]":
+        """(training part, held-out part), about `held_out` of the titles in the second, and what `apart` says.
 
         A stable hash of (seed, title) decides: all passages of a title are on one side, and on the same side
         in any order, size or selection of the corpus. Raises InputError if a side would be empty.
@@ -120,7 +126,7 @@ class Corpus:
         sides: tuple[list[Passage], list[Passage]] = ([], [])
         for passage in self.passages:
             digest = hashlib.sha256(json.dumps([seed, passage.title]).encode()).digest()
-            sides[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(passage)
+            sides[int.from_bytes(digest[:8], "big") < held_out * 2**64 or apart(passage)].append(passage)
         if not all(sides):
             have = f"corpus {self.name}: one side of the split of {len(self)} passages is empty"
             raise InputError(f"{have} with held_out={held_out}; give a larger corpus or another held_out")
@@ -141,16 +147,19 @@ class Corpus:
         return retriever_of(self.searched_by, self, self.kept)
 
 
-def load_passages(spec: str, *, limit: int | None = None, max_words: int = 180) -> Corpus:
+def load_passages(spec: str, *, limit: int | None = None, max_words: int = 180,
+                  size: Callable[[str], int] = count) -> Corpus:
     """The corpus that `spec` names: a file, a folder (its files, sorted, recursive), or "wikipedia".
 
     .json, .jsonl: records {title, text}, or {contents} as in FlashRAG, whose first line is the quoted title;
         taken as they are.
-    .parquet: the same as columns; texts longer than `max_words` words are split (`split_text`).
+    .parquet: the same as columns; texts of more than `max_words` of what `size` measures are split (`split_text`).
     .txt: a blank line ends a paragraph, long ones are split; the first of several lines is the title if it
         looks like a heading (`_is_heading`).
     "wikipedia": articles, split too. 150 passages of at most 180 words make about 32,000 tokens of Qwen's
         vocabulary (the paper's documents: 24,000 to 40,000); of 120 words, about 21,000.
+    size: words (data.text.words); a run gives its tokens, which alone are comparable between languages.
+    Any of the files may be packed with gzip (.jsonl.gz), and have UTF-16's mark at its beginning.
     What has no title is named after its file, with a running number. `limit` is the number of articles for
     "wikipedia" (default 20,000), of passages for files (default all). Repeated passages are dropped.
     Raises InputError.
@@ -163,10 +172,10 @@ def load_passages(spec: str, *, limit: int | None = None, max_words: int = 180) 
         found = (
             Passage(_one_line(article["title"]), part)
             for _, article in articles
-            for part in split_text(_clean(article["text"]), max_words)
+            for part in split_text(_clean(article["text"]), max_words, size)
         )
     else:
-        found = islice((p for file in _files(path) for p in _read_passages(file, max_words)), limit)
+        found = islice((p for file in _files(path) for p in _read_passages(file, max_words, size)), limit)
     passages = list(dict.fromkeys(found))
     if not passages:
         raise InputError(f"{spec}: empty, not one passage in it; give files with text")
@@ -175,24 +184,22 @@ def load_passages(spec: str, *, limit: int | None = None, max_words: int = 180) 
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in ENDINGS and p.is_file())
+        found = sorted(p for p in path.rglob("[!.]*") if files.ending(p) in ENDINGS and p.is_file())
         if not found:
             raise InputError(f"{path}: a folder without a {', '.join(ENDINGS)} file; give one that has some")
         return found
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; give {', '.join(ENDINGS)}, a folder, or wikipedia")
-    if path.suffix.lower() not in ENDINGS:
-        raise InputError(f"{path}: unsupported ending {path.suffix!r}; use {', '.join(ENDINGS)}")
+    if files.ending(path) not in ENDINGS:
+        raise InputError(f"{path}: unsupported ending {path.suffix!r}; use {', '.join(ENDINGS)}, or .gz of them")
     return [path]
 
 
-def _read_passages(path: Path, max_words: int) -> Iterator[Passage]:
-    ending = path.suffix.lower()
-    if ending == ".txt":
-        yield from _paragraphs(path, max_words)
+def _read_passages(path: Path, max_words: int, size: Callable[[str], int]) -> Iterator[Passage]:
+    if files.ending(path) == ".txt":
+        yield from _paragraphs(path, max_words, size)
         return
-    records = _rows(path) if ending == ".parquet" else _records(path)
-    for number, (where, record) in enumerate(records, start=1):
+    for number, (where, record) in enumerate(files.records(path, PASSAGE_COLUMNS), start=1):
         try:
             title, text = record.get("title"), record.get("text")
             if text is None and "contents" in record:
@@ -204,7 +211,7 @@ def _read_passages(path: Path, max_words: int) -> Iterator[Passage]:
             raise InputError(f"{where}: no usable title and text; {PASSAGE_FORM}") from error
         if not text:
             raise InputError(f"{where}: the text is empty; {PASSAGE_FORM}")
-        for part in split_text(text, max_words) if ending == ".parquet" else (text,):
+        for part in split_text(text, max_words, size) if files.ending(path) == ".parquet" else (text,):
             yield Passage(title, part)
 
 
@@ -214,54 +221,73 @@ def _unquoted(title: str) -> str:
     return inner if re.fullmatch('".*"', title) and not re.match(r'[^"]*[^\W\d_]"(?!\w)[^"]*"', inner) else title
 
 
-def _paragraphs(path: Path, max_words: int) -> Iterator[Passage]:
+def _paragraphs(path: Path, max_words: int, size: Callable[[str], int]) -> Iterator[Passage]:
     groups: list[list[str]] = [[]]
-    for _, line in _lines(path):
+    for _, line in files.lines(path):
         if line := _one_line(line):
             groups[-1].append(line)
         elif groups[-1]:
             groups.append([])
     for number, lines in enumerate(filter(None, groups), start=1):
         title = lines.pop(0) if len(lines) > 1 and _is_heading(lines[0]) else f"{path.stem} {number}"
-        yield from (Passage(title, part) for part in split_text(" ".join(lines), max_words))
+        yield from (Passage(title, part) for part in split_text(" ".join(lines), max_words, size))
 
 
-# Behind . ! ? (and a closing quote or bracket) and not behind an initial, before anything but a small letter.
-SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["”’')\]]))(?<!\b[^\W\d_]\.) (?=[^a-z])""")
-
-
-def split_text(text: str, max_words: int) -> list[str]:
-    """`text` in parts of at most `max_words` words: short paragraphs merged, long ones cut at sentence ends.
+def split_text(text: str, max_words: int, size: Callable[[str], int] = count) -> list[str]:
+    """`text` in parts of at most `max_words`, or of what else `size` measures: short paragraphs merged, long ones cut
+    at sentence ends.
 
     Headings of a text that needs several parts are left out; a sentence that is too long by itself is cut
-    between words. Whitespace is normalised.
+    between words, or characters where no spaces are between words. Whitespace is normalised.
     """
-    paragraphs = [_one_line(line) for line in text.splitlines() if line.strip()]
-    if sum(len(p.split()) for p in paragraphs) > max_words:
-        paragraphs = [p for p in paragraphs if not _is_heading(p)] or paragraphs
-    parts: list[list[str]] = [[]]  # words
-    for paragraph in paragraphs:
-        if len(parts[-1]) + len(paragraph.split()) > max_words:
-            parts.append([])  # a paragraph stays in one part where it can
-        for sentence in SENTENCE_END.split(paragraph):
-            words = sentence.split()
-            for start in range(0, len(words), max_words):
-                piece = words[start : start + max_words]
-                if len(parts[-1]) + len(piece) > max_words:
-                    parts.append([])
-                parts[-1] += piece
-    return [" ".join(words) for words in parts if words]
+    paragraphs = [(line, size(line)) for line in map(_one_line, text.splitlines()) if line]
+    if sum(length for _, length in paragraphs) > max_words:
+        paragraphs = [p for p in paragraphs if not _is_heading(p[0])] or paragraphs
+    parts, filled = [""], 0
+    for paragraph, length in paragraphs:
+        if filled + length > max_words:  # a paragraph stays in one part where it can
+            parts.append("")
+            filled = 0
+        for piece in [paragraph] if length <= max_words else _sentences(paragraph, max_words, size):
+            if filled and filled + size(piece) > max_words:
+                parts.append("")
+                filled = 0
+            parts[-1] += piece
+            filled += size(piece)
+        parts[-1] += " "
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _sentences(text: str, max_words: int, size: Callable[[str], int]) -> Iterator[str]:
+    """The sentences of `text` with the space behind them, too long ones in as few pieces as need be."""
+    for sentence in SENTENCE_END.split(text):
+        if size(sentence) <= max_words:
+            yield sentence
+            continue
+        piece, filled = "", 0
+        for unit in UNIT.findall(sentence):
+            length = size(unit)
+            if piece and filled + length > max_words:
+                yield piece
+                piece, filled = "", 0
+            piece += unit
+            filled += length
+        yield piece
+
+
+# A line that ends so is no heading: with punctuation, but for brackets and quotes that open, dashes and the like.
+PUNCTUATED = regex.compile(r"""[.!?,;:"”’)[\p{Po}\p{Pe}\p{Pf}--[\0-\x7f]]]\Z""", regex.V1)
 
 
 def _is_heading(line: str) -> bool:
-    return len(line) <= 60 and len(line.split()) <= 8 and line[-1] not in '.!?,;:"”’)'
+    return len(line) <= 60 and count(line) <= 8 and not PUNCTUATED.search(line)
 
 
 def load_questions(spec: str, limit: int | None = None) -> list[Question]:
-    """The first `limit` questions (default: all) of a .json or .jsonl file, or of HotpotQA on the hub.
+    """The first `limit` questions (default: all) of a .json, .jsonl or .parquet file, or of HotpotQA on the hub.
 
     The form of a file is recognised record by record (QUESTION_FORMS). "hotpotqa" or "hotpotqa:validation" and
-    "hotpotqa:train" are the splits of its distractor setting (default: 20,000 questions at most).
+    "hotpotqa:train" are the splits of its distractor setting (default: 20,000 questions at max_words).
     Raises InputError, with the file and the record, for what is missing, empty, of a wrong type, or doubled.
     """
     if limit is not None and limit < 1:
@@ -297,14 +323,15 @@ def parse_questions(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Q
 
 
 def question_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """("path, line k" or "path, record k", parsed JSON) of a file of questions; a .txt is bAbI."""
+    """(where, parsed record) of a file of questions, data.text.files; a .txt is bAbI."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file; give a .json or .jsonl file of questions, or hotpotqa")
-    if path.suffix.lower() == ".txt":
-        return conversations.babi(path, _lines(path))
-    if path.suffix.lower() not in (".json", ".jsonl"):
-        raise InputError(f"{path}: unsupported ending {path.suffix!r}; questions come as .json or .jsonl, bAbI as .txt")
-    return _records(path)
+        raise InputError(f"{path}: no such file; give a .json, .jsonl or .parquet file of questions, or hotpotqa")
+    if files.ending(path) == ".txt":
+        return conversations.babi(path, files.lines(path))
+    if files.ending(path) not in (".json", ".jsonl", ".parquet"):
+        raise InputError(f"{path}: unsupported ending {path.suffix!r}; questions come as .json, .jsonl or .parquet, or "
+                         f".gz of them")
+    return files.records(path)
 
 
 @lru_cache(maxsize=4)  # hundreds of questions are asked about one conversation
@@ -324,6 +351,7 @@ def _question(record: Any) -> Question:
         raise TypeError(f"{type(record).__name__} instead of a record")
     gold: dict[Passage, None] = {}  # dicts: 2WikiMultiHopQA repeats some paragraphs word for word
     others: dict[Passage, None] = {}
+    evidence: set[str] = set()
     if "context" in record:
         key = "id" if "id" in record else "_id"  # the hub's, the authors' own
         kind, answers = _one_line(record.get("type") or ""), [record["answer"]]
@@ -344,12 +372,21 @@ def _question(record: Any) -> Question:
     else:
         raise ValueError("none of `context`, `paragraphs`, `golden_answers`")
     question = _one_line(record["question"])
-    known = tuple(dict.fromkeys(filter(None, map(_one_line, answers))))
+    known = tuple(dict.fromkeys(filter(None, map(_answer, answers))))
     if not question or not known:
         raise ValueError("empty answer" if question else "empty question")
     if not isinstance(record[key], str | int) or record[key] == "":
         raise TypeError(f"`{key}` is neither a string nor a number")
-    return Question(str(record[key]), question, known, tuple(gold), tuple(others), kind)
+    missing = sorted(evidence - {p.title for p in gold})
+    return Question(str(record[key]), question, known, tuple(gold), tuple(others), kind, tuple(missing))
+
+
+def _answer(value: Any) -> str:
+    """Numbers are written as one would: 1843, and 1843 for the 1843.0 that a table makes of it; NaN is no answer."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return _one_line(str(value) if isinstance(value, int | float) and value == value and value is not True and
+                     value is not False else value)
 
 
 def _pairs(value: Any, first: str, second: str) -> list[Sequence]:
@@ -363,52 +400,6 @@ def _items(value: Any) -> list:
     if not isinstance(value, list):  # a string would pass for a list of its letters
         raise TypeError(f"{type(value).__name__} instead of a list")
     return value
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, line) of a UTF-8 file. Only line feeds end a line: JSON strings may hold other separators."""
-    number = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}, line {number}: not UTF-8; save the file with that encoding") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-
-
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """("path, line k" or "path, record k", parsed JSON) of a file of JSON lines or of one JSON list."""
-    lines = _lines(path)
-    for number, line in lines:
-        if not line.strip():
-            continue
-        is_list = line.lstrip().startswith("[")
-        if is_list:
-            line += "".join(rest for _, rest in lines)
-        try:
-            parsed = json.loads(line.rstrip())
-        except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits and endless brackets
-            at, why = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", type(error).__name__)
-            raise InputError(f"{path}, line {at}: not JSON ({why}); use one list or JSON lines") from error
-        if is_list:
-            yield from ((f"{path}, record {k}", record) for k, record in enumerate(parsed, start=1))
-        else:
-            yield f"{path}, line {number}", parsed
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-        columns = [c for c in ("title", "text", "contents") if c in file.schema_arrow.names]
-        rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
-        yield from ((f"{path}, row {k}", row) for k, row in enumerate(rows, start=1))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a parquet file ({type(error).__name__}); download it again") from error
 
 
 def _clean(text: str) -> str:

@@ -6,16 +6,22 @@ spaCy does it where it and an English model are installed, else rules for dates,
 `mask_entity` and `occurs` share one rule of what an occurrence is, so that after masking nothing occurs. It
 ignores case, lets any whitespace stand for any other, and never matches inside a longer word or number:
 neither "Rome" in "Romeo" nor "18" in "1843", "18.5" or "1,800"; but in "Rome's" and "Rome-based" it does.
+Vowel signs belong to their word. Where a script has no spaces between words, an occurrence may stand anywhere; in
+Korean anywhere at the beginning of a word, whose end is a particle. `shows` judges the finished text, more strictly.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any, Protocol
 
+import regex
+
 from data import InputError
+from data.text.words import JOINED, UNSPACED
 
 PLACEHOLDER = re.compile(r"\[(?:MASK|TARGET)\]")
 SPACY_MODELS = ("en_core_web_sm", "en_core_web_md", "en_core_web_lg")
@@ -69,11 +75,12 @@ def make_finder(choice: str = "auto") -> Finder:
 
 # ---- masking
 
-HYPHEN, APOSTROPHE, ACCENT = "-‐‑–", "'’‘", "\u0300-\u036f"  # accents follow their letter in decomposed text
+HYPHEN, APOSTROPHE = "-‐‑–", "'’‘"
+KATAKANA = r"[\p{Katakana}ー]"  # foreign names: a run of it is one word
 
 
 @lru_cache(maxsize=4096)
-def _occurrence(entity: str) -> tuple[re.Pattern, re.Pattern, re.Pattern]:
+def _occurrence(entity: str) -> tuple[regex.Pattern, regex.Pattern, regex.Pattern]:
     """The one rule, as three patterns: an occurrence of `entity`; a run of what becomes one once the occurrence beside
     it is replaced ("5," in "5,5,", ",5" in ",5,5"); a part of such a run. Raises ValueError if `entity` is blank."""
     entity = entity.strip()
@@ -89,14 +96,25 @@ def _occurrence(entity: str) -> tuple[re.Pattern, re.Pattern, re.Pattern]:
             body.append(f"[{APOSTROPHE}]" if part in tuple(APOSTROPHE) else re.escape(part))
     first, last = entity[0], entity[-1]
     # An edge that is a letter or digit must not go on, nor a number behind "." or ",".
-    before = (rf"(?<![\w{ACCENT}])" if first.isalnum() else "") + (r"(?<!\d[.,])" if first.isdigit() else "")
-    after = (rf"(?![\w{ACCENT}])" if last.isalnum() else "") + (r"(?![.,]\d)" if last.isdigit() else "")
+    before = f"(?<!{_goes_on(first)})" + (r"(?<!\d[.,])" if first.isdigit() else "")
+    after = f"(?!{_goes_on(last, end=True)})" + (r"(?![.,]\d)" if last.isdigit() else "")
     if last == ".":  # "U.S." is not in "U.S.A", but twice in "U.S.U.S."
-        after = rf"(?![^\W{re.escape(first)}])"
+        after = rf"(?!(?!{re.escape(first)}){JOINED})"
     # A placeholder is no occurrence of the word "mask": masking it would never end.
     before, body = rf"{before}(?!(?<=\[)(?-i:MASK|TARGET)\])", "".join(body)
     one, run = f"{before}{body}{after}", f"{before}(?:{body}{after})+|(?:{before}{body})+{after}"
-    return tuple(re.compile(pattern, re.IGNORECASE) for pattern in (one, run, body))
+    return tuple(regex.compile(pattern, regex.IGNORECASE | regex.VERSION1) for pattern in (one, run, body))
+
+
+def _goes_on(edge: str, end: bool = False) -> str:
+    """What would go on the word that begins, or has its end, with `edge`: a pattern of one character, perhaps none."""
+    if not edge.isalnum() and not regex.match(r"\p{M}", edge):
+        return "(?!)"  # nothing: punctuation is an edge by itself
+    if regex.match(KATAKANA, edge):
+        return KATAKANA
+    if regex.match(rf"[{UNSPACED}\p{{Hangul}}]" if end else f"[{UNSPACED}]", edge):
+        return r"\p{M}"  # but no letter loses its vowel sign
+    return JOINED
 
 
 def occurs(text: str, entity: str) -> bool:
@@ -126,24 +144,46 @@ def mask_entity(text: str, entity: str, placeholder: str) -> tuple[str, int]:
     return text, count
 
 
+INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}ـ]")  # joiners, soft hyphens; Arabic's long stroke
+UNCASED = regex.compile(r"\p{Lo}")
+
+
+def shows(text: str, entity: str) -> bool:
+    """Whether a finished, masked text still shows what was masked, in whatever script and form.
+
+    Beyond `occurs`: in other Unicode forms, with invisible characters between, and, where letters have no capitals,
+    inside longer words, for affixes go with names there and words are not always set apart.
+    """
+    if text.isascii() and entity.isascii():
+        return occurs(text, entity)
+    text, entity = (unicodedata.normalize("NFKC", INVISIBLE.sub("", PLACEHOLDER.sub("\n", t))).casefold()
+                    for t in (text, entity.strip()))
+    if regex.search(f"[{UNSPACED}]", entity):
+        text, entity = (regex.sub(r"\W", "", t) for t in (text, entity))
+    return entity in text if UNCASED.search(entity) else occurs(text, entity)
+
+
 # ---- finding with rules
 
 YEAR, DAY = r"(?:1\d|20)\d\d", r"(?:3[01]|[12]\d|0?[1-9])(?:st|nd|rd|th)?"
 MONTHS = "January February March April May June July August September October November December"
 MONTH = f"(?:{MONTHS.replace(' ', '|')}|(?:Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\\.?)"
 # Possessive quantifiers (++, *+) and the bounded quotation keep every pattern linear on hostile input.
-QUOTED = re.compile(r'"([^"\n]{1,100}+)"|“([^“”\n]{1,100}+)”')
-FIGURES = re.compile(
-    r"(?<!\w)(?<!\d[.,])(?:(?P<DATE>"
+QUOTED = re.compile(r'"([^"\n]{1,100}+)"|“([^“”\n]{1,100}+)”|《([^《》\n]{1,100}+)》|『([^『』\n]{1,100}+)』')
+FIGURES = regex.compile(
+    rf"(?<!{JOINED})(?<!\d[.,])(?:(?P<DATE>"
     rf"{DAY} (?:of )?{MONTH}(?:,? {YEAR})?|{MONTH} {DAY}(?:,? {YEAR})?|{MONTH},? {YEAR}"
     rf"|{YEAR}-\d\d-\d\d|{YEAR}s?"
-    r")|(?P<NUMBER>(?:\d{1,3}(?:,\d{3})++|\d++)(?:\.\d++)?(?:%| per ?cent)?))(?!\w)(?![.,]\d)"
+    r")|(?P<NUMBER>(?:\d{1,3}(?:,\d{3})++|\d++)(?:\.\d++)?(?:%| per ?cent)?))" rf"(?!{JOINED})(?![.,]\d)",
+    regex.VERSION1,
 )
 # Initials (J. J.R.R. U.S.), or a word: O'Hara but not the 's of Curie's; Jean-Paul, Stratford-upon-Avon, but
 # only the Italian of Italian-born. [^\W\d_a-z] is a letter that may be a capital.
-TOKEN = re.compile(
-    r"(?<!\w)(?:(?P<initials>(?:[^\W\d_a-z]\.)++)(?!\w)"
-    r"|[^\W\d_]\w*+(?:['’](?!s\b)[^\W\d_]\w*+|-(?:[a-z]{2,4}-){0,2}+(?=[^\W\d_a-z])\w++)*+)"
+LETTER = f"[{JOINED}--[\\d_\\p{{M}}]]"
+TOKEN = regex.compile(
+    rf"(?<!{JOINED})(?:(?P<initials>(?:[{LETTER}--[a-z]]\.)++)(?!{JOINED})"
+    rf"|{LETTER}{JOINED}*+(?:['’](?!s\b){LETTER}{JOINED}*+|-(?:[a-z]{{2,4}}-){{0,2}}+(?=[{LETTER}--[a-z]]){JOINED}++)*+)",
+    regex.VERSION1,
 )
 LOWER = re.compile(r"(?<!\w)[a-z]\w*+")
 
@@ -181,6 +221,8 @@ COMMON = _words(
     three time today town travelers twelve twenty two unable various very villagers visitors war water whilst
     widespread winter women work workers writer written years young"""
 )
+# ... and so are these, where another language was let through: he, she, it and they.
+COMMON |= _words("er sie es il elle ils elles él ellos ellas он она оно они він вона воно вони αυτός αυτή")
 # ... and these are none alone wherever they stand.
 CALENDAR = _words(f"{MONTHS} Monday Tuesday Wednesday Thursday Friday Saturday Sunday".lower())
 NEVER_ALONE = CALENDAR | CONNECTORS | ARTICLES | {a.lower() for a in ABBREVIATIONS} | {"il", "mask", "target"}

@@ -10,7 +10,6 @@ later taken for an index. The file says which corpus it is of. Loads bm25s and n
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from filelock import FileLock
 
 from data import InputError
 from data.run.files import replacing, writing
+from data.text.words import searched
 
 
 class Corpus(Protocol):
@@ -32,7 +32,8 @@ class Corpus(Protocol):
 
 
 # A passage is searched by its rendered form: the words of its title count like those of its text.
-SETTINGS = {"method": "lucene", "k1": 1.5, "b": 0.75, "stopwords": "english", "text": "title: text"}
+SETTINGS = {"method": "lucene", "k1": 1.5, "b": 0.75, "stopwords": "english", "text": "title: text",
+            "words": "of any script, pairs of characters where it has no spaces (data.text.words)"}
 INDEX, LOCK = "index.npz", ".lock"
 ARRAYS = ("data", "indices", "indptr")
 LONGEST_QUERY = 10_000  # characters; a question has about 100, a page of text 3,000
@@ -53,12 +54,12 @@ class Retriever:
 
     def search(self, queries: Sequence[str], k: int = 3) -> list[list[int]]:
         """For each query at most k passages, best first, ties to the lower index; passages that share no word with it
-        are left out. Single letters and English stop words are no words; of a long query the first 10,000 characters
-        are searched for, so that no query takes longer than those do."""
+        are left out. Single letters and English stop words are no words (data.text.words); of a long query the first
+        10,000 characters are searched for, so that no query takes longer than those do."""
         if isinstance(queries, str):  # a string is a sequence too: its letters would become the queries
             raise TypeError("queries must be a list of strings, not one string")
         found = []
-        for words in _words([unicodedata.normalize("NFC", query[:LONGEST_QUERY]) for query in queries]):
+        for words in _words([query[:LONGEST_QUERY] for query in queries]):
             scores = self._scores(words)  # (passages,)
             found.append([i for i in top(scores, min(k, self.size)) if scores[i] > 0])
         return found
@@ -92,9 +93,15 @@ def top(scores: Any, k: int) -> list[int]:
 
 
 def _words(texts: list[str]) -> list[list[str]]:
+    return _tokenize(texts, return_ids=False)
+
+
+def _tokenize(texts: Sequence[str], **options) -> Any:
+    """bm25s removes English stop words and numbers the rest; what a word is, data.text.words says."""
     import bm25s
 
-    return bm25s.tokenize(texts, stopwords=SETTINGS["stopwords"], return_ids=False, show_progress=False)
+    return bm25s.tokenize([" ".join(searched(text)) for text in texts], token_pattern=r"\S+", lower=False,
+                          stopwords=SETTINGS["stopwords"], show_progress=False, **options)
 
 
 def _empty() -> Any:
@@ -104,11 +111,10 @@ def _empty() -> Any:
 
 
 def _build(corpus: Corpus) -> Any:
-    import bm25s
     import numpy as np
 
     index = _empty()
-    words = bm25s.tokenize([p.rendered for p in corpus.passages], stopwords=SETTINGS["stopwords"], show_progress=False)
+    words = _tokenize([p.rendered for p in corpus.passages])
     if words.vocab:
         index.index(words, show_progress=False)
     else:  # a corpus without a single word, in which nothing is found; bm25s stumbles over it

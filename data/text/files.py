@@ -1,0 +1,109 @@
+"""Lines and records of files from outside: text, JSON, JSON lines, parquet; UTF-8, or UTF-16 and UTF-32 with the mark
+that says so; any of them packed with gzip. Whatever is wrong raises InputError: one line with the path, the line (or
+record, or row), and what to do.
+"""
+
+import codecs
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data import InputError
+
+MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",  # before UTF-16's, which begin like them
+         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+SPACE = re.compile(r"\s*")
+UNPACKED = (OSError, EOFError, zlib.error)  # what gzip raises over a file that is damaged
+
+
+def encoding(start: bytes) -> str:
+    """The encoding of a text that begins with these bytes."""
+    return next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8-sig")
+
+
+def ending(path: Path) -> str:
+    """In small letters, without .gz: ".json" of "a.JSON.gz"."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def unpacked(path: Path) -> BinaryIO:
+    """The bytes of a file, gzip's unpacked."""
+    file = path.open("rb")
+    packed = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return gzip.open(file) if packed else file  # type: ignore[return-value]
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line). Only line feeds end a line: JSON strings may hold other separators."""
+    number = 0
+    try:
+        with unpacked(path) as file:
+            coded = encoding(file.read(4))
+            file.seek(0)
+            if coded == "utf-8-sig":
+                for number, line in enumerate(file, start=1):
+                    if b"\0" in line:  # most often UTF-16 without its mark, which passes for UTF-8
+                        raise UnicodeError
+                    yield number, line.decode(coded if number == 1 else "utf-8")
+            else:
+                yield from enumerate(io.TextIOWrapper(file, coded, newline="\n"), start=1)
+    except UnicodeError as error:
+        what = "neither UTF-8 nor UTF-16 with its mark"
+        raise InputError(f"{path}, line {number}: {what}; save the file as UTF-8") from error
+    except UNPACKED as error:
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: cannot be read ({why}); check its permissions, or download it again") from error
+
+
+def records(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """("path, line k", "path, record k" or "path, row k", parsed record) of JSON lines, of a JSON list, of objects over
+    several lines, of the list that one object keeps under `data`, or of parquet, there of these columns at most."""
+    if ending(path) == ".parquet":
+        yield from _rows(path, columns)
+        return
+    numbered, count = lines(path), 0
+    for number, line in numbered:
+        values = _values(path, number, line, None if count else numbered)
+        for value in values:
+            inner = value.get("data") if isinstance(value, dict) else value
+            several = isinstance(inner, list)
+            for record in inner if several else [value]:
+                count += 1
+                yield f"{path}, record {count}" if several or len(values) > 1 else f"{path}, line {number}", record
+
+
+def _values(path: Path, number: int, text: str, rest: Iterator[tuple[int, str]] | None) -> list[Any]:
+    """The JSON values of a line, or, where the file's first one goes on behind it, of the line and the `rest`."""
+    found, at = [], 0
+    text = text.strip()
+    try:
+        while at < len(text):
+            value, at = json.JSONDecoder().raw_decode(text, at)
+            found.append(value)
+            at = SPACE.match(text, at).end()
+        return found
+    except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits and endless brackets
+        if rest is not None and text[0] in "[{":
+            return _values(path, number, text + "\n" + "".join(line for _, line in rest), None)
+        at, why = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", type(error).__name__)
+        raise InputError(f"{path}, line {at}: not JSON ({why}); use one list or JSON lines") from error
+
+
+def _rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with unpacked(path) as source:
+            file = parquet.ParquetFile(source)
+            names = [c for c in columns or file.schema_arrow.names if c in file.schema_arrow.names]
+            rows = (row for batch in file.iter_batches(columns=names) for row in batch.to_pylist())
+            yield from ((f"{path}, row {k}", row) for k, row in enumerate(rows, start=1))
+    except (pyarrow.ArrowException, *UNPACKED) as error:
+        raise InputError(f"{path}: not a parquet file ({type(error).__name__}); download it again") from error
