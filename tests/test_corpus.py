@@ -439,7 +439,7 @@ def test_bad_question_files(tmp_path):
         ("q.json", "[]", ["q.json", "empty"]),
         ("q.json", "[5]", ["q.json, record 1", "int instead of a record"]),
         ("q.jsonl", '{"id": 1', ["q.jsonl, line 1", "not JSON"]),
-        ("q.txt", "who?", ["q.txt", "'.txt'"]),
+        ("q.txt", "who?", ["q.txt, line 1", "no bAbI line"]),
     ):
         path = write(tmp_path / name, content)
         refuses(lambda path=path: load_questions(path), *parts)
