@@ -108,9 +108,8 @@ class Corpus:
         """At most k passages for `query`, best first; those without a word of the query are left out."""
         return self.retriever.search([query], k)[0]
 
-    def split(self, held_out: float = 0.1, seed: int = 0,
-              apart: Callable[[Passage], bool] = lambda passage: False) -> "tuple[Corpus, Corpus]":
-        """(training part, held-out part), about `held_out` of the titles in the second, and what `apart` says.
+    def split(self, held_out: float = 0.1, seed: int = 0) -> "tuple[Corpus, Corpus]":
+        """(training part, held-out part), about `held_out` of the titles in the second.
 
         A stable hash of (seed, title) decides: all passages of a title are on one side, and on the same side
         in any order, size or selection of the corpus. Raises InputError if a side would be empty.
@@ -120,7 +119,7 @@ class Corpus:
         sides: tuple[list[Passage], list[Passage]] = ([], [])
         for passage in self.passages:
             digest = hashlib.sha256(json.dumps([seed, passage.title]).encode()).digest()
-            sides[int.from_bytes(digest[:8], "big") < held_out * 2**64 or apart(passage)].append(passage)
+            sides[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(passage)
         if not all(sides):
             have = f"corpus {self.name}: one side of the split of {len(self)} passages is empty"
             raise InputError(f"{have} with held_out={held_out}; give a larger corpus or another held_out")

@@ -23,7 +23,7 @@ CHARACTER = regex.compile(r"\X")
 # before a small letter.
 SENTENCE_END = regex.compile(
     r"""(?<=(?:[.!?]|[.!?]["”’')\]])(?<!\b[^\W\d_]\.)\ )(?=\P{Ll})"""
-    r"""|(?<=[\p{Sentence_Terminal}--[\0-\x7f]][\p{Pe}\p{Pf}"']*+\ ?)(?![\p{Pe}\p{Pf}"'\ ]|\Z)""", regex.V1)
+    r"""|(?<=[\p{Sentence_Terminal}--[\0-\x7f]][\p{Pe}\p{Pf}"']{0,3}\ ?)(?![\p{Pe}\p{Pf}"'\ ]|\Z)""", regex.V1)
 
 
 def searched(text: str) -> Iterable[str]:
@@ -53,4 +53,4 @@ def asks(text: str) -> bool:
 
 def ends(text: str) -> bool:
     """Whether it ends as a sentence does, in any script."""
-    return bool(regex.search(r"""[\p{Sentence_Terminal}…][\p{Pe}\p{Pf}"']*\s*\Z""", text))
+    return bool(regex.search(r"""[\p{Sentence_Terminal}…][\p{Pe}\p{Pf}"']{0,3}\s{0,3}\Z""", text))
