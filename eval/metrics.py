@@ -2,19 +2,22 @@
 
 The rewards of training and the figures of the report come from the same `extract_boxed` and `exact_match`,
 so both must be deaf to tricks: whoever lists several entities, leaves the box open, boxes nothing, boxes an
-article or repeats the placeholder gets 0. `f1` and `sub_exact_match` are the field's lenient companions; they
-are reported beside exact match and are never a reward.
+article that is not the answer, or repeats the placeholder, gets 0. `f1` and `sub_exact_match` are the field's
+lenient companions; they are reported beside exact match and are never a reward.
 """
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+import regex
 
 from data.search import boxes
+from data.text.words import UNSPACED
 
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
 # The same of Student's t, by degrees of freedom from 1; beyond the last one its value is a little too wide.
@@ -23,14 +26,21 @@ T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PLACEHOLDER = re.compile(r"\[\s*(mask|target)\s*\]", re.IGNORECASE)
+_NOT_LATIN, _MARKS = regex.compile(r"[\p{L}--\p{Latin}]", regex.V1), regex.compile(r"\p{P}")
+_UNSPACED = regex.compile(rf"[{UNSPACED}]\p{{M}}*+")
 _CLOSED_ANSWERS = {"yes", "no", "noanswer"}
 
 
 def normalize(text: str) -> str:
     """The field's QA normalisation: lower case, no ASCII punctuation, no articles, single spaces.
 
-    The order is the one of the SQuAD and HotpotQA scripts (punctuation goes first, so "U.S." is "us").
+    The order is the one of the SQuAD and HotpotQA scripts (punctuation goes first, so "U.S." is "us"), whose result it
+    is for text in Latin letters. Text with others also loses Unicode's punctuation, and characters of scripts without
+    spaces count as words, as in MLQA's script (Lewis et al. 2020): "北京。" is "北京", and half of "北京大学".
     """
+    if _NOT_LATIN.search(text):
+        text = _MARKS.sub("", unicodedata.normalize("NFKC", text))
+        text = _UNSPACED.sub(r" \g<0> ", text)
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DROP_PUNCTUATION)).split())
 
 
@@ -46,7 +56,12 @@ def _prepared(prediction: str | None, answers: Sequence[str]) -> tuple[str, list
         raise TypeError("answers must be a list of strings, not one string")
     if prediction is None or _PLACEHOLDER.search(prediction):
         return "", []
-    return normalize(prediction), [a for a in map(normalize, answers) if a]
+    return _form(prediction), [a for a in map(_form, answers) if a]
+
+
+def _form(text: str) -> str:
+    """The normalised text, or, of what that leaves nothing ("The The", "!!!"), the text itself, but for spaces."""
+    return normalize(text) or " ".join(text.split())
 
 
 def exact_match(prediction: str | None, answers: Sequence[str]) -> float:

@@ -24,7 +24,7 @@ from eval.metrics import (
     ("theatre and anthem", "theatre and anthem"),  # articles are words, not prefixes
     ("12 March 1931", "12 march 1931"),
     ("", ""), ("the", ""), (" a  AN The ", ""), ("...!?", ""), ("\t\n", ""),
-    ("Zürich", "zürich"),
+    ("Zürich", "zürich"), ("“Zürich”", "“zürich”"), ("北京。", "北 京"), ("«Москва», 1917", "москва 1917"),
 ])
 def test_normalize(text, expected):
     assert normalize(text) == expected
@@ -90,6 +90,10 @@ def test_extract_boxed_is_linear(text):
     ("[MASK]", ["mask"], 0), ("[TARGET]", ["Target"], 0), ("[ mask ]", ["Mask"], 0), ("[MASK].", ["MASK"], 0),
     ("The Mask", ["Mask"], 1), ("Target", ["Target"], 1),  # but a real entity of that name may be named
     ("1,931", ["1931"], 1), ("1931", ["1932"], 0),
+    ("The Who", ["the who"], 1), ("AN", ["AN"], 1), ("The A", ["The A"], 1), ("?!", ["?!"], 1), ("+", [" + "], 1),
+    ("A", ["AN"], 0), ("?!", ["?"], 0), ("the ?!", ["?!"], 0),  # what normalises to nothing is compared as it stands
+    ("上海。", ["上海"], 1), ("「上海」", ["上海"], 1), ("上海市", ["上海"], 0), ("दिल्ली।", ["दिल्ली"], 1), ("«Киев»", ["киев"], 1),
+    ("１９９８年", ["1998年"], 1), ("القاهرة؟", ["القاهرة"], 1), ("“Paris”", ["Paris"], 0),  # Latin: as SQuAD's script
 ])
 def test_exact_match(prediction, answers, expected):
     assert exact_match(prediction, answers) == expected
@@ -110,7 +114,8 @@ def test_rewarded_text(text, expected):
     ("yes", ["yes"], 1.0), ("yes it is", ["yes"], 0.0), ("no", ["no way"], 0.0), ("yes", ["no"], 0.0),
     ("noanswer", ["noanswer"], 1.0), ("noanswer given", ["noanswer"], 0.0),
     ("yes sir", ["yes", "yes sir"], 1.0),
-    (None, ["Paris"], 0.0), ("", [""], 0.0), ("the", ["the"], 0.0), ("[MASK]", ["mask"], 0.0), ("x", [], 0.0),
+    ("大阪市", ["大阪"], 0.8), ("The The", ["The The"], 1.0), ("กรุงเทพ", ["กรุงเทพ"], 1.0), ("Киев город", ["Киев"], 2 / 3),
+    (None, ["Paris"], 0.0), ("", [""], 0.0), ("the", ["The"], 0.0), ("[MASK]", ["mask"], 0.0), ("x", [], 0.0),
 ])
 def test_f1(prediction, answers, expected):
     assert f1(prediction, answers) == pytest.approx(expected)
@@ -121,7 +126,7 @@ def test_f1(prediction, answers, expected):
     ("Paris", ["Paris"], 1),
     ("Parisian", ["Paris"], 0), ("1931", ["19"], 0), ("town old", ["old town"], 0), ("", [""], 0),
     ("anything", ["the"], 0), (None, ["Paris"], 0), ("[MASK] Paris", ["Paris"], 0),
-    ("Rome", ["Paris", "Rome"], 1),
+    ("Rome", ["Paris", "Rome"], 1), ("答案是大阪。", ["大阪"], 1), ("大坂", ["大阪"], 0),
 ])
 def test_sub_exact_match(prediction, answers, expected):
     assert sub_exact_match(prediction, answers) == expected
