@@ -103,7 +103,9 @@ def _occurrence(entity: str) -> tuple[regex.Pattern, regex.Pattern, regex.Patter
     # A placeholder is no occurrence of the word "mask": masking it would never end.
     before, body = rf"{before}(?!(?<=\[)(?-i:MASK|TARGET)\])", "".join(body)
     one, run = f"{before}{body}{after}", f"{before}(?:{body}{after})+|(?:{before}{body})+{after}"
-    return tuple(regex.compile(pattern, regex.IGNORECASE | regex.VERSION1) for pattern in (one, run, body))
+    # uncached by `regex`, which draws from Python's global generator when its cache is full
+    return tuple(regex.compile(pattern, regex.IGNORECASE | regex.VERSION1, cache_pattern=False)
+                 for pattern in (one, run, body))
 
 
 def _goes_on(edge: str, end: bool = False) -> str:
