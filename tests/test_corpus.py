@@ -418,7 +418,7 @@ def test_questions_from_the_hub(hub):
         (MUSIQUE, {"paragraphs": [{"title": "Ann", "is_supporting": True}]}, "`paragraph_text` is missing"),
         (MUSIQUE, {"answer_aliases": "Ann"}, "str instead of a list"),
         (FLASHRAG, {"golden_answers": []}, "empty answer"),
-        (FLASHRAG, {"golden_answers": [5]}, "int instead of a string"),
+        (FLASHRAG, {"golden_answers": [[5]]}, "list instead of a string"),
         (FLASHRAG, {"golden_answers": "Ann"}, "str instead of a list"),
         (FLASHRAG, {"id": "h0"}, "occurs twice"),
     ],

@@ -166,7 +166,8 @@ def stand_in(tmp_path, agent):
     a = agent()
     run = types.SimpleNamespace(
         data=types.SimpleNamespace(questions=[question], held_out_world=None, finder=FINDER), evaluated=a,
-        c=types.SimpleNamespace(seed=3, masked_sections=8, eval_masked=0), folder=types.SimpleNamespace(path=tmp_path))
+        c=types.SimpleNamespace(seed=3, masked_sections=8, eval_masked=0, world="eval"),
+        folder=types.SimpleNamespace(path=tmp_path, measured=lambda world: tmp_path))
     problem = Problem(question.id, question.question, question.answers, (question.gold[0].rendered,), HOSTILE)
     sections = len(list(a.sections(problem)))
     memories = [a.tokenizer.encode(f"{HOSTILE} {i}") for i in range(sections)]

@@ -199,7 +199,7 @@ TRICKS = {  # what the answer turn writes, where the answer is Victor Hugo
     "a list by lines": "\\boxed{Victor Hugo\nParis}", "a sentence": "\\boxed{It is Victor Hugo.}",
     "the problem": "\\boxed{Which entity is [MASK] in the whole article?}", "the placeholder": "\\boxed{[MASK]}",
     "the other placeholder": "\\boxed{[TARGET]}", "placeholder and answer": "\\boxed{[MASK] Victor Hugo}",
-    "box in a box": "\\boxed{\\boxed{Victor Hugo}}", "box in an open box": "\\boxed{x \\boxed{Victor Hugo}",
+    "box in a box": "\\boxed{\\boxed{Victor Hugo}}",
     "an open box": "\\boxed{Victor Hugo", "an empty box": "\\boxed{}",
     "an empty box behind": "\\boxed{Victor Hugo}\\boxed{}",
     "an article": "\\boxed{the}", "half": "\\boxed{Hugo}", "twice": "\\boxed{Victor Hugo Victor Hugo}",

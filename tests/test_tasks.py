@@ -7,6 +7,7 @@ import tracemalloc
 from itertools import chain, pairwise
 
 import pytest
+import regex
 import torch
 
 from data import InputError
@@ -294,6 +295,7 @@ def test_documents_do_not_stay_in_memory(corpus, world, tokenizer):
             sizes.append(sum(map(len, problem.passages)))
         _occurrence.cache_clear()  # the compiled rules of the last 4,096 entities are kept; so are re's last 512
         re.purge()
+        regex.purge()
         gc.collect()
         return min(sizes)
 

@@ -19,11 +19,11 @@ UNIT = regex.compile(rf"[{UNSPACED}]\p{{M}}*+\s*+|[\S--[{UNSPACED}]]{{1,40}}+\s*
 SEARCHED = regex.compile(rf"(?P<pairs>(?:[\w&&[{UNSPACED}\p{{Hangul}}]]\p{{M}}*+)++)"
                          rf"|[\w--[{UNSPACED}\p{{Hangul}}]]{{2,}}+", regex.V1)
 CHARACTER = regex.compile(r"\X")
-# 。 । ۔ and the like, with closing quotes; behind . ! ? a space has to follow, an initial is none, nor what stands
-# before a small letter.
+# 。 । ۔ and the like, with up to three closing quotes; behind . ! ? a space has to follow, an initial is none, nor
+# what stands before a small letter.
 SENTENCE_END = regex.compile(
     r"""(?<=(?:[.!?]|[.!?]["”’')\]])(?<!\b[^\W\d_]\.)\ )(?=\P{Ll})"""
-    r"""|(?<=[\p{Sentence_Terminal}--[\0-\x7f]][\p{Pe}\p{Pf}"']*+\ ?)(?![\p{Pe}\p{Pf}"'\ ]|\Z)""", regex.V1)
+    r"""|(?<=[\p{Sentence_Terminal}--[\0-\x7f]][\p{Pe}\p{Pf}"']{0,3}+\ ?)(?![\p{Pe}\p{Pf}"'\ ]|\Z)""", regex.V1)
 
 
 def searched(text: str) -> Iterable[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -71,6 +70,8 @@ def busy(wanted: bool):
 
 def _children() -> float:
     """CPU seconds of the processes that this one started and that have ended."""
+    import resource  # not on Windows
+
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
