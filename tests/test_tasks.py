@@ -293,7 +293,7 @@ def test_documents_do_not_stay_in_memory(corpus, world, tokenizer):
             masked_document(corpus, FINDER, 7, i, 100, 30)
             problem = qa_document(world.question(i), world.passages, tokenizer, 4000, i)
             sizes.append(sum(map(len, problem.passages)))
-        _occurrence.cache_clear()  # the compiled rules of the last 4,096 entities are kept; so are re's last 512
+            _occurrence.cache_clear()  # the compiled rules of the last 4,096 entities are kept; so are re's last 512
         re.purge()
         regex.purge()
         gc.collect()
