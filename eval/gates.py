@@ -64,7 +64,7 @@ def _answering(agent, demo: Demonstrator, n: int) -> dict[str, float]:
         memories = [demo.memory_ids(demo.oracle_memory(e, random.Random(i))) for i, e in enumerate(episodes)]
         prompts = [agent.prompts.answer(e.problem, m) for e, m in zip(episodes, memories, strict=True)]
         turns = agent.sample(prompts, [("gate", name, i) for i in range(n)])
-        found[name] = _mean(exact_match(agent.boxed(t), [e.answer]) for t, e in zip(turns, episodes, strict=True))
+        found[name] = mean(exact_match(agent.boxed(t), [e.answer]) for t, e in zip(turns, episodes, strict=True))
     return found
 
 
@@ -79,7 +79,7 @@ def _recall(agent, demo: Demonstrator, n: int) -> dict[str, float]:
             sections.append(agent.tokenizer.encode(made[0]))
             memories.append(demo.memory_ids(memory))
             targets.append(made[1])
-    return {"recall": _mean(agent.recall(sections, memories, targets, [("gate r", i) for i in range(len(targets))])[1])}
+    return {"recall": mean(agent.recall(sections, memories, targets, [("gate r", i) for i in range(len(targets))])[1])}
 
 
 def _keeping(agent, demo: Demonstrator, n: int) -> dict[str, float]:
@@ -120,8 +120,8 @@ def _keeping(agent, demo: Demonstrator, n: int) -> dict[str, float]:
         for prompts, hits in ((final, correct), (best, oracle)):
             turns = agent.sample(prompts, [("gate o", masked, i) for i in range(len(prompts))])
             hits += [exact_match(agent.boxed(t), [e.answer]) for t, e in zip(turns, episodes, strict=True)]
-    return {"verbatim": _mean(verbatim), "kept_now": _mean(now), "kept_later": _mean(later),
-            "oracle_gain": _mean(oracle) - _mean(correct)} | {k: _mean(v) for k, v in why.items()}
+    return {"verbatim": mean(verbatim), "kept_now": mean(now), "kept_later": mean(later),
+            "oracle_gain": mean(oracle) - mean(correct)} | {k: mean(v) for k, v in why.items()}
 
 
 REAL_GATES = {  # of real weights after their warm-up, on held-out passages
@@ -155,9 +155,9 @@ def real_gates(agent, config, data, n: int = 0) -> dict[str, float]:
         prompts = [agent.prompts.answer(e.problem, reader.memory_ids(m)) for e, m in cases]
         answers = [agent.boxed(t) for t in agent.sample(prompts, [("gate", name, i) for i in range(n)])]
         boxes += [a is not None for a in answers]
-        value[name] = _mean(exact_match(a, [e.answer]) for a, (e, _) in zip(answers, cases, strict=True))
+        value[name] = mean(exact_match(a, [e.answer]) for a, (e, _) in zip(answers, cases, strict=True))
     turns, hits = agent.recall(*zip(*recalls, strict=True), [("gate r", i) for i in range(n)])
-    value |= {"recalled": _mean(hits), "finished": _mean(boxes + [agent.boxed(t) is not None for t in turns])}
+    value |= {"recalled": mean(hits), "finished": mean(boxes + [agent.boxed(t) is not None for t in turns])}
     value |= _copying(agent, reader, masked[:n // 2] + cloze[:n // 2], length)
     print("\ngate       value  passes from   (after the warm-up, held-out passages, sampled as in training)")
     for name, (low, _, meaning) in REAL_GATES.items():
@@ -184,10 +184,10 @@ def _copying(agent, reader: Reader, episodes, length: int) -> dict[str, float]:
             wanted = reader.update(episodes[i], [], section)
             noted += [any(s in new for s in wanted)] if wanted else []
             carried += [s in new for s in old if s in known - {*section} and reader.bears(episodes[i], s)]
-    return {"copied": _mean(copied), "noted": _mean(noted), "carried": _mean(carried)}
+    return {"copied": mean(copied), "noted": mean(noted), "carried": mean(carried)}
 
 
-def _mean(values) -> float:
+def mean(values) -> float:
     values = [float(v) for v in values]
     return sum(values) / max(1, len(values))
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from data.config import Config
-from data.tasks import masked_document
-from data.text.entities import make_finder
+from data.problems import Data
 from data.world.demonstrations import sentences
-from data.world.miniwiki import MiniWorld
+from eval.gates import mean
 
 ROOM = {  # name: (lowest that passes, what it says)
     "recall_own": (0.15, "recall from the policy's own memories"),
@@ -25,9 +25,8 @@ ROOM = {  # name: (lowest that passes, what it says)
 
 def health(agent, c: Config, recall_probe: Callable, steps: int = 2) -> dict[str, float]:
     """{name of ROOM: share, "tokens": sampled in a step}, over the documents of `steps` steps."""
-    corpus, finder = MiniWorld(c.people, 0, "dev").corpus(), make_finder(c.entities)
-    problems = [masked_document(corpus, finder, -1, i, c.passages, c.related, lambda t: len(agent.tokenizer.encode(t)),
-                                c.masked_sections * c.section) for i in range(steps * c.documents)]
+    data = Data(replace(c, corpus="miniworld", world="dev", stages="report"), agent.tokenizer)
+    problems, finder = [data.masked_problem(i, held_out=True) for i in range(steps * c.documents)], data.finder
     keys = [("health", i, g) for i in range(len(problems)) for g in range(c.group)]
     rollouts = agent.read([problems[i] for _, i, _ in keys], keys)
     sampled = sum(len(t.sampled) for r in rollouts for t in r.turns)
@@ -44,12 +43,12 @@ def health(agent, c: Config, recall_probe: Callable, steps: int = 2) -> dict[str
     for name, probes in (("recall_own", own), ("recall_filled", filled)):
         copies = [(*probe, (*key, name, j)) for probe, key in probes for j in range(max(1, c.recall_group))]
         turns, hits = agent.recall(*map(list, zip(*copies, strict=True))) if copies else ([], [])
-        shares[name] = _mean(hits)
+        shares[name] = mean(hits)
         if name == "recall_own":
             sampled += sum(len(t.sampled) for t in turns)
             signal = differing(hits, max(1, c.recall_group))
-    return shares | {"recall_signal": _mean(signal), "tokens": sampled / steps,
-                     "reading_signal": _mean(differing([r.correct for r in rollouts], c.group))}
+    return shares | {"recall_signal": mean(signal), "tokens": sampled / steps,
+                     "reading_signal": mean(differing([r.correct for r in rollouts], c.group))}
 
 
 def filled_memory(tokenizer, sections: Sequence[list[int]], budget: int, rng: random.Random) -> list[int]:
@@ -73,7 +72,3 @@ def show(value: dict[str, float]) -> None:
     for name, (low, meaning) in ROOM.items():
         print(f"{name:16s} {value[name]:5.3f}  {low:.2f}  {'ok  ' if value[name] >= low else 'FAIL'}      {meaning}")
     print(f"tokens           {value['tokens']:,.0f} sampled a step")
-
-
-def _mean(values: Sequence) -> float:
-    return sum(map(float, values)) / max(1, len(values))

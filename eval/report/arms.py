@@ -235,18 +235,24 @@ class Arm:
         return Table(self.rows("search_qa"), "benchmark", 2, self.seeds)
 
 
+def _alike(runs: Sequence[Run], key: Callable[[Run], dict]) -> list[list[Run]]:
+    """Runs of one key together, in the order of their first ones. A key may be a dict, which no dict can hold."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        own = next((g for g in groups if key(g[0]) == key(run)), None)
+        if own is None:
+            groups.append([run])
+        else:
+            own.append(run)
+    return groups
+
+
 def group(runs: Sequence[Run]) -> list[Arm]:
     """Runs -> arms, that of the first run in front and named "full". InputError where one measurement occurs twice, or
     where some were measured on the development world and others not."""
     if len({run.setting["world"] for run in runs}) > 1:
         raise InputError("runs of the development world and of the evaluation world; give those of one world")
-    groups: list[list[Run]] = []
-    for run in runs:
-        own = next((g for g in groups if g[0].setting == run.setting), None)
-        if own is None:
-            groups.append([run])
-        else:
-            own.append(run)
+    groups = _alike(runs, lambda run: run.setting)
     full, arms = groups[0][0].setting, []
     for own in groups:
         refuse_repeats(own)
@@ -259,15 +265,8 @@ def group(runs: Sequence[Run]) -> list[Arm]:
 
 def backbones(runs: Sequence[Run]) -> dict[str, list[Arm]]:
     """{backbone: its arms}, the first run's backbone in front. A backbone is a shape of the model, or its name."""
-    groups: list[list[Run]] = []
-    for run in runs:
-        own = next((g for g in groups if g[0].shape == run.shape), None)
-        if own is None:
-            groups.append([run])
-        else:
-            own.append(run)
     found: dict[str, list[Arm]] = {}
-    for own in groups:
+    for own in _alike(runs, lambda run: run.shape):
         s = own[0].shape
         name = str(s.get("model") or f"width {s.get('width')}, {s.get('layers')} layers")
         found[name if name not in found else f"{name} ({own[0].path.name})"] = group(own)

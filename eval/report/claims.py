@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.report.arms import AGENT, BOTH, Arm, Difference, Table, against, named, points, shared
-from eval.report.curve import Point, curves, matched_flops, matched_steps
+from eval.report.curve import Point, curves, full_method, matched_flops, matched_steps
 from eval.report.paper import (
     PAPER_ABLATIONS,
     PAPER_DECOUPLED,
@@ -214,7 +214,7 @@ def _decoupled(arms: Sequence[Arm]) -> Claim:
 def _longer(arms: Sequence[Arm]) -> Claim:
     """The paper equalises all steps; MemAgent with fewer than MemTrain and MemAgent together decides nothing."""
     full, note, undecided = arms[0], "", ""
-    ours = Point(full, BOTH, full.runs[0].setting["memagent_steps"])
+    ours = full_method(full)
     theirs = matched_steps(curves(arms)[AGENT], full)
     if theirs and theirs.steps < ours.all_steps:
         undecided = f"MemAgent has {theirs.steps} steps in all, MemTrain and MemAgent together {ours.all_steps}"
@@ -238,8 +238,7 @@ def _otherwise_matched(arms: Sequence[Arm]) -> list[Claim]:
     if theirs is None or theirs.arm is arms[0]:
         return []
     average, _ = _over_point(arms[0], theirs)
-    ours = Point(arms[0], BOTH, arms[0].runs[0].setting["memagent_steps"])
-    return [Claim(f"C6 at equal FLOPs, average: {ours} against {theirs}", "—", str(average), average)]
+    return [Claim(f"C6 at equal FLOPs, average: {full_method(arms[0])} against {theirs}", "—", str(average), average)]
 
 
 def _span(lengths: Sequence[float]) -> str:

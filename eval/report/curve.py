@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from eval.report.arms import AGENT, BOTH, Arm, Difference, against, points
+from eval.report.arms import AGENT, BOTH, Arm, Difference, against, interval, points
 
 STARTS = {AGENT: "base", BOTH: "memtrain"}  # MemAgent's system: what it starts from
 
@@ -55,6 +55,11 @@ def teraflops(flops: float | None) -> str:
     return "—" if flops is None else f"{flops / 1e12:.3g}"
 
 
+def full_method(full: Arm) -> Point:
+    """MemTrain and MemAgent of the full arm: what the points of MemAgent alone are matched with."""
+    return Point(full, BOTH, full.runs[0].setting["memagent_steps"])
+
+
 def curves(arms: Sequence[Arm]) -> dict[str, dict[int, Point]]:
     """{"memagent" or "memtrain+memagent": {steps of MemAgent: Point}}, steps ascending; the full arm's go first."""
     found: dict[str, dict[int, Point]] = {}
@@ -73,15 +78,15 @@ def curves(arms: Sequence[Arm]) -> dict[str, dict[int, Point]]:
 def matched_steps(alone: dict[int, Point], full: Arm) -> Point | None:
     """MemAgent with as many steps as MemTrain and MemAgent have in the full arm; where that was not run the next
     longer, else the longest, of those with more steps of MemAgent than the full arm."""
-    setting = full.runs[0].setting
-    longer = {steps: p for steps, p in alone.items() if steps > setting["memagent_steps"]}
-    enough = [steps for steps in longer if steps >= setting["memtrain_steps"] + setting["memagent_steps"]]
+    ours = full_method(full)
+    longer = {steps: p for steps, p in alone.items() if steps > ours.steps}
+    enough = [steps for steps in longer if steps >= ours.all_steps]
     return longer[min(enough)] if enough else longer[max(longer)] if longer else None
 
 
 def matched_flops(alone: dict[int, Point], full: Arm) -> Point | None:
     """The point whose FLOPs come nearest to those of MemTrain and MemAgent together, in proportion."""
-    target = Point(full, BOTH, full.runs[0].setting["memagent_steps"]).flops
+    target = full_method(full).flops
     known = [p for p in alone.values() if p.steps and p.flops]
     return min(known, key=lambda p: abs(math.log(p.flops / target))) if target and known else None
 
@@ -121,9 +126,8 @@ def rows(curve: Curve | None) -> list[list[str]]:
     def cells(name: str, n: int) -> list[str]:
         if n not in curve.values[name]:
             return ["not run", "—", "—"]
-        point, (mean, low, high) = curve.values[name][n]
-        return [f"{points(mean):.1f} [{points(low, math.floor):.1f}, {points(high, math.ceil):.1f}]",
-                str(point.all_steps), teraflops(point.flops)]
+        point, estimate = curve.values[name][n]
+        return [interval(*estimate), str(point.all_steps), teraflops(point.flops)]
 
     if curve is None:
         return []

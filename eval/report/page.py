@@ -65,7 +65,7 @@ def md(value) -> str:
 # ------------------------------------------------------------------------------------------------ content
 
 
-def content(named: dict[str, list[Arm]]) -> dict:
+def content(named: dict[str, list[Arm]], labels: curve.Curve | None) -> dict:
     """Everything that both reports say, as plain text; what came from outside is an Outside."""
     arms = next(iter(named.values()))
     full, runs = arms[0], arms[0].runs
@@ -74,7 +74,6 @@ def content(named: dict[str, list[Arm]]) -> dict:
     rows = {section: full.rows(section) for section in ("long_qa", "recall", "masked", "memory")}
     summary, detail = verdicts(named)
     costs, assumed = ledger(arms)
-    labels = curve.label_curve(arms)
     known = {key: [Outside(v) for v in sorted({str(run.environment.get(key, "not recorded")) for run in everyone})]
              for key in ("commit", "date")}
     return {
@@ -185,7 +184,7 @@ def readings(runs: Sequence[Run]) -> tuple[Markup | str, tuple[int, int]]:
     return value, (len(chosen), len(found))
 
 
-def figures(arms: Sequence[Arm]) -> dict[str, list[dict]]:
+def figures(arms: Sequence[Arm], labels: curve.Curve | None) -> dict[str, list[dict]]:
     """Lists of {"label", "svg"}, empty where there is nothing to draw."""
     full = arms[0]
 
@@ -210,10 +209,10 @@ def figures(arms: Sequence[Arm]) -> dict[str, list[dict]]:
                 found["ablations"].insert(0, plot(f"{SYSTEMS[system]} by arm and length",
                                                   plots.ablations_by_length(arms, system)))
                 found["ablations"].append(plot("The paper's ablations, average", plots.ablations_paper, (5.3, 2.2)))
-    if labels := curve.label_curve(arms):
+    if labels:
         found["labels"] = [plot("Accuracy by labelled questions, with MemTrain first and without",
                                 plots.label_curve(labels), (7.6, 3.6))]
-    found["changing"] = [plot(label, draw) for label, draw in (changing.figures(arms) if full.rows("changing") else [])]
+    found["changing"] = [plot(label, draw) for label, draw in changing.figures(arms)]
     memories = full.rows("memory")
     for task, what in tables.tasks(memories).items():
         if draw := plots.retention([row for row in memories if row.get("task") == task], what):
@@ -238,7 +237,7 @@ def configuration(run: Run) -> tuple[list, list]:
     return changed, [[Outside(k), Outside(v)] for k, v in run.config.items()]
 
 
-def html(named: dict[str, list[Arm]], said: dict, data: Markup | str) -> str:
+def html(named: dict[str, list[Arm]], labels: curve.Curve | None, said: dict, data: Markup | str) -> str:
     """The page. Everything but our own style, script and plots is escaped."""
     arms, here = next(iter(named.values())), Path(__file__)
     runs = arms[0].runs
@@ -248,7 +247,7 @@ def html(named: dict[str, list[Arm]], said: dict, data: Markup | str) -> str:
     environment.filters["figure"] = figure_cell
     environment.filters["sign"] = lambda claim: SIGNS.get(claim.word, "none")
     return environment.get_template("report.html.j2").render(said | {
-        "titles": TITLES, "figures": figures(arms),
+        "titles": TITLES, "figures": figures(arms, labels),
         "summary": ranged(said["summary"]), "detail": ranged(said["detail"]),
         "trained": [(stage, plots.LOOKS.get(stage, (plots.INK,))[0]) for stage in plots.training(runs)[1]],
         "settings": settings, "config": config,
@@ -291,16 +290,17 @@ def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = 
     named, out = backbones(runs), Path(out or run_dir)
     arms = next(iter(named.values()))
     data, shown = readings([run for arm in arms for run in arm.runs])
-    said = content(named) | {"warnings": [Outside(w) for w in tables.warnings(arms, list(named), shown)]}
+    labels = curve.label_curve(arms)
+    said = content(named, labels) | {"warnings": [Outside(w) for w in tables.warnings(arms, list(named), shown)]}
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         plots.plot_table1(arms[0].table, out / "table1")
-        plots.plot_labels(curve.label_curve(arms), out / "labels")
+        plots.plot_labels(labels, out / "labels")
         curves = plots.plot_training(arms[0].runs, out / "training.png")
         changing.plot(arms, out / "changing.png")
     markdown = _environment(finalize=lambda v: md(v) if isinstance(v, Outside) else v)
     markdown.filters |= {"cell": lambda v: md(v) if isinstance(v, Outside) else v, "lines": claim_cells, "md": md}
-    made = {"report.html": html(named, said, data),
+    made = {"report.html": html(named, labels, said, data),
             "report.md": markdown.get_template("report.md.j2").render(said, curves=curves, shown=bool(data)),
             "claims.json": json_bytes([figures_of(c) for c in said["summary"]]).decode()}
     for name, text in made.items():
