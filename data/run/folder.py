@@ -111,6 +111,11 @@ def stored_state(path: Path) -> dict:
         return {}
 
 
+def brief(row: dict) -> dict:
+    """Six digits of what is no whole number."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) and not v.is_integer() else v for k, v in row.items()}
+
+
 class Log:
     """metrics.jsonl, a line a step, and wandb where asked for."""
 
@@ -135,7 +140,7 @@ class Log:
 
     def write(self, row: dict) -> None:
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")  # a half written line is forgotten at the next start
+            file.write(json.dumps(brief(row)) + "\n")  # a half written line is forgotten at the next start
         if self.wandb:
             self.wandb.log({f"{row['stage']}/{k}": v for k, v in row.items() if k != "stage"})
 
