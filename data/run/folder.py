@@ -13,11 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from data import InputError
 from data.run.files import json_bytes, read_json, replacing, write_json, writing
-from data.run.terminal import printable
+from data.run.terminal import note
 
 
 class RunFolder:
@@ -173,8 +172,8 @@ class Wandb:
         if offline:
             own = f"{id_}-{uuid.uuid4().hex[:8]}"
             if (folder / "metrics.jsonl").exists():
-                tqdm.write(printable(f"note: wandb: offline, no run is resumed: this start is a run of its own, {own}, "
-                                     f"in the group {id_}; wandb sync takes them all"))
+                note(f"wandb: offline, no run is resumed: this start is a run of its own, {own}, in the group {id_}; "
+                     f"wandb sync takes them all")
         self.rows: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
         self.settings = {"project": "memtrain", "name": config["run"], "id": own, "group": id_,
                          "resume": None if offline else "allow", "mode": config["wandb"], "dir": str(folder),
@@ -196,7 +195,7 @@ class Wandb:
             self._give_up(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
 
     def _give_up(self, why: str) -> None:
-        tqdm.write(printable(f"note: wandb: {why}; the run goes on without it, metrics.jsonl has every row"))
+        note(f"wandb: {why}; the run goes on without it, metrics.jsonl has every row")
 
     def log(self, row: dict) -> None:
         if self.thread.is_alive():
