@@ -10,6 +10,7 @@ import pytest
 
 from eval.metrics import (
     bootstrap_difference,
+    bootstrap_mean,
     exact_match,
     extract_boxed,
     f1,
@@ -215,6 +216,12 @@ def test_bootstrap_uses_the_pairs():
     better[:, :15] = True  # solves what the other solves, and a few questions more
     mean, low, high = bootstrap_difference(better, hard)
     assert 0 < low < mean < high < 0.06  # unpaired, the interval would be 0.09 wide and include zero
+
+
+def test_seeds_enter_as_students_t_of_their_sample_deviation():
+    """Where all questions agree: 0.1 / sqrt(3) is the standard error, 4.3027 Student's t of two degrees."""
+    mean, low, high = bootstrap_mean([np.array([[0.1] * 40, [0.2] * 40, [0.3] * 40])])
+    assert (mean, high - mean, mean - low) == pytest.approx((0.2, 4.3027 * 0.1 / 3**0.5, 4.3027 * 0.1 / 3**0.5))
 
 
 def test_bootstrap_widens_when_seeds_disagree():
