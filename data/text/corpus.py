@@ -114,9 +114,8 @@ class Corpus:
         """At most k passages for `query`, best first; those without a word of the query are left out."""
         return self.retriever.search([query], k)[0]
 
-    def split(self, held_out: float = 0.1, seed: int = 0,
-              apart: Callable[[Passage], bool] = lambda passage: False) -> "tuple[Corpus, Corpus]":
-        """(training part, held-out part), about `held_out` of the titles in the second, and what `apart` says.
+    def split(self, held_out: float = 0.1, seed: int = 0) -> "tuple[Corpus, Corpus]":
+        """(training part, held-out part), about `held_out` of the titles in the second.
 
         A stable hash of (seed, title) decides: all passages of a title are on one side, and on the same side
         in any order, size or selection of the corpus. Raises InputError if a side would be empty.
@@ -126,7 +125,7 @@ class Corpus:
         sides: tuple[list[Passage], list[Passage]] = ([], [])
         for passage in self.passages:
             digest = hashlib.sha256(json.dumps([seed, passage.title]).encode()).digest()
-            sides[int.from_bytes(digest[:8], "big") < held_out * 2**64 or apart(passage)].append(passage)
+            sides[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(passage)
         if not all(sides):
             have = f"corpus {self.name}: one side of the split of {len(self)} passages is empty"
             raise InputError(f"{have} with held_out={held_out}; give a larger corpus or another held_out")
@@ -287,7 +286,7 @@ def load_questions(spec: str, limit: int | None = None) -> list[Question]:
     """The first `limit` questions (default: all) of a .json, .jsonl or .parquet file, or of HotpotQA on the hub.
 
     The form of a file is recognised record by record (QUESTION_FORMS). "hotpotqa" or "hotpotqa:validation" and
-    "hotpotqa:train" are the splits of its distractor setting (default: 20,000 questions at max_words).
+    "hotpotqa:train" are the splits of its distractor setting (default: 20,000 questions at most).
     Raises InputError, with the file and the record, for what is missing, empty, of a wrong type, or doubled.
     """
     if limit is not None and limit < 1:
@@ -378,7 +377,7 @@ def _question(record: Any) -> Question:
     if not isinstance(record[key], str | int) or record[key] == "":
         raise TypeError(f"`{key}` is neither a string nor a number")
     missing = sorted(evidence - {p.title for p in gold})
-    return Question(str(record[key]), question, known, tuple(gold), tuple(others), kind, tuple(missing))
+    return Question(str(record[key]), question, known, tuple(gold), tuple(others), kind, missing=tuple(missing))
 
 
 def _answer(value: Any) -> str:

@@ -12,7 +12,7 @@ Korean anywhere at the beginning of a word, whose end is a particle. `shows` jud
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
@@ -228,6 +228,16 @@ COMMON |= _words("er sie es il elle ils elles él ellos ellas он она оно
 # ... and these are none alone wherever they stand.
 CALENDAR = _words(f"{MONTHS} Monday Tuesday Wednesday Thursday Friday Saturday Sunday".lower())
 NEVER_ALONE = CALENDAR | CONNECTORS | ARTICLES | {a.lower() for a in ABBREVIATIONS} | {"il", "mask", "target"}
+
+
+def english(texts: Iterable[str]) -> bool:
+    """Whether these passages are English, which the rules are made for: one word in six is "the",
+    "of", "and" or the like there, and hardly one in thirty elsewhere."""
+    words = [word.lower() for text in texts for word in regex.findall(r"\w+", text)]
+    return sum(word in TELLING for word in words) >= len(words) / 12
+
+
+TELLING = _words("the of and to with from by")
 LONGEST = 100  # characters: what runs on for longer is a headline or a list
 
 

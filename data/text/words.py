@@ -53,4 +53,4 @@ def asks(text: str) -> bool:
 
 def ends(text: str) -> bool:
     """Whether it ends as a sentence does, in any script."""
-    return bool(regex.search(r"""[\p{Sentence_Terminal}…][\p{Pe}\p{Pf}"']*\s*\Z""", text))
+    return bool(regex.search(r"""[\p{Sentence_Terminal}…][\p{Pe}\p{Pf}"']{0,3}\s{0,3}\Z""", text))
