@@ -136,10 +136,10 @@ class Data:
         self.train_questions = [replace(q, distractors=tuple(p for p in q.distractors if p not in evidence))
                                 for q in asked if q.ordered or not any(p in evidence for p in q.gold)]
         if lost := len(asked) - len(self.train_questions):
-            note(f"--train-questions {self.c.train_questions}: {lost} of {len(asked)} hold evidence of the evaluation's "
+            note(f"--train-questions {self.c.train_questions}: {lost} of {len(asked)} hold evidence of evaluation "
                  f"questions and are left out")
         if asked and not self.train_questions:
-            raise InputError(f"--train-questions {self.c.train_questions}: all of them hold evidence of the evaluation's "
+            raise InputError(f"--train-questions {self.c.train_questions}: all of them hold evidence of evaluation "
                              f"questions; give questions about other pages")
 
     def _passages(self, spec: str) -> Corpus:

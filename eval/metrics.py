@@ -2,26 +2,31 @@
 
 The rewards of training and the figures of the report come from the same `extract_boxed` and `exact_match`,
 so both must be deaf to tricks: whoever lists several entities, leaves the box open, boxes nothing, boxes an
-article or repeats the placeholder gets 0. The others are reported beside it and are never a reward; each equals a
-script of the field:
+article that is not the answer or repeats the placeholder gets 0. The others are reported beside it and are never
+a reward; each equals a script of the field:
 
-    exact_match           exact_match_score of HotpotQA's script, but for the tricks
+    exact_match           exact_match_score of HotpotQA's script, but for the tricks and answers that it empties
     f1                    f1_score of HotpotQA's script, but for placeholders
     search_r1_sub_em      subem_check of Search-R1: an answer is a substring of the prediction
     memagent_sub_em       sub_exact_match_score of MemAgent: either is a substring of the other, so "p" names "Paris"
 
-Substrings are of the normalised texts, and of letters: "19" is in "1931". Several answers: the best counts.
+Those scripts are made for English. Text with other than Latin letters is prepared for the first two as in MLQA's
+script (`_form`). Substrings are of the normalised texts, and of letters: "19" is in "1931". Several answers: the best
+counts.
 """
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
+import regex
 
 from data.search import boxes
+from data.text.words import UNSPACED
 
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
 # The same of Student's t, by degrees of freedom from 1; beyond the last one its value is a little too wide.
@@ -30,6 +35,8 @@ T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PLACEHOLDER = re.compile(r"\[\s*(mask|target)\s*\]", re.IGNORECASE)
+_NOT_LATIN, _MARKS = regex.compile(r"[\p{L}--\p{Latin}]", regex.V1), regex.compile(r"\p{P}")
+_UNSPACED = regex.compile(rf"[{UNSPACED}]\p{{M}}*+")
 _CLOSED_ANSWERS = {"yes", "no", "noanswer"}
 
 
@@ -53,18 +60,29 @@ def _prepared(prediction: str | None, answers: Sequence[str]) -> tuple[str, list
         raise TypeError("answers must be a list of strings, not one string")
     if prediction is None or _PLACEHOLDER.search(prediction):
         return "", []
-    return normalize(prediction), [a for a in map(normalize, answers) if a]
+    return _form(prediction), [a for a in map(_form, answers) if a]
+
+
+def _form(text: str) -> str:
+    """The normalised text. Text with other letters than Latin ones also loses Unicode's punctuation, and characters of
+    scripts without spaces are its words: "北京。" is "北京", and half of "北京大学" (MLQA, Lewis et al. 2020)."""
+    if _NOT_LATIN.search(text):
+        text = _UNSPACED.sub(r" \g<0> ", _MARKS.sub("", unicodedata.normalize("NFKC", text)))
+    return normalize(text)
 
 
 def exact_match(prediction: str | None, answers: Sequence[str]) -> float:
     """1.0 if the normalised prediction equals a normalised answer, else 0.0.
 
     Normalisation deletes articles and punctuation, so a prediction padded with them could be of any length;
-    more than twice the longest answer plus 32 characters is over-long and scores 0.
+    more than twice the longest answer plus 32 characters is over-long and scores 0. An answer of which it leaves
+    nothing ("The The", "!!!") is compared as it stands.
     """
     guess, golds = _prepared(prediction, answers)
-    if not guess or len(prediction) > 2 * max(map(len, answers), default=0) + 32:
+    if prediction is None or len(prediction) > 2 * max(map(len, answers), default=0) + 32:
         return 0.0
+    if not guess:
+        return float(any(prediction.strip() == a.strip() != "" and not _form(a) for a in answers))
     return float(guess in golds)
 
 

@@ -6,11 +6,12 @@ A benchmark is NAME (one of the seven, streamed from the hub in FlashRAG's form)
 then the file's without its ending and _train, _dev or _test; "all" is the seven. Files may have FlashRAG's form or
 those of HotpotQA, 2WikiMultiHopQA and MuSiQue (data/text/corpus.py).
 
-Question marks, of any script (data.text.words). A record without one is refused: most often its columns are swapped, or its text was cut. The seven sets
-are the exception, from the hub or from a file under their name, for their authors publish such questions: all of the
-100 of NQ in our sample have no mark, 7 of 100 of TriviaQA, 4 of 100 of HotpotQA. Each of those gets a mark here, as in
-the public preparations of these sets for search agents, unless it ends as a sentence does ("Name one of the mascots.");
-how many is printed. Under their names, too, a single word in a file is refused.
+Question marks, of any script (data.text.words). A record without one is refused: most often its columns are swapped, or
+its text was cut. The seven sets are the exception, from the hub or from a file under their name, for their authors
+publish such questions: all of the 100 of NQ in our sample have no mark, 7 of 100 of TriviaQA, 4 of 100 of HotpotQA.
+Each of those gets a mark here, as in the public preparations of these sets for search agents, unless it ends as a
+sentence does ("Name one of the mascots."); how many is printed. Under their names, too, a single word in a file is
+refused.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from data import InputError
 from data.run.terminal import printable
 from data.text import hub
 from data.text.corpus import Question, parse_questions, question_records
-from data.text.words import asks, ends
+from data.text.words import asks, count, ends
 
 # In the order of the paper's Table 2. Splits as search agents are commonly evaluated: test where there is one,
 # else dev.
@@ -95,7 +96,7 @@ def _load(name: str, file: Path | None, limit: int | None) -> list[Question]:
     read = list(parse_questions(records))  # also what `limit` leaves out: a broken file is refused as a whole
     for where, question in read:
         bare = not asks(question.question)
-        if file and bare and (name not in SPLITS or " " not in question.question):
+        if file and bare and (name not in SPLITS or count(question.question) < 2):
             _refuse(where, question, name)
     questions = [_marked(question) for _, question in read][:limit]
     if len(questions) < 2:
