@@ -301,7 +301,8 @@ def test_training_questions_come_in_epochs(files, tiny, tokenizer, folder):
 def test_a_finished_run_is_evaluated_on_its_own_benchmarks(folder, tiny, tokenizer):
     """Also where --stages names no training any more."""
     lines = lambda rows: "\n".join(map(json.dumps, rows))  # noqa: E731
-    asked = lambda who: [{"id": f"{who}{i}", "question": f"Who is {who} {i}?", "golden_answers": ["Hugo"]}  # noqa: E731
+    asked = lambda who: [{"id": f"{who}{i}", "question": f"Who is {who} {i}?", "answer": "Hugo",  # noqa: E731
+                          "supporting_facts": [[f"{who} {i}", 0]], "context": [[f"{who} {i}", ["He is Hugo."]]]}
                          for i in range(5)]
     (folder / "c.jsonl").write_text(lines({"title": f"Town {i}", "text": f"Town {i} was built by Hugo Moor."}
                                           for i in range(200)))

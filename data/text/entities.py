@@ -79,7 +79,7 @@ HYPHEN, APOSTROPHE = "-‐‑–", "'’‘"
 KATAKANA = r"[\p{Katakana}ー]"  # foreign names: a run of it is one word
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)  # about 17 KB each
 def _occurrence(entity: str) -> tuple[regex.Pattern, regex.Pattern, regex.Pattern]:
     """The one rule, as three patterns: an occurrence of `entity`; a run of what becomes one once the occurrence beside
     it is replaced ("5," in "5,5,", ",5" in ",5,5"); a part of such a run. Raises ValueError if `entity` is blank."""
@@ -99,13 +99,12 @@ def _occurrence(entity: str) -> tuple[regex.Pattern, regex.Pattern, regex.Patter
     before = f"(?<!{_goes_on(first)})" + (r"(?<!\d[.,])" if first.isdigit() else "")
     after = f"(?!{_goes_on(last, end=True)})" + (r"(?![.,]\d)" if last.isdigit() else "")
     if last == ".":  # "U.S." is not in "U.S.A", but twice in "U.S.U.S."
-        after = rf"(?!(?!{re.escape(first)}){JOINED})"
+        after = rf"(?!(?!(?i:{re.escape(first)})){JOINED})"
     # A placeholder is no occurrence of the word "mask": masking it would never end.
-    before, body = rf"{before}(?!(?<=\[)(?-i:MASK|TARGET)\])", "".join(body)
+    before, body = rf"{before}(?!(?<=\[)(?:MASK|TARGET)\])", f"(?i:{''.join(body)})"
     one, run = f"{before}{body}{after}", f"{before}(?:{body}{after})+|(?:{before}{body})+{after}"
-    # uncached by `regex`, which draws from Python's global generator when its cache is full
-    return tuple(regex.compile(pattern, regex.IGNORECASE | regex.VERSION1, cache_pattern=False)
-                 for pattern in (one, run, body))
+    # uncached by `regex`, which draws from Python's global generator when its cache is full, and forgets no pattern
+    return tuple(regex.compile(pattern, regex.VERSION1, cache_pattern=False) for pattern in (one, run, body))
 
 
 def _goes_on(edge: str, end: bool = False) -> str:
