@@ -58,7 +58,8 @@ def with_evidence(questions: Sequence[Question], corpus: Corpus, option: str) ->
             found.append(question)
     if (lacking := len(questions) - len(found)) > FEW * len(questions):
         one = next(q for q in questions if not q.gold or q.missing)
-        what = f"no page {one.missing[0]!r} in corpus {corpus.name}" if one.missing else "no passages with it"
+        gone = next((title for title in one.missing if plain(title) not in pages), None)
+        what = f"no page {gone!r} in corpus {corpus.name}" if gone else "no passages with it"
         raise InputError(
             f"{option}: {lacking} of {len(questions)} questions come without their evidence, so a document could not "
             f"hold the answer (question {one.id}: {what}); give a file with contexts (HotpotQA's distractor setting, "
