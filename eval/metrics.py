@@ -6,7 +6,7 @@ article that is not the answer or repeats the placeholder gets 0. The others are
 a reward; each equals a script of the field:
 
     exact_match           exact_match_score of HotpotQA's script, but for the tricks and answers that it empties
-    f1                    f1_score of HotpotQA's script, but for placeholders
+    f1                    f1_score of HotpotQA's script, but for placeholders and those answers
     search_r1_sub_em      subem_check of Search-R1: an answer is a substring of the prediction
     memagent_sub_em       sub_exact_match_score of MemAgent: either is a substring of the other, so "p" names "Paris"
 
@@ -81,15 +81,18 @@ def exact_match(prediction: str | None, answers: Sequence[str]) -> float:
     guess, golds = _prepared(prediction, answers)
     if prediction is None or len(prediction) > 2 * max(map(len, answers), default=0) + 32:
         return 0.0
-    if not guess:
-        return float(any(prediction.strip() == a.strip() != "" and not _form(a) for a in answers))
-    return float(guess in golds)
+    return float(guess in golds) if guess else _as_it_stands(prediction, answers)
+
+
+def _as_it_stands(prediction: str | None, answers: Sequence[str]) -> float:
+    """1.0 if the prediction is one of those answers that normalise to nothing."""
+    return float(any(a.strip() == (prediction or "").strip() != "" and not _form(a) for a in answers))
 
 
 def f1(prediction: str | None, answers: Sequence[str]) -> float:
     """Token F1, best over the answers. Yes/no/noanswer earn no partial credit (HotpotQA's rule)."""
     guess, golds = _prepared(prediction, answers)
-    best = 0.0
+    best = _as_it_stands(prediction, answers)
     for gold in golds:
         if guess != gold and (guess in _CLOSED_ANSWERS or gold in _CLOSED_ANSWERS):
             continue

@@ -129,7 +129,7 @@ def test_rewarded_text(text, expected):
     ("noanswer", ["noanswer"], 1.0), ("noanswer given", ["noanswer"], 0.0),
     ("yes sir", ["yes", "yes sir"], 1.0), ("大阪市", ["大阪"], 0.8), ("กรุงเทพ", ["กรุงเทพ"], 1.0),
     ("Киев 2", ["Киев."], 2 / 3),
-    (None, ["Paris"], 0.0), ("", [""], 0.0), ("the", ["the"], 0.0), ("[MASK]", ["mask"], 0.0), ("x", [], 0.0),
+    (None, ["Paris"], 0.0), ("", [""], 0.0), ("the", ["The"], 0.0), ("the", ["the"], 1.0), ("[MASK]", ["mask"], 0.0), ("x", [], 0.0),
 ])
 def test_f1(prediction, answers, expected):
     assert f1(prediction, answers) == pytest.approx(expected)
@@ -175,8 +175,8 @@ def test_each_metric_equals_its_script():
         theirs = scripts(prediction, answer)
         ours = {"em": exact_match(prediction, [answer])} | lenient([prediction], [[answer]])
         if not normalize(answer) or not normalize(prediction):  # ours compares them as they stand
-            assert ours["em"] == (prediction == answer)
-            ours["em"] = theirs["em"]
+            assert ours["em"] == ours["f1"] == (prediction == answer)
+            ours |= {"em": theirs["em"], "f1": theirs["f1"]}
         assert ours == pytest.approx(theirs), (prediction, answer)
         seen.append(tuple(theirs.values()))
     assert {0.0, 1.0} <= {em for em, *_ in seen} and any(m > s for *_, s, m in seen) and len(set(seen)) > 10
