@@ -18,14 +18,15 @@ from data import InputError
 from data.config import Config, kind_of, lengths_of
 from data.run.files import output
 from data.run.terminal import printable
-from data.search import SearchProblem, evidence_held, search_problem, with_contexts
+from data.search import SearchProblem, search_problem, with_contexts
 from data.tasks import Problem, in_epochs, last_masked, masked_document, masked_in_order, permutation, qa_document
 from data.text.benchmarks import load_benchmarks, load_local
 from data.text.corpus import Corpus, Question, load_passages, load_questions
 from data.text.dense import Dense, retriever_of
 from data.text.entities import english, make_finder
-from data.text.evidence import Evidence, plain, with_evidence
+from data.text.evidence import Evidence, evidence_held, with_evidence, without_evidence
 from data.text.retrieval import Retriever
+from data.text.words import compared
 from data.weights.tokenizer import Tokenizer
 from data.world.miniwiki import FAMILIES, MiniWorld
 from data.world.timeline import ROOM, Changing, Timeline
@@ -112,7 +113,7 @@ class Data:
     def _refuse_leaks(self, questions: Iterable[Question]) -> None:
         """questions: of the evaluation. Case, punctuation and spaces make no other question of one."""
         def key(q: Question) -> tuple:  # stories ask the same of other things that happened
-            return plain(q.question), q.gold if q.ordered else ()
+            return compared(q.question) or q.question, q.gold if q.ordered else ()
 
         asked = {key(q): q.id for q in questions}
         if leak := next((q for q in self.train_questions if key(q) in asked), None):
@@ -134,7 +135,7 @@ class Data:
         self.kept_out += out
         evidence = Evidence(questions)
         self.train_questions = [replace(q, distractors=tuple(p for p in q.distractors if p not in evidence))
-                                for q in asked if q.ordered or not any(p in evidence for p in q.gold)]
+                                for q in asked if not evidence.of(q)]
         if lost := len(asked) - len(self.train_questions):
             note(f"--train-questions {self.c.train_questions}: {lost} of {len(asked)} hold evidence of evaluation "
                  f"questions and are left out")
@@ -254,17 +255,6 @@ def _of_files(spec: str, limit: int | None = None) -> Iterator[Question]:
     names = [n for n in spec.split(",") if n]
     for name in names:
         yield from load_questions(name, limit and max(1, limit // len(names)))
-
-
-def without_evidence(corpus: Corpus, questions: Iterable[Question]) -> tuple[Corpus, int]:
-    """(the corpus without passages that hold evidence of `questions`, how many those are). InputError if all do."""
-    evidence = Evidence(questions)
-    kept = [p for p in corpus.passages if p not in evidence]
-    out = len(corpus) - len(kept)
-    if not kept:
-        raise InputError(f"corpus {corpus.name}: all {out} passages hold evidence of the evaluation's questions, and "
-                         f"none is left to train on; give a larger corpus")
-    return (Corpus(kept, corpus.name, corpus.clues) if out else corpus), out
 
 
 def note(text: str) -> None:

@@ -18,7 +18,7 @@ from data import InputError
 from data.prompts import LAST_PROBLEM, MASK_PROBLEM
 from data.text.corpus import Corpus, Passage, Question
 from data.text.entities import mask_entity, shows
-from data.text.words import SENTENCE_END
+from data.text.words import SENTENCE_END, SPACED
 from data.weights.tokenizer import Tokenizer
 
 MASK, TARGET = "[MASK]", "[TARGET]"
@@ -191,11 +191,11 @@ def masked_in_order(id: str, passages: Sequence[str], finder, rng: random.Random
 
 
 def around(sentence: str, placeholder: str, words: int) -> str:
-    """At most `words` words of a sentence, those around a placeholder."""
-    found = sentence.split()
+    """At most `words` words of a sentence, those around a placeholder; characters where no spaces are between words."""
+    found = SPACED.findall(sentence)
     at = next(i for i, w in enumerate(found) if placeholder in w)
     first = max(0, min(at - words // 2, len(found) - words))
-    return " ".join(found[first:first + words])
+    return "".join(found[first:first + words]).strip()
 
 
 def recall_then(texts: Sequence[str], finder, rng: random.Random) -> tuple[str, str] | None:

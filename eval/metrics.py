@@ -10,9 +10,8 @@ a reward; each equals a script of the field:
     search_r1_sub_em      subem_check of Search-R1: an answer is a substring of the prediction
     memagent_sub_em       sub_exact_match_score of MemAgent: either is a substring of the other, so "p" names "Paris"
 
-Those scripts are made for English. Text with other than Latin letters is prepared for the first two as in MLQA's
-script (`_form`). Substrings are of the normalised texts, and of letters: "19" is in "1931". Several answers: the best
-counts.
+Those scripts are made for English. Text of other scripts is prepared for the first two as in MLQA's (`_form`).
+Substrings are of the normalised texts, and of letters: "19" is in "1931". Several answers: the best counts.
 """
 
 import re
@@ -35,7 +34,10 @@ T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PLACEHOLDER = re.compile(r"\[\s*(mask|target)\s*\]", re.IGNORECASE)
-_NOT_LATIN, _MARKS = regex.compile(r"[\p{L}--\p{Latin}]", regex.V1), regex.compile(r"\p{P}")
+# Letters that aren't Latin, and punctuation of their scripts: the quotes and dashes of print are common to all.
+_FOREIGN = regex.compile(r"[[\p{L}\p{P}]--\p{Latin}--\p{scx=Common}]|[\p{P}&&\p{InHalfwidth_And_Fullwidth_Forms}]",
+                         regex.V1)
+_MARKS = regex.compile(r"[\p{P}\p{Default_Ignorable_Code_Point}]")
 _UNSPACED = regex.compile(rf"[{UNSPACED}]\p{{M}}*+")
 _CLOSED_ANSWERS = {"yes", "no", "noanswer"}
 
@@ -64,11 +66,12 @@ def _prepared(prediction: str | None, answers: Sequence[str]) -> tuple[str, list
 
 
 def _form(text: str) -> str:
-    """The normalised text. Text with other letters than Latin ones also loses Unicode's punctuation, and characters of
-    scripts without spaces are its words: "北京。" is "北京", and half of "北京大学" (MLQA, Lewis et al. 2020)."""
-    if _NOT_LATIN.search(text):
-        text = _UNSPACED.sub(r" \g<0> ", _MARKS.sub("", unicodedata.normalize("NFKC", text)))
-    return normalize(text)
+    """The normalised text. Text of another script than Latin loses Unicode's punctuation and no English articles, and
+    without spaces its characters are words: "北京。" is "北京", half of "北京大学" (MLQA, Lewis et al. 2020)."""
+    if not _FOREIGN.search(text):
+        return normalize(text)
+    text = unicodedata.normalize("NFKC", _MARKS.sub("", text)).lower().translate(_DROP_PUNCTUATION)
+    return " ".join(_UNSPACED.sub(r" \g<0> ", text).split())
 
 
 def exact_match(prediction: str | None, answers: Sequence[str]) -> float:

@@ -9,12 +9,13 @@ import pytest
 from test_corpus import HOTPOT, refuses, write
 
 from data.problems import Data
-from data.tasks import masked_document, recall_target
+from data.tasks import around, masked_document, recall_target
 from data.text.benchmarks import load_benchmarks
+from data.text.conversations import speaking
 from data.text.corpus import Corpus, Passage, Question, load_passages, load_questions, split_text
 from data.text.entities import Entity, RuleFinder, english, mask_entity, occurs, shows
-from data.text.evidence import Evidence, with_evidence
-from data.text.words import SENTENCE_END, asks, count, ends, searched
+from data.text.evidence import Evidence, evidence_held, with_evidence
+from data.text.words import SENTENCE_END, asks, compared, count, ends, searched
 
 WORLD = [
     ("杭州", "杭州以西湖闻名，位于浙江省北部。"), ("成都", "成都是四川省的省会，以大熊猫闻名。"),
@@ -36,6 +37,9 @@ def test_search_finds_words_of_every_script(query, title):
 
 
 def test_words_and_lengths():
+    assert compared("Salt &amp; Sea_Wall") == compared("salt: SEA wall") == ("salt", "sea", "wall")
+    assert compared("कोच्चि में。Ｏｓ\u00adｔｒｅｌ") == ("कोच्चि", "में", "ostrel")
+    assert compared("金山、Ostrel") == ("金", "山", "ostrel")
     assert list(searched("दिल्ली में")) == ["दिल्ली", "में"], "vowel signs belong to their word"
     assert list(searched("Ｂｅｒｌｉｎ的大学x")) == ["berlin", "的大", "大学"] and list(searched("金")) == ["金"]
     assert list(searched("A b, the U.S. x_1 don't")) == ["the", "x_1", "don"], "ASCII as ever"
@@ -54,7 +58,9 @@ def test_masks(text, entity, expected):
 
 
 @pytest.mark.parametrize(("text", "entity", "shown"), [
-    ("Romeo", "Rome", False), ("1843", "18", False), ("[MASK] é", "mask", False), ("Еревана", "Ереван", False),
+    ("Romeo", "Rome", False), ("1843", "18", False), ("[MASK] é", "mask", False),
+    ("Карелия", "рел", False), ("Orléansville", "Orléans", False),
+    ("в Ереване", "Ереван", True), ("Σπάρτης", "Σπάρτη", True), ("примерно", "Рим", False),
     ("Ｒｏｍｅ", "Rome", True), ("Ro\u00adme", "Rome", True), ("STRASSE é", "Straße", True), ("石 头·记", "石头", True),
     ("والأردن", "الأردن", True), ("وتونس", "تونس", True), ("רמאללה", "מאללה", True),
     ("रामायण", "राम", True), ("대부산", "부산", True), ("アンナ", "アン", True)])
@@ -89,10 +95,21 @@ def test_no_document_shows_its_answer():
     refuses(lambda: masked_document(only, Named(*names), 0, 0, 2, 1), "none that masks hide")
 
 
+def test_the_words_around_a_mask():
+    assert around("she went  to [MASK], by the sea", "[MASK]", 3) == "to [MASK], by"
+    assert around("很久以前他住在[MASK]的西边", "[MASK]", 4) == "住在[MASK]的"
+
+
+def test_turns_of_every_script():
+    assert speaking(["राम: नमस्ते", "सीता: हाँ", "राम: अच्छा"]) == {"राम", "सीता"}
+    assert speaking(["李明：你好", "小红：你好", "李明：再见"]) == {"李明", "小红"}
+
+
 def test_rules_in_other_text():
     found = lambda text: [e.text for e in RuleFinder().find(text)]  # noqa: E731
     assert found("Он жил в Минске.") == ["Минске"] and found("Elle vit à Lyon.") == ["Lyon"]
-    assert found("Sie wohnt in Bonn.") == ["Bonn"]
+    assert found("Sie wohnt in Bonn.") == ["Bonn"] and found("Nous rions. Elles aussi. Wir auch.") == []
+    assert found("Hij woont in Delft.") == ["Delft"] and found("Lei canta. Мы живём. Ben sang.") == ["Ben"]
     assert found("他在1843年写了《石头记》，由Ann Lee翻译。") == ["1843", "石头记", "Ann Lee"]
     assert english(["The king of the town went to sea with his men."])
     assert not english(["Der König der Stadt fuhr zur See."])
@@ -124,7 +141,9 @@ def test_long_text_is_cut_in_every_script(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(("text", "asked"), [
     ("谁写的？", True), ("من كتبها؟", True), ("誰が書きましたか。", True), ("誰が書いたか", True), ("Ո՞վ գրեց", True),
-    ("Ποιος το έγραψε;", True), ("Who wrote it", False), ("First this; then that;", False), ("他写的。", False)])
+    ("Ποιος το έγραψε;", True), ("누가 썼습니까.", True),
+    ("是他写的吗", True), ("「誰が書いたか」", True), ("Who wrote it", False), ("First this; then that;", False),
+    ("他写的。", False)])
 def test_question_marks_of_every_script(tmp_path, text, asked):
     assert asks(text) == asked and ends("他写的。") and ends("वह है।") and not ends("他写")
     rows = [{"id": i, "question": text, "golden_answers": ["x"]} for i in range(2)]
@@ -189,6 +208,34 @@ def test_evidence_is_a_page_or_a_sentence():
     assert all(p in evidence for p in told)
     assert not any(p in evidence for p in (Passage("Ostrel", "A town."), Passage("", "It was built by Juman Demorn."),
                                            Passage("", "A story of its own, told in more than eight words.")))
+
+
+def test_evidence_that_did_not_come_along_counts_by_its_title():
+    bare = Question("q", "Who?", ("x",), (), (), missing=("Salt &amp; Sea",))
+    evidence = Evidence([bare])
+    assert Passage("salt & sea", "A play.") in evidence and Passage("Sea", "A play.") not in evidence
+    assert evidence.of(dataclasses.replace(bare, id="r", missing=("SALT & SEA",)))
+    assert evidence.of(asked("s", "Salt & Sea")) and not evidence.of(asked("t", "Ostrel Mill"))
+    assert not evidence.of(asked("u", "Salt & Sea", ordered=True)), "a story's lines have speakers, not titles"
+
+
+def test_flashrag_says_where_its_evidence_is(tmp_path):
+    row = {"id": "a", "question": "Who?", "golden_answers": ["Ann"]}
+    facts = {"supporting_facts": {"title": ["B", "Ostrel  Mill", "B"], "sent_id": [0, 1, 2]}}
+    rows = [row, row | {"id": "b", "metadata": facts}, row | {"id": "c", "metadata": {"level": 1}},
+            row | {"id": "d", "metadata": None}]
+    found = load_questions(write(tmp_path / "f.jsonl", "\n".join(map(json.dumps, rows))))
+    assert [q.missing for q in found] == [(), ("B", "Ostrel Mill"), (), ()]
+    corpus = Corpus([Passage("B", "one"), Passage("ostrel mill", "two")], "c")
+    assert [p.text for p in with_evidence(found[1:2], corpus, "--questions f")[0][0].gold] == ["one", "two"]
+
+
+@pytest.mark.parametrize(("answer", "text", "held"), [
+    ("杭州", "他住在杭州。", 1), ("กรุงเทพ", "อยู่ในกรุงเทพ", 1), ("कोच्चि", "वह कोच्चि में है।", 1), ("कोच", "वह कोच्चि में है।", 0),
+    ("Rome", "Romeo sang.", 0), ("rome", "In ROME.", 1)])
+def test_answers_that_an_index_states(answer, text, held):
+    question = Question("q", "?", (answer,), (), ())
+    assert evidence_held({"q": [question]}, [Passage("t", text)]) == {"q": (held, 1, "answers stated")}
 
 
 def test_evidence_is_looked_up_by_title():

@@ -104,9 +104,12 @@ def test_extract_boxed_is_linear(text):
     ("1,931", ["1931"], 1), ("1931", ["1932"], 0),
     ("The Who", ["the who"], 1), ("AN", ["AN"], 1), ("The A", ["The A"], 1), ("?!", ["?!"], 1), ("+", [" + "], 1),
     ("A", ["AN"], 0), ("?!", ["?"], 0), ("the ?!", ["?!"], 0),  # what normalises to nothing is compared as it stands
+    ("。", ["。"], 1), ("An", ["x", "An"], 1), ("!", [""], 0), (" ", ["?"], 0),
     ("上海。", ["上海"], 1), ("「上海」", ["上海"], 1), ("上海市", ["上海"], 0), ("दिल्ली।", ["दिल्ली"], 1),
     ("«Киев»", ["киев"], 1), ("１９９８年", ["1998年"], 1), ("القاهرة؟", ["القاهرة"], 1),
     ("“Paris”", ["Paris"], 0),  # Latin: as SQuAD's script
+    ("1906。", ["1906"], 1), ("Lyon？", ["Lyon"], 1), ("1906؟", ["1906"], 1),  # the mark alone is of another script
+    ("B城", ["城"], 0), ("A城", ["城"], 0), ("the Киев", ["Киев"], 0), ("上\u200b海", ["上海"], 1),  # no articles there
 ])
 def test_exact_match(prediction, answers, expected):
     assert exact_match(prediction, answers) == expected
@@ -129,7 +132,8 @@ def test_rewarded_text(text, expected):
     ("noanswer", ["noanswer"], 1.0), ("noanswer given", ["noanswer"], 0.0),
     ("yes sir", ["yes", "yes sir"], 1.0), ("大阪市", ["大阪"], 0.8), ("กรุงเทพ", ["กรุงเทพ"], 1.0),
     ("Киев 2", ["Киев."], 2 / 3),
-    (None, ["Paris"], 0.0), ("", [""], 0.0), ("the", ["The"], 0.0), ("the", ["the"], 1.0), ("[MASK]", ["mask"], 0.0), ("x", [], 0.0),
+    (None, ["Paris"], 0.0), ("", [""], 0.0), ("the", ["The"], 0.0), ("the", ["the"], 1.0), ("[MASK]", ["mask"], 0.0),
+    ("x", [], 0.0),
 ])
 def test_f1(prediction, answers, expected):
     assert f1(prediction, answers) == pytest.approx(expected)

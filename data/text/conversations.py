@@ -19,6 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from data import InputError
 
 CATEGORIES = {1: "multi-hop", 2: "time", 3: "world knowledge", 4: "single-hop", 5: "unanswerable"}  # LoCoMo's
@@ -26,7 +28,7 @@ LOCOMO = "locomo: "  # before the category in a question's kind
 REFUSALS = ("not mentioned", "no information available")  # what its authors take for a refusal
 DATES = ("%I:%M %p on %d %B, %Y", "%Y/%m/%d %H:%M")  # LoCoMo's, LongMemEval's without the weekday
 STATEMENT = re.compile(r"(\d+) (\S.*)")
-TURN = re.compile(r"(\w[\w .'’-]{0,39}): +(\S.*)")
+TURN = regex.compile(r"(\w[\w .'’-]{0,39}+)(?:: +|：\s*)(\S.*)")
 
 
 @dataclass(frozen=True)

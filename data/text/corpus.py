@@ -368,6 +368,9 @@ def _question(record: Any) -> Question:
             raise ValueError("marked as not answerable, use the file of answerable questions")
     elif "golden_answers" in record:
         key, kind, answers = "id", "", _items(record["golden_answers"])
+        about = record.get("metadata")  # of HotpotQA and 2WikiMultiHopQA it says which pages hold the evidence
+        if isinstance(about, dict) and isinstance(facts := about.get("supporting_facts"), dict):
+            evidence = set(map(_one_line, _items(facts["title"])))
     else:
         raise ValueError("none of `context`, `paragraphs`, `golden_answers`")
     question = _one_line(record["question"])

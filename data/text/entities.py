@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import regex
 
 from data import InputError
-from data.text.words import JOINED, UNSPACED
+from data.text.words import INVISIBLE, JOINED, UNSPACED
 
 PLACEHOLDER = re.compile(r"\[(?:MASK|TARGET)\]")
 SPACY_MODELS = ("en_core_web_sm", "en_core_web_md", "en_core_web_lg")
@@ -145,15 +145,15 @@ def mask_entity(text: str, entity: str, placeholder: str) -> tuple[str, int]:
     return text, count
 
 
-INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}ـ]")  # joiners, soft hyphens; Arabic's long stroke
-UNCASED = regex.compile(r"\p{Lo}")
+UNCASED, FOREIGN = regex.compile(r"\p{Lo}"), regex.compile(r"[\p{L}--\p{Latin}]", regex.V1)
 
 
 def shows(text: str, entity: str) -> bool:
     """Whether a finished, masked text still shows what was masked, in whatever script and form.
 
-    Beyond `occurs`: in other Unicode forms, with invisible characters between, and, where letters have no capitals,
-    inside longer words, for affixes go with names there and words are not always set apart.
+    Beyond `occurs`: in other Unicode forms, with invisible characters between; where letters have no capitals, inside
+    longer words, for affixes go with names there and words are not always set apart; of other letters than Latin ones,
+    at the beginning of longer words, whose end is an inflection.
     """
     if text.isascii() and entity.isascii():
         return occurs(text, entity)
@@ -161,7 +161,9 @@ def shows(text: str, entity: str) -> bool:
                     for t in (text, entity.strip()))
     if regex.search(f"[{UNSPACED}]", entity):
         text, entity = (regex.sub(r"\W", "", t) for t in (text, entity))
-    return entity in text if UNCASED.search(entity) else occurs(text, entity)
+    if UNCASED.search(entity):
+        return entity in text
+    return occurs(text, entity) or bool(FOREIGN.search(entity) and regex.search(rf"\b{regex.escape(entity)}", text))
 
 
 # ---- finding with rules
@@ -222,8 +224,12 @@ COMMON = _words(
     three time today town travelers twelve twenty two unable various very villagers visitors war water whilst
     widespread winter women work workers writer written years young"""
 )
-# ... and so are these, where another language was let through: he, she, it and they.
-COMMON |= _words("er sie es il elle ils elles él ellos ellas он она оно они він вона воно вони αυτός αυτή")
+# ... and so are these, where another language was let through: pronouns, and articles that open a sentence.
+COMMON |= _words(
+    """er sie es ich wir ihr man die das ein eine je tu il elle on nous vous ils elles un une yo él ella nosotros ellos
+    ellas una io lui lei noi loro gli eu ele ela eles elas uma ik hij zij wij het een jag hon vi ja ona ono oni my я
+    ты он она оно мы вы они він вона воно ми ви вони εγώ αυτός αυτή αυτό εμείς αυτοί biz onlar"""
+)
 # ... and these are none alone wherever they stand.
 CALENDAR = _words(f"{MONTHS} Monday Tuesday Wednesday Thursday Friday Saturday Sunday".lower())
 NEVER_ALONE = CALENDAR | CONNECTORS | ARTICLES | {a.lower() for a in ABBREVIATIONS} | {"il", "mask", "target"}
