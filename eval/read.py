@@ -38,13 +38,15 @@ PIECE, LINE = 1 << 16, 1 << 13  # bytes read at a time; characters after which a
 EXPORT = re.compile(r"\ufeff?\s*\[\s*\{\s*\"(role|content|speaker|text)\"")
 WITHOUT_QUESTION = "What are the main facts?"
 MAGIC = {b"%PDF": "a PDF; extract its text first, for example with pdftotext",
-         b"%!": "PostScript; extract its text first, for example with ps2ascii",
+         **dict.fromkeys((b"%!PS", b"%!\n", b"%!\r"), "PostScript; extract its text first, for example with ps2ascii"),
+         b"From: <Saved by": "a browser's archive of a page (MHTML); save the page as HTML",
          b"{\\rtf": "RTF; save it as text first",
          b"PK\x03\x04": "a zip archive or an office document; save it as text first",
          b"\x1f\x8b": "packed with gzip; unpack it first: zcat FILE | python memtrain.py read -"}
-# What browsers take for HTML: its doctype or first elements, behind comments and XML's first line. Other XML is text.
-HTML = regex.compile(r"\s*(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*+"
+# What browsers take for HTML: its doctype or first elements, behind comments and <?xml ...?>. Other XML is text.
+HTML = regex.compile(r"\s*(?:<\?[^>]*>\s*|<!--.*?-->\s*)*+"
                      r"<(?:!doctype\s+html|(?:html|head|body|title|meta|script|style|link|base)\b)", regex.I | regex.S)
+UNSEEN = re.compile(r"(?i)display\s*:\s*none|visibility\s*:\s*hidden")
 VISIBLE = regex.compile(r"[\p{L}\p{N}\p{P}\p{S}--\p{Default_Ignorable_Code_Point}]", regex.V1)
 
 
@@ -67,7 +69,7 @@ class Text:
         except OSError as e:
             raise self._unreadable(e) from None
         self.first = self._piece()
-        start = self.first.removeprefix(codecs.BOM_UTF8).lstrip()
+        start = self.first.removeprefix(codecs.BOM_UTF8).lstrip(b"\x04 \t\r\n\f\v")  # a printer's Ctrl-D
         for magic, what in MAGIC.items():
             if start.startswith(magic):
                 raise InputError(f"{name}: {what}")
@@ -145,15 +147,15 @@ class Text:
 class _Shown:
     """What a browser would show of HTML, block by block, from the parser's events; nothing in it is run or followed."""
 
-    HIDDEN, INLINE = {"script", "style", "template", "noscript", "head", "title"}, {
-        "a", "abbr", "b", "bdi", "bdo", "cite", "code", "em", "i", "kbd", "mark", "q", "s", "samp", "small", "span",
-        "strong", "sub", "sup", "time", "u", "var", "wbr"}
+    HIDDEN = frozenset("script style template noscript head title audio canvas datalist iframe video".split())
+    INLINE = frozenset("a abbr b bdi bdo cite code em i kbd mark q s samp small span strong sub sup time u var wbr".split())
 
     def __init__(self):
         self.hidden, self.shown = 0, []  # hidden: how many elements deep
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
-        self.hidden += bool(self.hidden or tag in self.HIDDEN or "hidden" in attributes)
+        styled = UNSEEN.search(attributes.get("style") or "")
+        self.hidden += bool(self.hidden or tag in self.HIDDEN or "hidden" in attributes or styled)
         self._border(tag)
 
     def end(self, tag: str) -> None:

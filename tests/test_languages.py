@@ -231,7 +231,8 @@ def test_flashrag_says_where_its_evidence_is(tmp_path):
 
 
 @pytest.mark.parametrize(("answer", "text", "held"), [
-    ("杭州", "他住在杭州。", 1), ("กรุงเทพ", "อยู่ในกรุงเทพ", 1), ("कोच्चि", "वह कोच्चि में है।", 1), ("कोच", "वह कोच्चि में है।", 0),
+    ("杭州", "他住在杭州。", 1), ("กรุงเทพ", "อยู่ในกรุงเทพ", 1), ("कोच्चि", "वह कोच्चि में है।", 1),
+    ("कोच", "वह कोच्चि में है।", 0),
     ("Rome", "Romeo sang.", 0), ("rome", "In ROME.", 1)])
 def test_answers_that_an_index_states(answer, text, held):
     question = Question("q", "?", (answer,), (), ())

@@ -84,13 +84,15 @@ HEADS = {  # what stands before the body, in a file of which the name says nothi
     "no head at all": "<title>No</title>", "a head before html": "<head><script>no()</script></head><html>",
     "a comment": "<!-- saved from a site -->\n<!-- > --><html>", "blank lines": "\n\n  <HTML>",
     "XML's first line": '<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE html PUBLIC "x" "y">\n<html xmlns="z">',
+    "an instruction": '<?xml version="1.0"?>\n<?xml-stylesheet href="a.xsl"?><html>',
     "an element that ends itself": '<?xml version="1.0"?><html><head><title/><script src="a.js"/></head>',
 }
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_html_is_seen_and_shown(head, folder, monkeypatch):
-    page = (HEADS[head] + "<body><p>Ostrel <b>Mill</b><script>no()</script><p hidden>no</p><template>no</template>"
+    page = (HEADS[head] + "<body><p>Ostrel <b>Mill</b><script>no()</script><p hidden>no</p><p style='Display : none'>no<br></p>"
+            "<template>no</template>"
             "<ul><li>1741<li>é日</ul></body></html>").encode()
     expected = ["Ostrel Mill", "1741", "é日"]
     assert lines(folder, page, "page") == lines(folder, page, "p.xhtml") == expected
@@ -100,7 +102,8 @@ def test_html_is_seen_and_shown(head, folder, monkeypatch):
 
 
 def test_other_markup_is_text(folder):
-    for text in ("<?xml version='1.0'?><feed>", "<div>a readme", "<!-- a comment --> and text", "<headline>"):
+    for text in ("<?xml version='1.0'?><feed>", "<div>a readme", "<!-- a comment --> and text", "<headline>",
+                 "%! is a sign", "{\\rt is none", "From: <a@b.c>"):
         assert lines(folder, text.encode()) == [text]
 
 
@@ -160,7 +163,8 @@ BAD = {  # file: content, parts of the answer
     "none.html": (b"", ["none.html", "empty"]), "unseen.txt": ("\u200b\n\u00ad".encode(), ["unseen.txt", "visible"]),
     "late.txt": (b" " * 70_000 + b"\n", ["late.txt", "visible"]), "z.gz": (b"\x1f\x8b\x08..", ["z.gz", "zcat"]),
     "marked.pdf": (b"\xef\xbb\xbf\n%PDF-1.7", ["marked.pdf", "pdftotext"]),
-    "a.ps": (b"%!PS-Adobe", ["a.ps", "PostScript"]),
+    "a.ps": (b"\x04%!PS-Adobe", ["a.ps", "PostScript"]), "b.ps": (b"%!\n/x 1 def", ["b.ps", "PostScript"]),
+    "a.mhtml": (b"From: <Saved by Blink>\n", ["a.mhtml", "save the page as HTML"]),
     "a.rtf": (b"{\\rtf1 text}", ["a.rtf", "RTF"]), "nul.txt": (b"\n" * 70_000 + b"\0", ["nul.txt", "NUL"]),
     "paper.pdf": (b"%PDF-1.7 ...", ["paper.pdf", "pdftotext"]), "book.docx": (b"PK\x03\x04...", ["book.docx", "text"]),
 }
