@@ -147,8 +147,10 @@ class Text:
 class _Shown:
     """What a browser would show of HTML, block by block, from the parser's events; nothing in it is run or followed."""
 
-    HIDDEN = frozenset("script style template noscript head title audio canvas datalist iframe video".split())
-    INLINE = frozenset("a abbr b bdi bdo cite code em i kbd mark q s samp small span strong sub sup time u var wbr".split())
+    HIDDEN, INLINE = {
+        "script", "style", "template", "noscript", "head", "title", "audio", "canvas", "datalist", "iframe", "video"}, {
+        "a", "abbr", "b", "bdi", "bdo", "cite", "code", "em", "i", "kbd", "mark", "q", "s", "samp", "small", "span",
+        "strong", "sub", "sup", "time", "u", "var", "wbr"}
 
     def __init__(self):
         self.hidden, self.shown = 0, []  # hidden: how many elements deep

@@ -91,9 +91,8 @@ HEADS = {  # what stands before the body, in a file of which the name says nothi
 
 @pytest.mark.parametrize("head", HEADS)
 def test_html_is_seen_and_shown(head, folder, monkeypatch):
-    page = (HEADS[head] + "<body><p>Ostrel <b>Mill</b><script>no()</script><p hidden>no</p><p style='Display : none'>no<br></p>"
-            "<template>no</template>"
-            "<ul><li>1741<li>é日</ul></body></html>").encode()
+    page = (HEADS[head] + "<body><p>Ostrel <b>Mill</b><script>no()</script><p hidden>no</p><template>no</template>"
+            "<p style='Display : none'>no<br></p><ul><li>1741<li>é日</ul></body></html>").encode()
     expected = ["Ostrel Mill", "1741", "é日"]
     assert lines(folder, page, "page") == lines(folder, page, "p.xhtml") == expected
     assert lines(folder, b"\xef\xbb\xbf" + page, "page") == lines(folder, page.decode().encode("utf-16")) == expected
