@@ -18,6 +18,7 @@ from data.text.evidence import Evidence, evidence_held, with_evidence
 from data.text.words import SENTENCE_END, asks, compared, count, ends, searched
 
 WORLD = [
+    ("猫", "家里养着的，寿命很长。"),
     ("杭州", "杭州以西湖闻名，位于浙江省北部。"), ("成都", "成都是四川省的省会，以大熊猫闻名。"),
     ("大阪", "大阪は日本の西にある商業の都市である。"), ("札幌", "札幌は北海道の道庁がある都市である。"),
     ("เชียงใหม่", "เชียงใหม่เป็นเมืองใหญ่ทางภาคเหนือ"), ("ภูเก็ต", "ภูเก็ตเป็นเกาะในทะเลอันดามัน"),
@@ -26,7 +27,8 @@ WORLD = [
 
 
 @pytest.mark.parametrize(("query", "title"), [
-    ("西湖在哪个城市？", "杭州"), ("大熊猫的省会", "成都"), ("北海道の道庁はどこ", "札幌"), ("商業の都市", "大阪"),
+    ("西湖在哪个城市？", "杭州"), ("大熊猫的省会", "成都"), ("猫活多少年？", "猫"),
+    ("北海道の道庁はどこ", "札幌"), ("商業の都市", "大阪"),
     ("เกาะในทะเลคืออะไร", "ภูเก็ต"), ("เมืองใหญ่ทางภาคเหนือ", "เชียงใหม่"), ("राजस्थान", "जयपुर"), ("한국에서 항구", "부산")])
 def test_search_finds_words_of_every_script(query, title):
     corpus = Corpus([Passage(*p) for p in WORLD], "world")
@@ -41,7 +43,8 @@ def test_words_and_lengths():
     assert compared("कोच्चि में。Ｏｓ\u00adｔｒｅｌ") == ("कोच्चि", "में", "ostrel")
     assert compared("金山、Ostrel") == ("金", "山", "ostrel")
     assert list(searched("दिल्ली में")) == ["दिल्ली", "में"], "vowel signs belong to their word"
-    assert list(searched("Ｂｅｒｌｉｎ的大学x")) == ["berlin", "的大", "大学"] and list(searched("金")) == ["金"]
+    assert list(searched("Ｂｅｒｌｉｎ的大学x")) == ["berlin", "的大", "大学", "的", "大", "学"]
+    assert list(searched("金")) == ["金"] and list(searched("カナ")) == ["カナ"]
     assert list(searched("A b, the U.S. x_1 don't")) == ["the", "x_1", "don"], "ASCII as ever"
     assert [count(t) for t in ("one  two three", "一二三", "กา ก่า", "", "x" * 100)] == [3, 3, 4, 0, 3]
 
@@ -118,6 +121,7 @@ def test_rules_in_other_text():
 
 def test_sentences_end_in_every_script():
     for text, parts in (("他来了。她走了！「好。」他说。", ["他来了。", "她走了！", "「好。」", "他说。"]),
+                        ("何！？嘘！！「え！？」と", ["何！？", "嘘！！", "「え！？」", "と"]),
                         ("वह था। वह है।", ["वह था। ", "वह है।"]), ("وہ تھا۔ وہ ہے۔", ["وہ تھا۔ ", "وہ ہے۔"]),
                         ("One. Two (three.) 4", ["One. ", "Two (three.) ", "4"])):
         assert SENTENCE_END.split(text) == parts and "".join(parts) == text
