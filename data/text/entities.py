@@ -227,7 +227,7 @@ COMMON = _words(
 # ... and so are these, where another language was let through: pronouns, and articles that open a sentence.
 COMMON |= _words(
     """er sie es ich wir ihr man die das ein eine je tu il elle on nous vous ils elles un une yo él ella nosotros ellos
-    ellas una io lui lei noi loro gli eu ele ela eles elas uma ik hij zij wij het een jag hon vi ja ona ono oni my я
+    ellas una lui lei noi loro gli eu ele ela eles elas uma ik hij zij wij het een jag ja ono oni я
     ты он она оно мы вы они він вона воно ми ви вони εγώ αυτός αυτή αυτό εμείς αυτοί biz onlar"""
 )
 # ... and these are none alone wherever they stand.
