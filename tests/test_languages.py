@@ -174,7 +174,7 @@ def test_question_files(tmp_path):
         assert [q.answers for q in load_questions(write(tmp_path / name, content))] == expected, name
     assert load_questions(write(tmp_path / "one.json", json.dumps(records[1], indent=4)))[0].answers == ("1843",)
     refuses(lambda: load_questions(write(tmp_path / "x.json", pretty[:-9])), "x.json, line", "not JSON")
-    for answer in (True, float("nan"), None, {}):
+    for answer in (True, float("nan"), float("-inf"), None, {}):
         bad = write(tmp_path / "n.json", json.dumps([{**HOTPOT, "answer": answer}]))
         refuses(lambda bad=bad: load_questions(bad), "n.json, record 1", "instead of a string")
 
@@ -221,6 +221,14 @@ def test_evidence_that_did_not_come_along_counts_by_its_title():
     assert evidence.of(dataclasses.replace(bare, id="r", missing=("SALT & SEA",)))
     assert evidence.of(asked("s", "Salt & Sea")) and not evidence.of(asked("t", "Ostrel Mill"))
     assert not evidence.of(asked("u", "Salt & Sea", ordered=True)), "a story's lines have speakers, not titles"
+
+
+def test_evidence_that_came_along_is_known_by_the_words_of_its_title(tmp_path):
+    pages = [["Salt & Sea", ["It is a play."]], ["Ostrel mill", ["A mill."]], ["Void", ["", " "]], ["Ann", ["She."]]]
+    record = {**HOTPOT, "context": pages, "supporting_facts": [["Salt &amp; Sea", 0], ["OSTREL  Mill", 1], ["Void", 0]]}
+    (found,) = load_questions(write(tmp_path / "q.json", json.dumps([record])))
+    assert [p.title for p in found.gold] == ["Salt & Sea", "Ostrel mill"] and found.missing == ("Void",)
+    assert [p.title for p in found.distractors] == ["Ann"], "a page without text is none"
 
 
 def test_flashrag_says_where_its_evidence_is(tmp_path):

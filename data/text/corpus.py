@@ -26,7 +26,7 @@ from data import InputError
 from data.text import conversations, files, hub
 from data.text.dense import Dense, retriever_of
 from data.text.retrieval import Retriever, top
-from data.text.words import SENTENCE_END, UNIT, count
+from data.text.words import SENTENCE_END, UNIT, compared, count
 
 WIKIPEDIA = hub.Source(
     "wikimedia/wikipedia", "20231101.en", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", ("title", "text"),
@@ -350,14 +350,14 @@ def _question(record: Any) -> Question:
         raise TypeError(f"{type(record).__name__} instead of a record")
     gold: dict[Passage, None] = {}  # dicts: 2WikiMultiHopQA repeats some paragraphs word for word
     others: dict[Passage, None] = {}
-    evidence: set[str] = set()
+    evidence: dict[tuple, str] = {}  # titles by their words, which alone count
     if "context" in record:
         key = "id" if "id" in record else "_id"  # the hub's, the authors' own
         kind, answers = _one_line(record.get("type") or ""), [record["answer"]]
-        evidence = {_one_line(fact[0]) for fact in _pairs(record["supporting_facts"], "title", "sent_id")}
+        evidence = _titles(fact[0] for fact in _pairs(record["supporting_facts"], "title", "sent_id"))
         for title, sentences in _pairs(record["context"], "title", "sentences"):
             passage = Passage(_one_line(title), _one_line(" ".join(_items(sentences))))
-            (gold if passage.title in evidence else others)[passage] = None
+            (gold if compared(passage.title) in evidence else others)[passage] = None
     elif "paragraphs" in record:
         key, kind = "id", str(record["id"]).partition("__")[0]  # "2hop__150763_14904"
         answers = [record["answer"], *_items(record.get("answer_aliases", []))]
@@ -370,7 +370,7 @@ def _question(record: Any) -> Question:
         key, kind, answers = "id", "", _items(record["golden_answers"])
         about = record.get("metadata")  # of HotpotQA and 2WikiMultiHopQA it says which pages hold the evidence
         if isinstance(about, dict) and isinstance(facts := about.get("supporting_facts"), dict):
-            evidence = set(map(_one_line, _items(facts["title"])))
+            evidence = _titles(_items(facts["title"]))
     else:
         raise ValueError("none of `context`, `paragraphs`, `golden_answers`")
     question = _one_line(record["question"])
@@ -379,16 +379,22 @@ def _question(record: Any) -> Question:
         raise ValueError("empty answer" if question else "empty question")
     if not isinstance(record[key], str | int) or record[key] == "":
         raise TypeError(f"`{key}` is neither a string nor a number")
-    missing = sorted(evidence - {p.title for p in gold})
+    gold, others = ({p: None for p in some if p.text} for some in (gold, others))
+    missing = sorted(evidence[words] for words in evidence.keys() - {compared(p.title) for p in gold})
     return Question(str(record[key]), question, known, tuple(gold), tuple(others), kind, missing=tuple(missing))
 
 
+def _titles(found: Iterable[Any]) -> dict[tuple, str]:
+    return {compared(title): title for title in map(_one_line, found)}
+
+
 def _answer(value: Any) -> str:
-    """Numbers are written as one would: 1843, and 1843 for the 1843.0 that a table makes of it; NaN is no answer."""
+    """Numbers are written as one would: 1843, and 1843 for the 1843.0 that a table makes of it; NaN and infinity are
+    no answers."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return _one_line(str(value) if isinstance(value, int | float) and value == value and value is not True and
-                     value is not False else value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value - value == 0
+    return _one_line(str(value) if number else value)
 
 
 def _pairs(value: Any, first: str, second: str) -> list[Sequence]:
