@@ -224,11 +224,13 @@ def test_evidence_that_did_not_come_along_counts_by_its_title():
 
 
 def test_evidence_that_came_along_is_known_by_the_words_of_its_title(tmp_path):
-    pages = [["Salt & Sea", ["It is a play."]], ["Ostrel mill", ["A mill."]], ["Void", ["", " "]], ["Ann", ["She."]]]
-    record = {**HOTPOT, "context": pages, "supporting_facts": [["Salt &amp; Sea", 0], ["OSTREL  Mill", 1], ["Void", 0]]}
+    pages = [["Salt & Sea", ["It is a play."]], ["Ostrel mill", ["A mill."]], ["Void", ["", " "]], ["Ann", ["A."]],
+             ["ostrel Mill", ["A song."]], ["Port", ["A town."]], ["port", ["A wine."]]]
+    record = {**HOTPOT, "context": pages, "supporting_facts": [["Salt &amp; Sea", 0], ["Ostrel  mill", 1], ["Void", 0],
+                                                                    ["Port", 0]]}
     (found,) = load_questions(write(tmp_path / "q.json", json.dumps([record])))
-    assert [p.title for p in found.gold] == ["Salt & Sea", "Ostrel mill"] and found.missing == ("Void",)
-    assert [p.title for p in found.distractors] == ["Ann"], "a page without text is none"
+    assert [p.title for p in found.gold] == ["Salt & Sea", "Ostrel mill", "Port"] and found.missing == ("Void",)
+    assert [p.title for p in found.distractors] == ["Ann", "ostrel Mill", "port"], "a page without text is none"
 
 
 def test_flashrag_says_where_its_evidence_is(tmp_path):
@@ -256,6 +258,8 @@ def test_evidence_is_looked_up_by_title():
     bare = Question("q", "Who?", ("x",), (), (Passage("B", "three"),), missing=("OSTREL MILL",))
     found, lacking = with_evidence([bare, asked("r", "B")], corpus, "--questions q.json")
     assert [p.text for p in found[0].gold] == ["one", "two"] and found[0].missing == () and lacking == 0
+    (very,), _ = with_evidence([dataclasses.replace(bare, missing=("Ostrel mill",))], corpus, "")
+    assert [p.text for p in very.gold] == ["two"], "the very title goes before its like"
     half = dataclasses.replace(bare, missing=("Ostrel Mill", "Gone"))
     few = [asked(str(i), "B") for i in range(40)]
     assert with_evidence([*few, half], corpus, "--questions q.json") == (few, 1), "one of 41 is left out"

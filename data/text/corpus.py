@@ -350,14 +350,16 @@ def _question(record: Any) -> Question:
         raise TypeError(f"{type(record).__name__} instead of a record")
     gold: dict[Passage, None] = {}  # dicts: 2WikiMultiHopQA repeats some paragraphs word for word
     others: dict[Passage, None] = {}
-    evidence: dict[tuple, str] = {}  # titles by their words, which alone count
+    evidence: set[str] = set()
     if "context" in record:
         key = "id" if "id" in record else "_id"  # the hub's, the authors' own
         kind, answers = _one_line(record.get("type") or ""), [record["answer"]]
-        evidence = _titles(fact[0] for fact in _pairs(record["supporting_facts"], "title", "sent_id"))
-        for title, sentences in _pairs(record["context"], "title", "sentences"):
-            passage = Passage(_one_line(title), _one_line(" ".join(_items(sentences))))
-            (gold if compared(passage.title) in evidence else others)[passage] = None
+        evidence = {_one_line(fact[0]) for fact in _pairs(record["supporting_facts"], "title", "sent_id")}
+        pages = [Passage(_one_line(title), _one_line(" ".join(_items(sentences))))
+                 for title, sentences in _pairs(record["context"], "title", "sentences")]
+        alike = set(map(compared, evidence - {p.title for p in pages}))  # where no page has the very title
+        for passage in pages:
+            (gold if passage.title in evidence or compared(passage.title) in alike else others)[passage] = None
     elif "paragraphs" in record:
         key, kind = "id", str(record["id"]).partition("__")[0]  # "2hop__150763_14904"
         answers = [record["answer"], *_items(record.get("answer_aliases", []))]
@@ -370,7 +372,7 @@ def _question(record: Any) -> Question:
         key, kind, answers = "id", "", _items(record["golden_answers"])
         about = record.get("metadata")  # of HotpotQA and 2WikiMultiHopQA it says which pages hold the evidence
         if isinstance(about, dict) and isinstance(facts := about.get("supporting_facts"), dict):
-            evidence = _titles(_items(facts["title"]))
+            evidence = set(map(_one_line, _items(facts["title"])))
     else:
         raise ValueError("none of `context`, `paragraphs`, `golden_answers`")
     question = _one_line(record["question"])
@@ -380,12 +382,9 @@ def _question(record: Any) -> Question:
     if not isinstance(record[key], str | int) or record[key] == "":
         raise TypeError(f"`{key}` is neither a string nor a number")
     gold, others = ({p: None for p in some if p.text} for some in (gold, others))
-    missing = sorted(evidence[words] for words in evidence.keys() - {compared(p.title) for p in gold})
+    held = {compared(p.title) for p in gold}
+    missing = sorted(title for title in evidence if compared(title) not in held)
     return Question(str(record[key]), question, known, tuple(gold), tuple(others), kind, missing=tuple(missing))
-
-
-def _titles(found: Iterable[Any]) -> dict[tuple, str]:
-    return {compared(title): title for title in map(_one_line, found)}
 
 
 def _answer(value: Any) -> str:

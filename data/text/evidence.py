@@ -5,6 +5,7 @@ A question about a long document can be answered only if the document holds its 
 not be trained on. Titles, questions and sentences are compared by their words (data.text.words.compared).
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -54,7 +55,8 @@ def without_evidence(corpus: Corpus, questions: Iterable[Question]) -> tuple[Cor
 
 def with_evidence(questions: Sequence[Question], corpus: Corpus, option: str) -> tuple[list[Question], int]:
     """(questions with all of their evidence, how many were left out). Passages of the corpus with the title of missing
-    evidence are evidence. InputError if more than a few questions lack some. option: where they come from."""
+    evidence, the very one or else its words, are evidence. InputError if more than a few questions lack some.
+    option: where they come from."""
     pages: dict[Words, list[Passage]] = {}
     if any(q.missing for q in questions):
         for passage in corpus.passages:
@@ -63,7 +65,9 @@ def with_evidence(questions: Sequence[Question], corpus: Corpus, option: str) ->
     for question in questions:
         titles = [compared(title) for title in question.missing]
         if all(title in pages for title in titles):
-            own = dict.fromkeys([*question.gold, *(p for title in titles for p in pages[title])])
+            named = ([p for p in pages[words] if p.title == title] or pages[words]
+                     for title, words in zip(question.missing, titles, strict=True))
+            own = dict.fromkeys([*question.gold, *itertools.chain(*named)])
             others = tuple(p for p in question.distractors if p not in own)
             question = replace(question, gold=tuple(own), distractors=others, missing=())
         if question.gold and not question.missing:
