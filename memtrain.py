@@ -64,7 +64,7 @@ from data.config import (
     refusal,
     rope_scaling,
 )
-from data.run.terminal import outlive_terminal, printable
+from data.run.terminal import note, outlive_terminal, printable
 from data.run.threads import spin_briefly
 from eval import commands
 
@@ -767,7 +767,7 @@ class Run:
             if c.corpus == "miniworld":
                 raise InputError(f"--window {c.window}: the longest problem makes a turn of {need} tokens; "
                                  f"raise --window or lower --section, --memory or --response")
-            tqdm.write(f"note: some questions make a turn of {need} tokens, more than --window {c.window}")
+            note(f"some questions make a turn of {need} tokens, more than --window {c.window}")
         self.folder.compare(dataclasses.asdict(c), FREE_FIELDS, dataclasses.asdict(Config()))
         stages = c.stages.split(",")
         if "eval" in stages:
@@ -980,8 +980,8 @@ def train_policy(run: Run, name: str, start: str) -> None:
             if state["poisoned"] == 5:
                 raise InputError(f"{name}: loss, gradient or a log-prob was not finite in five steps in a row, up to "
                                  f"step {state['step']}; lower --lr, or give a sound --init")
-            for note in watch(row, state.setdefault("seen", {})):
-                tqdm.write(f"note: {name}, step {state['step']}: {note}")
+            for sign in watch(row, state.setdefault("seen", {})):
+                note(f"{name}, step {state['step']}: {sign}")
             bar.set_postfix_str(f"reward {row['reward']:.2f} exact {row['reward_em']:.2f} signal {row['signal']:.2f}")
             bar.update()
             done = state["step"] == steps  # the finished policy does without its optimiser

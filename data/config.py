@@ -76,14 +76,14 @@ UNTRAINED = {"seed", "init", "keep_steps"}  # beside FREE_FIELDS: in what runs o
 
 def arm_of(full: Mapping, other: Mapping) -> str:
     """The arm that the configuration `other` is beside `full` (fields by name): "full", a name in ABLATIONS, or the
-    fields that differ, as "lr=0.001,kl=0.01". What a study changes for every run, and where a base lies, is no
-    difference."""
-    def change_to(fields: Mapping) -> dict:
-        return {k: v for k, v in fields.items() if k not in FREE_FIELDS | UNTRAINED and full.get(k, v) != v}
+    fields that differ, as "lr=0.001,kl=0.01", None where one of the two has no such field. What a study changes for
+    every run, and where a base lies, is no difference."""
+    def change_to(fields: Mapping, names: Iterable[str]) -> dict:
+        return {k: fields.get(k) for k in names if k not in FREE_FIELDS | UNTRAINED and full.get(k) != fields.get(k)}
 
-    change = change_to(other)
+    change = change_to(other, full.keys() | other.keys())
     for name, known in ablations(full).items():
-        if change == change_to(known):
+        if change == change_to(known, known):
             return name
     return ", ".join(f"{k}={v}" for k, v in sorted(change.items())) or "full"
 
@@ -356,8 +356,8 @@ def command_options(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace,
     """(options of `python memtrain.py read`, `export` or `gates`, the rest: fields of Config). InputError as parse."""
     if name == "read":
         parser = CommandParser(name, "Read a text of any length section by section: the memory after each, the answer.")
-        parser.add_argument("file", metavar="FILE", help="text, markdown, HTML or a chat export (JSON, or lines "
-                                                         '"Name: text") in UTF-8; - for standard input')
+        parser.add_argument("file", metavar="FILE", help="text, markdown, HTML or a chat (JSON, lines \"Name: "
+                                                         "text\", WhatsApp's export) in UTF-8; - for standard input")
         parser.add_argument("--question", action="append", help="answered after the last section; may be given several "
                                                                 "times")
         parser.add_argument("--out", type=Path, metavar="FILE", help="also write memories and answer as JSON")

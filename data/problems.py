@@ -12,12 +12,10 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data import InputError
 from data.config import Config, kind_of, lengths_of
 from data.run.files import output
-from data.run.terminal import printable
+from data.run.terminal import note
 from data.search import SearchProblem, search_problem, with_contexts
 from data.tasks import Problem, in_epochs, last_masked, masked_document, masked_in_order, permutation, qa_document
 from data.text.benchmarks import load_benchmarks, load_local
@@ -255,10 +253,6 @@ def _of_files(spec: str, limit: int | None = None) -> Iterator[Question]:
     names = [n for n in spec.split(",") if n]
     for name in names:
         yield from load_questions(name, limit and max(1, limit // len(names)))
-
-
-def note(text: str) -> None:
-    tqdm.write(printable(f"note: {text}"))
 
 
 def world_pair(world: MiniWorld, family: str, index: int, seed: int = -1) -> SearchProblem:

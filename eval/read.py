@@ -35,7 +35,7 @@ from data.text.conversations import chat, joined, speaking
 from data.text.files import encoding
 
 PIECE, LINE = 1 << 16, 1 << 13  # bytes read at a time; characters after which a line is cut
-EXPORT = re.compile(r"\ufeff?\s*\[\s*\{\s*\"(role|content|speaker|text)\"")
+EXPORT = re.compile(r"\ufeff?\s*(\[\s*)*\{\s*\"")  # JSON: objects, alone or in lists
 WITHOUT_QUESTION = "What are the main facts?"
 MAGIC = {b"%PDF": "a PDF; extract its text first, for example with pdftotext",
          **dict.fromkeys((b"%!PS", b"%!\n", b"%!\r"), "PostScript; extract its text first, for example with ps2ascii"),
@@ -124,13 +124,11 @@ class Text:
 
     def _told(self) -> Iterator[str]:
         if self.exported:
-            if (turns := chat(self.name, "".join(self.pieces()))) is not None:
-                self.speakers = {who for who, _ in turns}
-                yield from (f"{who}: {text}" for who, text in turns)
-                return
-            raise InputError(f"{self.name}: begins like a chat export and is none; it must be one JSON list of "
-                             f"{{role, content}} or {{speaker, text}}")
-        yield from joined(self._lines(), self.speakers) if self.speakers else self._lines()
+            turns = chat(self.name, "".join(self.pieces()))
+            self.speakers = {who for who, _ in turns}
+            yield from (f"{who}: {text}" for who, text in turns)
+        else:
+            yield from joined(self.name, self._lines(), self.speakers) if self.speakers else self._lines()
 
     def _lines(self) -> Iterator[str]:
         pieces, rest = self.pieces(), ""

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import memtrain
+from data.run.terminal import note
 from data.weights.loading import load_tokenizer
 from data.world.miniwiki import MiniWorld
 
@@ -39,6 +40,7 @@ def cpu_seconds(call) -> float:
 def undisturbed():
     """One thread, as beside a training; a run installs signal handlers, which must not outlive its test."""
     torch.set_num_threads(1)
+    note.cache_clear()  # said once a process, and a test is one
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():

@@ -16,6 +16,7 @@ from eval.bench import kernels as bench_kernels
 from eval.bench import main as bench
 from eval.bench import peers as bench_peers
 from eval.bench import plain
+from eval.bench import table as bench_table
 from eval.bench import threads as bench_threads
 from kernels.grpo import grpo_loss
 
@@ -371,3 +372,37 @@ def test_peers_that_are_not_installed(monkeypatch, capsys):
         error = capsys.readouterr().err
         assert "transformers is not installed" in error and "pip install -r tests/requirements.txt" in error
         assert error.count("\n") == 1
+
+
+def kernel(by, seconds, compute, copy, mb):
+    return {"operation": "attention", "shape": "D 128", "by": by, "seconds": seconds, "compute_share": compute,
+            "copy_share": copy, "extra_mb": mb}
+
+
+def test_all_in_one_table():
+    sides = {"memtrain": {"seconds": [2.0, 1.0, 4.0], "peak_mb": 20_000}, "TRL": {"seconds": [9.0], "peak_mb": 50_000}}
+    where = {"device": "H100", "date": "today", "threads": 1, "torch": "2", "commit": "abc"}
+    found = {"kernels": {"environment": where,
+                         "rows": [kernel("memtrain", 0.002, 0.5, 0.1, 7), kernel("SDPA", 0.001, 0.9, 0.1, 70),
+                                  kernel("FlexAttention", 0.003, 0.4, 0.1, 7)]},
+             "sample": "exit 2: no | transformers", "trl": {"model": "tiny", "sides": sides}}
+    text = bench_table.table(found)
+    rows = {line.split(" | ")[2]: line for line in text.splitlines() if line.startswith("| att")}
+    assert rows["SDPA"] == "| attention: D 128 | 2.00 | SDPA | 1.00 | 0.50x | 50% | 7 | 70 |  |"
+    assert "1.50x" in rows["FlexAttention"] and "1.2 times as fast: met" in rows["FlexAttention"]
+    assert "**failed**, exit 2: no   transformers" in text
+    assert "| 2,000.00 | TRL | 9,000.00 | 4.50x |  | 20,000 | 50,000 | 5 times as fast, 24 GB: missed |" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert widths == {10}
+
+
+def test_all_command(tmp_path, monkeypatch, capsys):
+    """One that fails stops no other; its line says why, and so does the exit code."""
+    wanted = {"sample": ["--repeats", "0"], "step": [*TINY, "--device", "cpu", "--repeats", "1"]}
+    monkeypatch.setattr(bench_table, "commands", lambda *_: wanted)
+    assert bench.main(["all", "--to", str(tmp_path / "there")]) == 1
+    text = (tmp_path / "there" / "table.md").read_text()
+    assert "| sample: **failed**, exit 2: bench: --repeats 0: must be at least 1 |" in text
+    assert {line.split(" | ")[2] for line in text.splitlines() if line.startswith("| step")} >= {"plain"}
+    assert json.loads((tmp_path / "there" / "step.json").read_text())["sides"] and text in capsys.readouterr().out
+    assert bench.main(["all", "--to", "memtrain.py"]) == 2 and "source of memtrain" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Stories and conversations as question files: bAbI, LoCoMo, LongMemEval's form; what is refused of them."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -90,6 +91,22 @@ def test_they_are_benchmarks_too(folder):
     assert {name: len(questions) for name, questions in found.items()} == {"babi": 3, "l": 5}
 
 
+def test_packed_files_and_parquet_are_the_same_questions(folder):
+    """Parquet gives every conversation the sessions of the longest."""
+    from pyarrow import Table, parquet
+
+    Path("babi_qa9_test.txt.gz").write_bytes(gzip.compress(BABI.encode()))
+    assert load_questions("babi_qa9_test.txt.gz") == load_questions(write("babi_qa9_test.txt", BABI))
+    short = changed(LOCOMO, 0, "qa", 1, "answer", to="2023")
+    short[0]["sample_id"] = "talk-2"
+    for key in ("session_2", "session_2_date_time"):
+        del short[0]["conversation"][key]
+    talks = changed(LOCOMO, 0, "qa", 1, "answer", to="2023") + short
+    parquet.write_table(Table.from_pylist(talks), "l.parquet")
+    assert load_questions("l.parquet") == load_questions(write("l.json", talks))
+    assert set(load_benchmarks("babi_qa9_test.txt.gz,l.parquet")) == {"babi_qa9", "l"}
+
+
 def test_locomos_own_f1():
     """By hand: stems, "and" dropped, commas part a multi-hop answer, a refusal is right where nothing is known."""
     assert locomo_f1("The adopted dogs", ["adopting dog"], "single-hop") == 1
@@ -126,6 +143,7 @@ TALKED = (0, "conversation")
 REFUSED = {
     "no number": ("b.txt", "Nora went home.\n", "line 1: no bAbI line"),
     "no story yet": ("b.txt", "1 Where is Nora? \tattic\t1\n", "without a statement"),
+    "cut before the answer": ("b.txt", "1 Nora left.\n2 Where is Nora?", "without an answer"),
     "no answer": ("b.txt", "1 Nora left.\n2 Where is Nora? \t\t1\n", "without an answer"),
     "lines in disorder": ("b.txt", "1 A left.\n3 B left.\n2 C left.\n", "line 2 of a story follows line 3"),
     "begins in the middle": ("b.txt", "4 A left.\n", "count up from 1"),
@@ -134,12 +152,14 @@ REFUSED = {
     "no date": ("l.json", changed(LOCOMO, *TALKED, "session_1_date_time", to="soon"), "session_1: 'soon' is no date"),
     "dates out of order": ("l.json", changed(LOCOMO, *TALKED, "session_2_date_time", to="1:00 am on 1 May, 2020"),
                            "session_2: 1:00 am on 1 May, 2020 lies before session_1"),
-    "empty turn": ("l.json", changed(LOCOMO, *TALKED, "session_1", 0, "text", to=" "), "session_1, turn 1: empty text"),
+    "empty turn": ("l.json", changed(LOCOMO, *TALKED, "session_1", 0, "text", to=" "), "turn 1: `text` is empty"),
     "one speaker": ("l.json", changed(LOCOMO, *TALKED, "session_1", 1, "speaker", to="Nora"), "1 speaker"),
     "no session": ("l.json", [{"conversation": {}, "qa": []}], "without session_1"),
     "a turn of another form": ("l.json", changed(LOCOMO, *TALKED, "session_1", 0, to="hello"), "a turn is {role"),
     "answer is a list": ("l.json", changed(LOCOMO, 0, "qa", 0, "answer", to=["x"]), "`answer` must be a text"),
     "answer is missing": ("l.json", changed(LOCOMO, 0, "qa", 0, "answer", to=None), "`answer` must be a text"),
+    "a list of categories": ("l.json", changed(LOCOMO, 0, "qa", 0, "category", to=[1]), "`category` must be one of"),
+    "empty question": ("l.json", changed(LOCOMO, 0, "qa", 0, "question", to=" "), "`question` is empty"),
     "odd category": ("l.json", changed(LOCOMO, 0, "qa", 0, "category", to=9), "`category` must be one of 1 to 5"),
     "dates are too few": ("m.json", changed(LONGMEMEVAL, 0, "haystack_dates", to=["2023/05/20 (Sat) 02:21"]),
                           "2 haystack_sessions and 1 haystack_dates"),
@@ -147,6 +167,7 @@ REFUSED = {
                               "haystack_dates[1], 2023/05/01 (Mon) 10:00, lies before"),
     "answer is true": ("m.json", changed(LONGMEMEVAL, 0, "answer", to=True), "`answer` must be a text, not True"),
     "no question date": ("m.json", changed(LONGMEMEVAL, 0, "question_date", to=None), "`question_date` is missing"),
+    "odd question date": ("m.json", changed(LONGMEMEVAL, 0, "question_date", to="soon"), "'soon' is no date"),
     "no sessions": ("m.json", changed(changed(LONGMEMEVAL, 0, "haystack_sessions", to=[]), 0, "haystack_dates", to=[]),
                     "0 haystack_sessions"),
 }

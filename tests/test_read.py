@@ -239,6 +239,9 @@ def test_a_chat_export_is_cut_at_its_turns(folder, capsys):
                                             "user: No, rather in Oskelmoor."]
     Path("d.json").write_text(json.dumps([{"speaker": m["role"], "text": m["content"]} for m in CHAT]))
     assert list(Text("d.json").lines()) == list(Text("c.json").lines())
+    Path("e.json").write_text(json.dumps([{"id": i, "role": m["role"], "content": [
+        {"type": "text", "text": part} for part in m["content"].split("\n")]} for i, m in enumerate(CHAT)]))
+    assert list(Text("e.json").lines()) == list(Text("c.json").lines()), "parts, behind another key"
     shown = read(capsys, "c.json", "--question", "Where do we meet?")
     assert "a conversation of assistant, user, cut at its turns" in shown and "section 1" in shown
     assert "answer:" in shown
@@ -255,12 +258,30 @@ def test_lines_of_a_conversation_belong_to_who_began(folder):
     assert lines(folder, b"Note: one.\nTwo.\nThree.") == ["Note: one.", "Two.", "Three."], "a text like any other"
 
 
+@pytest.mark.parametrize("stamp", ["[12.03.24, 18:2{}:01] ", "12/03/2024, 6:2{} PM - ", "2024-03-12 18:2{} - "])
+def test_whatsapps_time_stamps_are_no_names(folder, stamp):
+    said = ["Chats are encrypted.", "Nora: At nine: sharp.", "+49 170 12: Fine.\nOr later.", "Nora: Bye.",
+            "+49 170 12: Bye."]
+    talk = [stamp.format(i) + line for i, line in enumerate(said)]
+    assert lines(folder, "\r\n".join(talk).encode()) == [turn.replace("\n", " ") for turn in talk]
+    assert Text(str(folder / "t.txt")).speakers == {"Nora", "+49 170 12"}
+
+
+def test_a_name_may_stand_on_a_line_of_its_own(folder):
+    talk = b"Nora: Let us meet.\nPiet:\nWhere?\nNora: In town.\nPiet: Fine."
+    assert lines(folder, talk) == ["Nora: Let us meet.", "Piet: Where?", "Nora: In town.", "Piet: Fine."]
+
+
 @pytest.mark.parametrize(("content", "said"), [
     (json.dumps(CHAT[:1]), "1 speaker; a conversation has two"),
-    (json.dumps([*CHAT, {"role": "user", "content": " "}]), "turn 4: empty text"),
+    (json.dumps([*CHAT, {"role": "user", "content": " "}]), "turn 4: `content` is empty"),
     (json.dumps([*CHAT, {"role": "user"}]), "turn 4: a turn is {role, content}"),
     (json.dumps([*CHAT, {"role": "user", "content": 7}]), "turn 4: `content` must be a text"),
-    (json.dumps(CHAT)[:-9], "begins like a chat export and is none")])
+    (json.dumps(CHAT)[:-9], "JSON, and no chat that can be read"),
+    (json.dumps({"messages": CHAT}), "no chat that can be read"),
+    (json.dumps([{"role": "system", "content": "Be brief."}, CHAT[0]]), "1 speaker"),
+    (json.dumps([{"role": "user", "content": [{"type": "image_url"}]}, *CHAT]), "turn 1: `content` must be a text"),
+    ("Nora: Hi.\nPiet:\nNora: Bye.\nPiet: Bye.", "turn 2: Piet: and no text")])
 def test_a_broken_chat_export_ends_in_one_line(folder, capsys, content, said):
     Path("c.json").write_text(content)
     assert main(["read", "c.json", "--threads", "1", "--out", "o.json"]) == 2

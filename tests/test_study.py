@@ -45,6 +45,8 @@ def test_every_arm_is_a_run_that_differs_from_the_full_one_alone_in_what_its_nam
         assert parse(arguments(arm)) == arm
     assert arm_of(vars(full), vars(full)) == "full"
     assert arm_of(vars(full), vars(full) | {"lr": 0.5, "group": 4}) == "group=4, lr=0.5"
+    assert arm_of(vars(full), vars(full) | {"old": 1}) == "old=1", "what one of the two has alone counts, too"
+    assert arm_of(vars(full) | {"old": 1}, vars(full)) == "old=None"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -268,6 +268,9 @@ def test_the_report_on_facts_that_change(tmp_path):
     assert abs(float(base[3]) - 100 * old / (100 - right)) < 0.1
     never, *_ = changing.by_changes(arms)[0][1:]
     assert never.endswith(f"({3 * 2 * 20})"), "three seeds, two lengths, a quarter of the questions about now"
+    right, old, wrong = map(float, never.split(" (")[0].split(" / "))
+    assert old > 0 and abs(wrong - 100 * old / (100 - right)) < 0.2
+    assert changing.Facts(arms[0]) is changing.Facts(arms[0]), "built once"
 
 
 def test_without_such_rows_nothing_is_said_of_them(tmp_path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import stat
 import sys
@@ -116,9 +115,16 @@ def read_json(path: Path, remedy: str) -> dict:
 
 
 def json_bytes(value) -> bytes:
-    """Indented, but a list of numbers is one line."""
-    text = json.dumps(value, indent=1)  # within a string a line break is \n, so that "[" and a line break open a list
-    return re.sub(r'\[\n[^]["{}]*]', lambda found: re.sub(r"\s", "", found[0]), text).encode() + b"\n"
+    """A line for each field of an object, and for each object of a list in it: what changes is seen line by line."""
+    def lines(value) -> str:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return "[\n  " + ",\n  ".join(json.dumps(x) for x in value) + "\n ]"
+        return json.dumps(value)
+
+    if not isinstance(value, dict):
+        return (lines(value) + "\n").encode()
+    fields = ",\n ".join(f"{json.dumps(name)}: {lines(x)}" for name, x in value.items())
+    return f"{{\n {fields}\n}}\n".encode()
 
 
 def write_json(path: Path, value) -> None:

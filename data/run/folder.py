@@ -13,11 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from data import InputError
 from data.run.files import json_bytes, read_json, replacing, write_json, writing
-from data.run.terminal import printable
+from data.run.terminal import note
 
 
 class RunFolder:
@@ -111,6 +110,11 @@ def stored_state(path: Path) -> dict:
         return {}
 
 
+def brief(row: dict) -> dict:
+    """Six digits of what is no whole number."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) and not v.is_integer() else v for k, v in row.items()}
+
+
 class Log:
     """metrics.jsonl, a line a step, and wandb where asked for."""
 
@@ -135,7 +139,7 @@ class Log:
 
     def write(self, row: dict) -> None:
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")  # a half written line is forgotten at the next start
+            file.write(json.dumps(brief(row)) + "\n")  # a half written line is forgotten at the next start
         if self.wandb:
             self.wandb.log({f"{row['stage']}/{k}": v for k, v in row.items() if k != "stage"})
 
@@ -168,8 +172,8 @@ class Wandb:
         if offline:
             own = f"{id_}-{uuid.uuid4().hex[:8]}"
             if (folder / "metrics.jsonl").exists():
-                tqdm.write(printable(f"note: wandb: offline, no run is resumed: this start is a run of its own, {own}, "
-                                     f"in the group {id_}; wandb sync takes them all"))
+                note(f"wandb: offline, no run is resumed: this start is a run of its own, {own}, in the group {id_}; "
+                     f"wandb sync takes them all")
         self.rows: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
         self.settings = {"project": "memtrain", "name": config["run"], "id": own, "group": id_,
                          "resume": None if offline else "allow", "mode": config["wandb"], "dir": str(folder),
@@ -191,7 +195,7 @@ class Wandb:
             self._give_up(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
 
     def _give_up(self, why: str) -> None:
-        tqdm.write(printable(f"note: wandb: {why}; the run goes on without it, metrics.jsonl has every row"))
+        note(f"wandb: {why}; the run goes on without it, metrics.jsonl has every row")
 
     def log(self, row: dict) -> None:
         if self.thread.is_alive():

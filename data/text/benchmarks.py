@@ -22,12 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from data import InputError
-from data.run.terminal import printable
+from data.run.terminal import note
 from data.text import hub
 from data.text.corpus import Question, parse_questions, question_records
+from data.text.files import set_name
 from data.text.words import asks, count, ends
 
 # In the order of the paper's Table 2. Splits as search agents are commonly evaluated: test where there is one,
@@ -75,9 +74,7 @@ def _sources(spec: str) -> list[tuple[str, Path | None]]:
         elif given or item in SPLITS:
             found.append((name, Path(file) if given else None))
         elif Path(item).suffix or Path(item).exists():
-            stem = Path(item).stem
-            cut = next((end for end in ("_train", "_dev", "_test") if stem.endswith(end)), "")
-            found.append((stem.removesuffix(cut), Path(item)))
+            found.append((set_name(Path(item)), Path(item)))
         else:
             raise InputError(f"benchmarks {spec}: {item} is none of the seven and no file; {FORM}")
         if not NAME.fullmatch(found[-1][0]):
@@ -102,8 +99,8 @@ def _load(name: str, file: Path | None, limit: int | None) -> list[Question]:
     if len(questions) < 2:
         raise InputError(f"{file or name}: {len(questions)} question, and two are asked at once; give more")
     if without := sum(not asks(question.question) for _, question in read[:limit]):
-        tqdm.write(printable(f"note: benchmark {name}: {without} of {len(questions)} questions come without a question "
-                             f"mark; it is put behind those that don't end as a sentence does"))
+        note(f"benchmark {name}: {without} of {len(questions)} questions come without a question mark; it is put "
+             f"behind those that don't end as a sentence does")
     return questions
 
 

@@ -4,7 +4,8 @@
                   tab (in some copies a bar); a line numbered 1 begins a new story. What was said last counts
     LoCoMo        {sample_id, conversation: {session_N, session_N_date_time}, qa: [{question, answer, category}]}
     LongMemEval   {question_id, question_type, question, answer, question_date, haystack_dates, haystack_sessions}
-    a chat        [{role, content}, ...] or [{speaker, text}, ...], or lines "Name: text"
+    a chat        [{role, content}, ...] or [{speaker, text}, ...], content also as parts, [{type, text}, ...]; lines
+                  "Name: text", also behind WhatsApp's time stamps
 
 Forms are recognised by their content. Whatever is wrong ends in InputError: one line with the file and the record.
 """
@@ -16,12 +17,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import regex
 
 from data import InputError
+from data.text.files import set_name
 
 CATEGORIES = {1: "multi-hop", 2: "time", 3: "world knowledge", 4: "single-hop", 5: "unanswerable"}  # LoCoMo's
 LOCOMO = "locomo: "  # before the category in a question's kind
@@ -29,6 +32,9 @@ REFUSALS = ("not mentioned", "no information available")  # what its authors tak
 DATES = ("%I:%M %p on %d %B, %Y", "%Y/%m/%d %H:%M")  # LoCoMo's, LongMemEval's without the weekday
 STATEMENT = re.compile(r"(\d+) (\S.*)")
 TURN = regex.compile(r"(\w[\w .'’-]{0,39}+)(?:: +|：\s*)(\S.*)")
+# What WhatsApp puts before a name: "[12.03.24, 18:22:01] " or "12/03/2024, 6:22 PM - "; the name may be a number.
+STAMP = re.compile(r"\u200e?\[?\d{1,4}([./-])\d\d?\1\d{1,4},?\s\d\d?(?::\d\d){1,2}(?:\s?[ap]m)?\]?(?:\s-)?\s", re.I)
+STAMPED = regex.compile(r"([^:：]{1,40})(?:: +|：\s*)(\S.*)")
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Told:
 def babi(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, Told]]:
     """lines: (number in the file, text). Each question with the statements of its story before it."""
     story, last, stories = [], 0, 0
-    kind = re.sub(r"_(train|dev|valid|test)$", "", path.stem)
+    kind = set_name(path)
     for number, line in lines:
         where = f"{path}, line {number}"
         if not line.strip():
@@ -63,9 +69,9 @@ def babi(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, To
         elif at <= last or not stories:
             raise InputError(f"{where}: line {at} of a story follows line {last}; lines of a story count up from 1")
         last = at
-        if not rest:
+        if not rest and not said.endswith("?"):
             story.append(("", said))
-        elif not story or not rest[0]:
+        elif not story or not any(rest[:1]):
             raise InputError(f"{where}: a question without " + ("an answer" if story else "a statement before it"))
         else:
             yield where, Told(f"{kind}-{stories}-{at}", said, (rest[0],), tuple(story), kind)
@@ -86,7 +92,8 @@ def expand(where: str, record: Any) -> Iterator[tuple[str, Any]]:
 
 def _locomo(where: str, record: dict) -> Iterator[tuple[str, Told]]:
     conversation, lines, dates = _need(where, record, "conversation", dict), [], []
-    numbers = sorted(int(k.split("_")[1]) for k in conversation if re.fullmatch(r"session_\d+", k))
+    numbers = sorted(int(k.split("_")[1]) for k, v in conversation.items()
+                     if re.fullmatch(r"session_\d+", k) and v is not None)  # parquet has every column in every row
     if not numbers:
         raise InputError(f"{where}: a conversation without session_1; LoCoMo has session_N and session_N_date_time")
     for n in numbers:
@@ -99,7 +106,7 @@ def _locomo(where: str, record: dict) -> Iterator[tuple[str, Told]]:
     sample = str(record.get("sample_id", where))
     for i, qa in enumerate(_need(where, record, "qa", list), start=1):
         place = f"{where}, question {i}"
-        if not isinstance(qa, dict) or qa.get("category") not in CATEGORIES:
+        if not isinstance(qa, dict) or qa.get("category") not in list(CATEGORIES):
             raise InputError(f"{place}: `category` must be one of 1 to 5")
         refuse = qa["category"] == 5
         answer = REFUSALS if refuse else (_answer(place, qa),)
@@ -124,6 +131,7 @@ def _longmemeval(where: str, record: dict) -> tuple[str, Told]:
     _two_speakers(where, [t for t in lines if not t[0].startswith("Session ")])
     id, kind = (_need(where, record, k, str) for k in ("question_id", "question_type"))
     asked, day = (_need(where, record, k, str) for k in ("question", "question_date"))
+    _date(where, day)
     return where, Told(id, f"{asked} (asked {day})", (_answer(where, record),), tuple(lines),
                        kind + " without an answer" * id.endswith("_abs"))
 
@@ -132,6 +140,8 @@ def _need(where: str, record: dict, key: str, kind: type) -> Any:
     if not isinstance(record.get(key), kind):
         what = {str: "a text", list: "a list", dict: "an object"}[kind]
         raise InputError(f"{where}: `{key}` " + (f"must be {what}" if key in record else "is missing"))
+    if kind is str and not record[key].strip():
+        raise InputError(f"{where}: `{key}` is empty; leave it out")
     return record[key]
 
 
@@ -165,9 +175,10 @@ def turns(where: str, items: list, alone: bool = True) -> list[tuple[str, str]]:
                      if isinstance(item, dict) and a in item and b in item), None)
         if not keys:
             raise InputError(f"{where}, turn {i}: a turn is {{role, content}} or {{speaker, text}}")
+        parts = item[keys[1]]
+        if isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+            item = item | {keys[1]: " ".join(p["text"] for p in parts)}  # as OpenAI's exports have it
         who, text = (_need(f"{where}, turn {i}", item, k, str) for k in keys)
-        if not who.strip() or not text.strip():
-            raise InputError(f"{where}, turn {i}: empty " + ("text" if who.strip() else "speaker") + "; leave it out")
         found.append((" ".join(who.split()), " ".join(text.split())))
     if alone:
         _two_speakers(where, found)
@@ -175,42 +186,48 @@ def turns(where: str, items: list, alone: bool = True) -> list[tuple[str, str]]:
 
 
 def _two_speakers(where: str, lines: list[tuple[str, str]]) -> None:
-    if len({who for who, _ in lines}) < 2:
-        raise InputError(f"{where}: {len({who for who, _ in lines})} speaker; a conversation has two or more")
+    if (found := len({who for who, _ in lines} - {"system"})) < 2:
+        raise InputError(f"{where}: {found} speaker; a conversation has two or more")
 
 
-def chat(name: str, text: str) -> list[tuple[str, str]] | None:
-    """The turns of a JSON chat export; None for a text of another form. InputError where one of them can't be read."""
-    if not text.lstrip("\ufeff \t\r\n").startswith("["):
-        return None
+def chat(name: str, text: str) -> list[tuple[str, str]]:
+    """The turns of a JSON chat export. InputError where it is none, or one of them can't be read."""
     try:
         items = json.loads(text.lstrip("\ufeff"))
     except (ValueError, RecursionError):
-        return None
-    if not items or not all(isinstance(x, dict) for x in items) or not {"role", "speaker"} & set().union(*items):
-        return None
+        items = None
+    if not isinstance(items, list):
+        raise InputError(f"{name}: JSON, and no chat that can be read; give one list of {{role, content}} or "
+                         f"{{speaker, text}}, or lines of text")
     return turns(name, items)
 
 
+def who_begins(line: str) -> str:
+    """The speaker whose turn begins with this line, "" where there is none."""
+    stamp = STAMP.match(line)
+    found = (STAMPED if stamp else TURN).fullmatch(line, stamp.end() if stamp else 0)
+    return found[1] if found else ""
+
+
 def speaking(lines: list[str]) -> set[str]:
-    """The speakers of lines "Name: text", if they are a conversation: the first line is a turn, so are most, and few
-    names come back. Empty otherwise."""
-    found = [TURN.fullmatch(line) for line in lines]
-    names = [m[1] for m in found if m]
+    """The speakers of lines "Name: text", with or without a time stamp before the name, if they are a conversation: the
+    first line is a turn or has a stamp, most are turns, and few names come back. Empty otherwise."""
+    found = [who_begins(line) for line in lines]
+    names = [who for who in found if who]
     few = 2 <= len(set(names)) <= max(2, len(names) // 3)
-    return set(names) if lines and found[0] and len(names) >= len(lines) / 2 and few else set()
+    begins = lines and (found[0] or STAMP.match(lines[0]))  # WhatsApp's first line is a notice
+    return set(names) if begins and len(names) >= len(lines) / 2 and few else set()
 
 
-def joined(lines: Iterable[str], speakers: set[str]) -> Iterator[str]:
-    """Lines that no speaker begins belong to the turn before."""
-    turn = ""
-    for line in lines:
-        found = TURN.fullmatch(line)
-        if turn and not (found and found[1] in speakers):
+def joined(name: str, lines: Iterable[str], speakers: set[str]) -> Iterator[str]:
+    """Lines that neither a speaker nor a time stamp begins belong to the turn before. InputError on an empty turn."""
+    turn, count, bare = "", 0, {f"{who}:" for who in speakers}
+    for line in chain(lines, [""]):
+        if turn and line and not (line in bare or who_begins(line) in speakers or STAMP.match(line)):
             turn += " " + line
             continue
+        if turn in bare:
+            raise InputError(f"{name}, turn {count}: {turn} and no text; leave it out")
         if turn:
             yield turn
-        turn = line
-    if turn:
-        yield turn
+        turn, count = line, count + 1

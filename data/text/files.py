@@ -31,6 +31,11 @@ def ending(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
+def set_name(path: Path) -> str:
+    """What a file of questions is called: "a" of "a_test.json.gz"."""
+    return re.sub(r"_(train|dev|valid|test)$", "", path.name[:len(path.name.removesuffix(".gz")) - len(ending(path))])
+
+
 def unpacked(path: Path) -> BinaryIO:
     """The bytes of a file, gzip's unpacked."""
     file = path.open("rb")

@@ -23,6 +23,8 @@
     python -m eval.bench length [--read-mb 1,4,16] [--out FILE] [any field of memtrain.Config]
         the evaluation of --eval-questions questions at each of --eval-lengths (default: 32 at 1,4,16,64), each in a
         process of its own and on one thread: peak memory, CPU seconds by its tokens
+    python -m eval.bench all --to DIR [--repeats 3] [--device cpu|cuda] [--threads N]
+        kernels, step, sample and trl; DIR/table.md has each beside its peers, with its share of the ceilings
 
 It measures memtrain.py from outside, so it imports it; nothing imports this file.
 """
@@ -52,7 +54,7 @@ from tqdm import tqdm
 import memtrain
 from data import InputError
 from data.config import STUDY, as_evaluated, dashes
-from data.run.files import output, write_json
+from data.run.files import output, replacing, write_json, writing
 from data.run.terminal import StrictParser, one_line
 from data.text.corpus import load_passages, load_questions
 from data.world.miniwiki import MiniWorld
@@ -693,6 +695,29 @@ def length_table(rows: Sequence[dict]) -> str:
 # ---- Command line --------------------------------------------------------------------------------------------------
 
 
+def everything(argv: Sequence[str]) -> int:
+    from eval.bench import table as bench_table
+
+    parser = Parser("all", "kernels, step, sample and trl in one table")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where the table and all figures go")
+    parser.add_argument("--repeats", type=int, default=3, help="timed repeats (default: 3)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    options, rest = parser.read(argv, at_least_one=("repeats",))
+    if rest or options.out:
+        raise InputError(f"{rest[0] if rest else '--out'}: not an option of all; python -m eval.bench lists them")
+    out = output(options.to, "--to")
+    device = memtrain.choose_device(options.device).type
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    found = bench_table.run(bench_table.commands(device, options.repeats, options.threads), out)
+    text = bench_table.table(found)
+    with replacing(out / "table.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"{text}\nwritten to {out}")
+    return int(any(isinstance(result, str) for result in found.values()))
+
+
 class Parser(StrictParser):
     """Options of one benchmark; whatever it does not know goes to memtrain's own command line, which is strict."""
 
@@ -738,7 +763,7 @@ def finish(name: str, argv: Sequence[str], out: Path | None, device, result: dic
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": step, "kernels": kernels, "compile": compile_kernels,
                                                         "sample": sample, "trl": trl, "documents": documents,
                                                         "retrieval": retrieval, "time": time_runs, "threads": threads,
-                                                        "length": length}
+                                                        "length": length, "all": everything}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -211,7 +211,7 @@ def compare(one: Table, a: str, other: Table, b: str, columns: Sequence, drop: b
 # ------------------------------------------------------------------------------------------------ arms
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # itself alone is equal, so that what is made of an arm can be cached
 class Arm:
     """Runs that differ in their seed alone."""
 

@@ -5,6 +5,7 @@ set beside them. A stale answer was true once and is not any more; only question
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ def current(rows: Sequence[dict], field: str) -> list[dict]:
     return made
 
 
+@lru_cache(maxsize=64)  # every table and figure of a report asks for those of every arm
 class Facts:
     """The three tables of one arm: all questions, and of those about what holds now the right and the stale answers."""
 
@@ -65,12 +67,16 @@ def by_length(arms: Sequence[Arm]) -> list[list[str]]:
 
 
 def _shares(rows: Sequence[dict], system: str, keep: Callable[[dict, int], bool]) -> str:
-    """"right / stale (asked)" in % of the questions about what holds now that `keep` (row, number) lets through."""
+    """"right / stale / stale among wrong (asked)" in %, of the questions about what holds now that `keep` (row,
+    number) lets through."""
     right = stale = asked = 0
     for row in (r for r in rows if r["system"] == system):
         for i in (i for i, kind in enumerate(row["asked"]) if kind == "n" and keep(row, i)):
             right, stale, asked = right + row["correct"][i], stale + int(row["stale"][i]), asked + 1
-    return f"{points(right / asked):.1f} / {points(stale / asked):.1f} ({asked})" if asked else "—"
+    if not asked:
+        return "—"
+    wrong = f"{points(stale / (asked - right)):.1f}" if asked > right else "—"
+    return f"{points(right / asked):.1f} / {points(stale / asked):.1f} / {wrong} ({asked})"
 
 
 def stale(arms: Sequence[Arm]) -> list[list[str]]:
@@ -139,7 +145,7 @@ def content(arms: Sequence[Arm]) -> dict:
     """What both pages say; {} where nothing was asked about facts that change."""
     if not arms[0].rows("changing"):
         return {}
-    asked = [DISTANCES[int(d)] + " sections" for d in distances(arms)]
+    asked = [DISTANCES[int(d)] for d in distances(arms)]
     lengths = [f"{n:g}x" for n in Facts(arms[0]).all.columns]
     return {"rule": RULE, "by_length": (["system", *lengths, "average", "standing facts"], by_length(arms)),
             "stale": (["system", "right, %", "stale, %", "stale among wrong, %"], stale(arms)),

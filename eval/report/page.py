@@ -294,8 +294,8 @@ def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = 
     said = content(named, labels) | {"warnings": [Outside(w) for w in tables.warnings(arms, list(named), shown)]}
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        plots.plot_table1(arms[0].table, out / "table1")
-        plots.plot_labels(labels, out / "labels")
+        plots.plot_table1(arms[0].table, out / "table1.svg")
+        plots.plot_labels(labels, out / "labels.svg")
         curves = plots.plot_training(arms[0].runs, out / "training.png")
         changing.plot(arms, out / "changing.png")
     markdown = _environment(finalize=lambda v: md(v) if isinstance(v, Outside) else v)

@@ -136,16 +136,15 @@ def table1_paper(axes) -> None:
     axes.set(title="The paper, Qwen3-4B (Table 1)", xlabel="document length, tokens")
 
 
-def plot_table1(table: Table, stem: Path) -> None:
-    """table1.svg and .png: accuracy by length, beside the paper's Qwen3-4B; one scale, one set of colours."""
+def plot_table1(table: Table, path: Path) -> None:
+    """table1.svg: accuracy by length, beside the paper's Qwen3-4B; one scale, one set of colours."""
     with drawing():
         figure = Figure(figsize=(11.4, 4.0), layout="constrained")
         ours, paper = figure.subplots(1, 2, sharey=True)
         table1_ours(table)(ours)
         table1_paper(paper)
-        for form, metadata in (("svg", {"Date": None}), ("png", {})):
-            with replacing(stem.with_suffix(f".{form}")) as temporary:
-                figure.savefig(temporary, format=form, metadata=metadata)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
 def bars(title: str, columns: Sequence[str], values: dict[str, list[tuple | None]]) -> Callable:
@@ -255,17 +254,15 @@ def label_curve(curve: Curve) -> Callable:
     return draw
 
 
-def plot_labels(curve: Curve | None, stem: Path) -> bool:
-    """labels.svg and .png; False, and no picture of an earlier run, where there is no curve."""
-    for suffix in (".svg", ".png"):
-        stem.with_suffix(suffix).unlink(missing_ok=True)
+def plot_labels(curve: Curve | None, path: Path) -> bool:
+    """labels.svg; False, and no picture of an earlier run, where there is no curve."""
+    path.unlink(missing_ok=True)
     if curve is None:
         return False
     with drawing():
         figure = Figure(figsize=(7.6, 4.0), layout="constrained")
         label_curve(curve)(figure.subplots())
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-        figure.savefig(stem.with_suffix(".png"))
+        figure.savefig(path, metadata={"Date": None})
     return True
 
 
