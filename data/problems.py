@@ -7,23 +7,29 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
 from data import InputError
 from data.config import Config, kind_of, lengths_of
 from data.run.files import output
-from data.search import SearchProblem, evidence_held, search_problem, with_contexts
+from data.run.terminal import note
+from data.search import SearchProblem, search_problem, with_contexts
 from data.tasks import Problem, in_epochs, last_masked, masked_document, masked_in_order, permutation, qa_document
 from data.text.benchmarks import load_benchmarks, load_local
 from data.text.corpus import Corpus, Question, load_passages, load_questions
 from data.text.dense import Dense, retriever_of
-from data.text.entities import make_finder
+from data.text.entities import english, make_finder
+from data.text.evidence import Evidence, evidence_held, with_evidence, without_evidence
 from data.text.retrieval import Retriever
+from data.text.words import compared
 from data.weights.tokenizer import Tokenizer
 from data.world.miniwiki import FAMILIES, MiniWorld
 from data.world.timeline import ROOM, Changing, Timeline
+
+PASSAGE = 240  # tokens: what long texts are split into; 150 of them are a document of the paper's 24,000 to 40,000
 
 
 class Data:
@@ -42,12 +48,21 @@ class Data:
             self.questions = [held_out.question(i) for i in range(c.eval_questions)]
             self.train_questions: list[Question] = []
         else:
-            self.whole = load_passages(c.corpus)
+            self.whole = self._passages(c.corpus)
+            if self.finder.name == "rules" and not english(p.text for p in self.whole.passages[:1000]):
+                note("the rules that find entities are made for English, and this corpus is not; give --entities "
+                     "spacy:MODEL of its language")
             self.train, self.held_out = self.whole.split()
             self.questions = list(_of_files(c.questions, c.eval_questions))
             self.train_questions = list(_of_files(c.train_questions))
-            self.train, self.kept_out = without_evidence(self.train, self.questions)
             self._refuse_leaks(self.questions)
+            if "eval" in stages:
+                self.questions = self._with_evidence(self.questions, "questions")
+            if "memagent" in kinds:
+                self.train_questions = self._with_evidence(self.train_questions, "train_questions")
+            self._hold_out(self.questions)
+            if "mem1" in kinds and "eval" in stages:
+                self._hold_out(itertools.chain(*self._asked.values()))
         if c.retriever != "bm25":
             for corpus in (self.train, self.held_out):  # vectors take minutes: they are kept
                 corpus.searched_by, corpus.kept = c.retriever, self.index.with_name(
@@ -94,21 +109,50 @@ class Data:
         return asked
 
     def _refuse_leaks(self, questions: Iterable[Question]) -> None:
-        """questions: of the evaluation."""
+        """questions: of the evaluation. Case, punctuation and spaces make no other question of one."""
         def key(q: Question) -> tuple:  # stories ask the same of other things that happened
-            return q.question, q.gold if q.ordered else ()
+            return compared(q.question) or q.question, q.gold if q.ordered else ()
 
         asked = {key(q): q.id for q in questions}
         if leak := next((q for q in self.train_questions if key(q) in asked), None):
             raise InputError(f"--train-questions {self.c.train_questions}: question {leak.id} is also question "
                              f"{asked[key(leak)]} of the evaluation; give files without a question in common")
 
+    def _with_evidence(self, questions: Sequence[Question], field: str) -> list[Question]:
+        option = f"--{field.replace('_', '-')} {getattr(self.c, field)}"
+        found, lacking = with_evidence(questions, self.whole, option)
+        if lacking:
+            note(f"{option}: {lacking} of {len(questions)} questions come without their evidence and are left out")
+        return found
+
+    def _hold_out(self, questions: Iterable[Question]) -> None:
+        """Nothing that is trained on holds evidence of these questions of the evaluation: neither passages nor what
+        comes with training questions. What that takes away is counted, passages in the run's header."""
+        questions, asked = list(questions), self.train_questions
+        self.train, out = without_evidence(self.train, questions)
+        self.kept_out += out
+        evidence = Evidence(questions)
+        self.train_questions = [replace(q, distractors=tuple(p for p in q.distractors if p not in evidence))
+                                for q in asked if not evidence.of(q)]
+        if lost := len(asked) - len(self.train_questions):
+            note(f"--train-questions {self.c.train_questions}: {lost} of {len(asked)} hold evidence of evaluation "
+                 f"questions and are left out")
+        if asked and not self.train_questions:
+            raise InputError(f"--train-questions {self.c.train_questions}: all of them hold evidence of evaluation "
+                             f"questions; give questions about other pages")
+
+    def _passages(self, spec: str) -> Corpus:
+        return load_passages(spec, max_words=min(PASSAGE, self.c.section), size=self._tokens)
+
+    def _tokens(self, text: str) -> int:
+        return len(self.tokenizer.encode(text))
+
     @cached_property
     def searched(self) -> Corpus:
         """What a search looks through, where it is read from files: the same in training and in evaluation."""
         c = self.c
         if c.search_corpus:
-            return load_passages(c.search_corpus)
+            return self._passages(c.search_corpus)
         own = load_local(c.benchmarks, 2 * c.eval_pairs) if c.benchmarks else []
         return with_contexts(self.whole, [*self.train_questions, *self.questions, *own])
 
@@ -141,7 +185,7 @@ class Data:
             return self._masked_in_order(index)
         corpus, seed = (self.held_out, -1) if held_out else (self.train, self.c.seed)
         return masked_document(corpus, self.finder, seed, index, self.c.passages, self.c.related,
-                               lambda text: len(self.tokenizer.encode(text)), self.c.masked_sections * self.c.section)
+                               self._tokens, self.c.masked_sections * self.c.section)
 
     def _masked_in_order(self, index: int) -> Problem:
         """A document of the timeline, or passages of the corpus as they come. InputError if nothing can be masked."""
@@ -209,14 +253,6 @@ def _of_files(spec: str, limit: int | None = None) -> Iterator[Question]:
     names = [n for n in spec.split(",") if n]
     for name in names:
         yield from load_questions(name, limit and max(1, limit // len(names)))
-
-
-def without_evidence(corpus: Corpus, questions: Iterable[Question]) -> tuple[Corpus, int]:
-    """(the corpus without passages that share a title with the evidence of `questions`, how many those are)."""
-    titles = {p.title for q in questions for p in q.gold}
-    kept = [p for p in corpus.passages if p.title not in titles]
-    out = len(corpus) - len(kept)
-    return (Corpus(kept, corpus.name, corpus.clues) if out else corpus), out
 
 
 def world_pair(world: MiniWorld, family: str, index: int, seed: int = -1) -> SearchProblem:

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from data.text.corpus import Corpus, Passage, Question
+from data.text.corpus import Corpus, Question
 from data.weights.tokenizer import Tokenizer
 
 CORRECTION = " End with one line, Search: or Answer:.\n"
@@ -47,45 +47,6 @@ def with_contexts(corpus: Corpus, questions: Iterable[Question]) -> Corpus:
     """The corpus and behind it the questions' own passages that it lacks."""
     own = (p for q in questions for p in (*q.gold, *q.distractors))
     return Corpus(list(dict.fromkeys([*corpus.passages, *own])), f"{corpus.name} and contexts")
-
-
-WORD = re.compile(r"\w+")
-
-
-def evidence_held(asked: Mapping[str, Sequence[Question]], passages: Sequence[Passage]) -> dict[str, tuple]:
-    """{set of questions: (found, of, what)}: gold passages of which `passages` have one of that title; of a set without
-    any, questions with an answer that some passage states word for word, which need not be evidence."""
-    titles = {p.title for p in passages}
-    bare = {name: some for name, some in asked.items() if not any(q.gold for q in some)}
-    answers = {_words(a) for some in bare.values() for q in some for a in q.answers} - {()}
-    stated = _stated(answers, passages) if answers else set()
-    held = {}
-    for name, some in asked.items():
-        if name in bare:
-            held[name] = sum(any(_words(a) in stated for a in q.answers) for q in some), len(some), "answers stated"
-        else:
-            gold = [p for q in some for p in q.gold]
-            held[name] = sum(p.title in titles for p in gold), len(gold), "gold passages"
-    return held
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(WORD.findall(text.casefold()))
-
-
-def _stated(answers: set[tuple[str, ...]], passages: Iterable[Passage]) -> set[tuple[str, ...]]:
-    """Those that some passage holds as a run of words."""
-    by_first: dict[str, list[tuple[str, ...]]] = {}
-    for answer in answers:
-        by_first.setdefault(answer[0], []).append(answer)
-    found: set[tuple[str, ...]] = set()
-    for passage in passages:
-        words = _words(passage.rendered)
-        for i, word in enumerate(words):
-            for answer in by_first.get(word, ()):
-                if answer not in found and words[i:i + len(answer)] == answer:
-                    found.add(answer)
-    return found
 
 
 def search_problem(questions: Sequence[Question], kind: str, gold=None) -> SearchProblem:

@@ -18,7 +18,7 @@ from data import InputError
 from data.prompts import LAST_PROBLEM, MASK_PROBLEM
 from data.text.corpus import Corpus, Passage, Question
 from data.text.entities import mask_entity, shows
-from data.text.words import SENTENCE_END
+from data.text.words import SENTENCE_END, SPACED
 from data.weights.tokenizer import Tokenizer
 
 MASK, TARGET = "[MASK]", "[TARGET]"
@@ -155,7 +155,7 @@ def last_masked(id: str, passages: Sequence[str], finder, tokenizer: Tokenizer, 
                 rng: random.Random) -> Problem | None:
     """A document in its own order, one entity of its last section hidden there, and the sentence that held it as the
     problem, in at most `room` tokens: what holds in the end has to be kept while earlier, competing values stay
-    readable. None where no entity of the last section was named before and competes."""
+    readable. None where no entity of the last section was named before and competes, or where it still shows."""
     parts = split_sections(passages, tokenizer, length)
     if len(parts) < 2:
         return None
@@ -171,27 +171,31 @@ def last_masked(id: str, passages: Sequence[str], finder, tokenizer: Tokenizer, 
         return None
     answer, question = rng.choice(sorted(fitting.items()))
     tail = [mask_entity(p, answer, MASK)[0] for p in passages[start:]]
+    if shows("\n".join(tail), answer):
+        return None
     return Problem(id, question, (answer,), (*passages[:start], *tail), "masked-last")
 
 
 def masked_in_order(id: str, passages: Sequence[str], finder, rng: random.Random,
                     determined: Callable[[str], bool] | None = None) -> Problem | None:
     """The paper's task on a document in its own order: an entity of a passage drawn at random is hidden everywhere.
-    determined: whether the document determines a name, where someone can tell. None where there is no such entity."""
+    determined: whether the document determines a name, where someone can tell. None where there is no such entity, or
+    where it still shows."""
     found = sorted({e.text for e in finder.find(rng.choice(passages))})
     found = [e for e in found if determined is None or determined(e)]
     if not found:
         return None
     answer = rng.choice(found)
-    return Problem(id, MASK_PROBLEM, (answer,), tuple(mask_entity(p, answer, MASK)[0] for p in passages), "masked")
+    masked = tuple(mask_entity(p, answer, MASK)[0] for p in passages)
+    return None if shows("\n".join(masked), answer) else Problem(id, MASK_PROBLEM, (answer,), masked, "masked")
 
 
 def around(sentence: str, placeholder: str, words: int) -> str:
-    """At most `words` words of a sentence, those around a placeholder."""
-    found = sentence.split()
+    """At most `words` words of a sentence, those around a placeholder; characters where no spaces are between words."""
+    found = SPACED.findall(sentence)
     at = next(i for i, w in enumerate(found) if placeholder in w)
     first = max(0, min(at - words // 2, len(found) - words))
-    return " ".join(found[first:first + words])
+    return "".join(found[first:first + words]).strip()
 
 
 def recall_then(texts: Sequence[str], finder, rng: random.Random) -> tuple[str, str] | None:
@@ -201,7 +205,8 @@ def recall_then(texts: Sequence[str], finder, rng: random.Random) -> tuple[str, 
     if not found:
         return None
     target, _ = rng.choice(found)
-    return mask_entity(texts[-1], target, TARGET)[0], target
+    masked = mask_entity(texts[-1], target, TARGET)[0]
+    return None if shows(masked, target) else (masked, target)
 
 
 def _shuffled(rng: random.Random, population: int) -> Iterator[int]:

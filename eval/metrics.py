@@ -2,26 +2,30 @@
 
 The rewards of training and the figures of the report come from the same `extract_boxed` and `exact_match`,
 so both must be deaf to tricks: whoever lists several entities, leaves the box open, boxes nothing, boxes an
-article or repeats the placeholder gets 0. The others are reported beside it and are never a reward; each equals a
-script of the field:
+article that is not the answer or repeats the placeholder gets 0. The others are reported beside it and are never
+a reward; each equals a script of the field:
 
-    exact_match           exact_match_score of HotpotQA's script, but for the tricks
-    f1                    f1_score of HotpotQA's script, but for placeholders
+    exact_match           exact_match_score of HotpotQA's script, but for the tricks and answers that it empties
+    f1                    f1_score of HotpotQA's script, but for placeholders and those answers
     search_r1_sub_em      subem_check of Search-R1: an answer is a substring of the prediction
     memagent_sub_em       sub_exact_match_score of MemAgent: either is a substring of the other, so "p" names "Paris"
 
+Those scripts are made for English. Text of other scripts is prepared for the first two as in MLQA's (`_form`).
 Substrings are of the normalised texts, and of letters: "19" is in "1931". Several answers: the best counts.
 """
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
+import regex
 
 from data.search import boxes
+from data.text.words import UNSPACED
 
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
 # The same of Student's t, by degrees of freedom from 1; beyond the last one its value is a little too wide.
@@ -30,6 +34,11 @@ T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PLACEHOLDER = re.compile(r"\[\s*(mask|target)\s*\]", re.IGNORECASE)
+# Letters that aren't Latin, and punctuation of their scripts: the quotes and dashes of print are common to all.
+_FOREIGN = regex.compile(r"[[\p{L}\p{P}]--\p{Latin}--\p{scx=Common}]|[\p{P}&&\p{InHalfwidth_And_Fullwidth_Forms}]",
+                         regex.V1)
+_MARKS = regex.compile(r"[\p{P}\p{Default_Ignorable_Code_Point}]")
+_UNSPACED = regex.compile(rf"[{UNSPACED}]\p{{M}}*+")
 _CLOSED_ANSWERS = {"yes", "no", "noanswer"}
 
 
@@ -53,25 +62,40 @@ def _prepared(prediction: str | None, answers: Sequence[str]) -> tuple[str, list
         raise TypeError("answers must be a list of strings, not one string")
     if prediction is None or _PLACEHOLDER.search(prediction):
         return "", []
-    return normalize(prediction), [a for a in map(normalize, answers) if a]
+    return _form(prediction), [a for a in map(_form, answers) if a]
+
+
+def _form(text: str) -> str:
+    """The normalised text. Text of another script than Latin loses Unicode's punctuation and no English articles, and
+    without spaces its characters are words: "北京。" is "北京", half of "北京大学" (MLQA, Lewis et al. 2020)."""
+    if not _FOREIGN.search(text):
+        return normalize(text)
+    text = unicodedata.normalize("NFKC", _MARKS.sub("", text)).lower().translate(_DROP_PUNCTUATION)
+    return " ".join(_UNSPACED.sub(r" \g<0> ", text).split())
 
 
 def exact_match(prediction: str | None, answers: Sequence[str]) -> float:
     """1.0 if the normalised prediction equals a normalised answer, else 0.0.
 
     Normalisation deletes articles and punctuation, so a prediction padded with them could be of any length;
-    more than twice the longest answer plus 32 characters is over-long and scores 0.
+    more than twice the longest answer plus 32 characters is over-long and scores 0. An answer of which it leaves
+    nothing ("The The", "!!!") is compared as it stands.
     """
     guess, golds = _prepared(prediction, answers)
-    if not guess or len(prediction) > 2 * max(map(len, answers), default=0) + 32:
+    if prediction is None or len(prediction) > 2 * max(map(len, answers), default=0) + 32:
         return 0.0
-    return float(guess in golds)
+    return float(guess in golds) if guess else _as_it_stands(prediction, answers)
+
+
+def _as_it_stands(prediction: str | None, answers: Sequence[str]) -> float:
+    """1.0 if the prediction is one of those answers that normalise to nothing."""
+    return float(any(a.strip() == (prediction or "").strip() != "" and not _form(a) for a in answers))
 
 
 def f1(prediction: str | None, answers: Sequence[str]) -> float:
     """Token F1, best over the answers. Yes/no/noanswer earn no partial credit (HotpotQA's rule)."""
     guess, golds = _prepared(prediction, answers)
-    best = 0.0
+    best = _as_it_stands(prediction, answers)
     for gold in golds:
         if guess != gold and (guess in _CLOSED_ANSWERS or gold in _CLOSED_ANSWERS):
             continue

@@ -19,11 +19,12 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from html import unescape
-from html.parser import HTMLParser
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
+import regex
+from lxml import etree
 from tqdm import tqdm
 
 from data import InputError
@@ -31,65 +32,97 @@ from data.run.files import output, replacing
 from data.run.terminal import printable
 from data.tasks import sections
 from data.text.conversations import chat, joined, speaking
+from data.text.files import encoding
 
-DECODER = codecs.getincrementaldecoder("utf-8-sig")
 PIECE, LINE = 1 << 16, 1 << 13  # bytes read at a time; characters after which a line is cut
 EXPORT = re.compile(r"\ufeff?\s*(\[\s*)*\{\s*\"")  # JSON: objects, alone or in lists
 WITHOUT_QUESTION = "What are the main facts?"
 MAGIC = {b"%PDF": "a PDF; extract its text first, for example with pdftotext",
-         b"PK\x03\x04": "a zip archive or an office document; save it as text first"}
+         **dict.fromkeys((b"%!PS", b"%!\n", b"%!\r"), "PostScript; extract its text first, for example with ps2ascii"),
+         b"From: <Saved by": "a browser's archive of a page (MHTML); save the page as HTML",
+         b"{\\rtf": "RTF; save it as text first",
+         b"PK\x03\x04": "a zip archive or an office document; save it as text first",
+         b"\x1f\x8b": "packed with gzip; unpack it first: zcat FILE | python memtrain.py read -"}
+# What browsers take for HTML: its doctype or first elements, behind comments and <?xml ...?>. Other XML is text.
+HTML = regex.compile(r"\s*(?:<\?[^>]*>\s*|<!--.*?-->\s*)*+"
+                     r"<(?:!doctype\s+html|(?:html|head|body|title|meta|script|style|link|base)\b)", regex.I | regex.S)
+UNSEEN = re.compile(r"(?i)display\s*:\s*none|visibility\s*:\s*hidden")
+VISIBLE = regex.compile(r"[\p{L}\p{N}\p{P}\p{S}--\p{Default_Ignorable_Code_Point}]", regex.V1)
 
 
 class Text:
     """The lines of a text, markdown or HTML file, or of standard input ("-"), piece by piece.
 
-    size: bytes in all, None where nobody knows; read: bytes so far. InputError if it is missing, empty or binary.
+    size: bytes in all, None where nobody knows; read: bytes so far. InputError if it is missing, binary, or has no
+    visible text.
     """
 
     def __init__(self, name: str):
         self.name, self.size, self.read = name, None, 0
         path = Path(name)
+        if name == "-" and sys.stdin is None:
+            raise InputError("-: standard input is closed; give a text file, or a text on standard input")
         try:
             self.file: BinaryIO = sys.stdin.buffer if name == "-" else path.open("rb")
             if name != "-":
                 self.size = os.fstat(self.file.fileno()).st_size or None
-            self.first = self.file.read1(PIECE) if name == "-" else self.file.read(PIECE)
         except OSError as e:
-            raise InputError(f"{name}: can't be read ({e.strerror}); give a text file, or - for standard "
-                             f"input") from None
-        for start, what in MAGIC.items():
-            if self.first.startswith(start):
+            raise self._unreadable(e) from None
+        self.first = self._piece()
+        start = self.first.removeprefix(codecs.BOM_UTF8).lstrip(b"\x04 \t\r\n\f\v")  # a printer's Ctrl-D
+        for magic, what in MAGIC.items():
+            if start.startswith(magic):
                 raise InputError(f"{name}: {what}")
-        if b"\0" in self.first:
-            raise InputError(f"{name}: binary, there is a NUL byte in it; give a text file in UTF-8")
-        if not self.first.strip():
-            raise InputError(f"{name}: empty, not a word in it; give a text")
-        text = self._decoded(DECODER(), self.first)
-        start = self.first[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-        self.html = start.startswith((b"<!doctype html", b"<html")) or path.suffix.lower() in (".html", ".htm")
+        self.coded = encoding(self.first)
+        text = self._decoded(self._decoder(), self.first)
+        self.html = bool(HTML.match(text)) or path.suffix.lower() in (".html", ".htm", ".xhtml")
         self.exported = EXPORT.match(text) is not None
         whole = text.split("\n")[:None if len(self.first) < PIECE else -1]  # the last line of a piece may be cut
         self.speakers = set() if self.html else speaking([line.strip() for line in whole if line.strip()])
 
-    def _decoded(self, decoder, piece: bytes, final: bool = False) -> str:
+    def _unreadable(self, e: OSError) -> InputError:
+        return InputError(f"{self.name}: can't be read ({e.strerror}); give a text file, or - for standard input")
+
+    def _piece(self) -> bytes:
         try:
-            return decoder.decode(piece, final)
+            return self.file.read1(PIECE) if self.name == "-" else self.file.read(PIECE)
+        except OSError as e:
+            raise self._unreadable(e) from None
+
+    def _decoder(self) -> codecs.IncrementalDecoder:
+        return codecs.getincrementaldecoder(self.coded)()
+
+    def _decoded(self, decoder: codecs.IncrementalDecoder, piece: bytes, final: bool = False) -> str:
+        try:
+            text = decoder.decode(piece, final)
         except UnicodeDecodeError:
-            raise InputError(f"{self.name}: not UTF-8 somewhere in bytes {self.read} to {self.read + len(piece)}; "
-                             f"save the file with that encoding") from None
+            raise InputError(f"{self.name}: neither UTF-8 nor UTF-16 with its mark, somewhere in bytes {self.read} to "
+                             f"{self.read + len(piece)}; save the file as UTF-8") from None
+        if "\0" in text:
+            raise InputError(f"{self.name}: binary, there is a NUL byte in it; give a text file in UTF-8")
+        return text
 
     def pieces(self) -> Iterator[str]:
-        decoder, piece = DECODER(), self.first
+        decoder, piece = self._decoder(), self.first
         while piece:
             text = self._decoded(decoder, piece)
             self.read += len(piece)
             yield text
-            piece = self.file.read1(PIECE) if self.name == "-" else self.file.read(PIECE)
+            piece = self._piece()
         self._decoded(decoder, b"", final=True)
 
     def lines(self) -> Iterator[str]:
-        """Lines without their end, blank ones left out, or the turns of a conversation; whatever is longer than LINE
-        characters comes in parts. InputError where a chat export can't be read."""
+        """Lines without their end, or the turns of a conversation, those that show nothing left out; whatever is longer
+        than LINE characters comes in parts. InputError where a chat export can't be read, and at the end of a text in
+        which nothing is to be seen: an answer would come from nothing."""
+        seen = False
+        for line in filter(VISIBLE.search, self._told()):
+            seen = True
+            yield line
+        if not seen:
+            raise InputError(f"{self.name}: empty, there is no visible text in it; give a text")
+
+    def _told(self) -> Iterator[str]:
         if self.exported:
             turns = chat(self.name, "".join(self.pieces()))
             self.speakers = {who for who, _ in turns}
@@ -109,51 +142,50 @@ class Text:
             yield rest.strip()
 
 
-class _Visible(HTMLParser):
-    """What a browser would show of HTML, block by block; nothing in it is run or followed."""
+class _Shown:
+    """What a browser would show of HTML, block by block, from the parser's events; nothing in it is run or followed."""
 
-    HIDDEN, INLINE = {"script", "style", "template", "noscript", "head"}, {
+    HIDDEN, INLINE = {
+        "script", "style", "template", "noscript", "head", "title", "audio", "canvas", "datalist", "iframe", "video"}, {
         "a", "abbr", "b", "bdi", "bdo", "cite", "code", "em", "i", "kbd", "mark", "q", "s", "samp", "small", "span",
         "strong", "sub", "sup", "time", "u", "var", "wbr"}
 
     def __init__(self):
-        super().__init__(convert_charrefs=False)
-        self.hidden, self.shown = "", []
+        self.hidden, self.shown = 0, []  # hidden: how many elements deep
 
-    def handle_starttag(self, tag, attrs):
-        if tag in self.HIDDEN and not self.hidden:
-            self.hidden = tag
+    def start(self, tag: str, attributes: dict[str, str]) -> None:
+        styled = UNSEEN.search(attributes.get("style") or "")
+        self.hidden += bool(self.hidden or tag in self.HIDDEN or "hidden" in attributes or styled)
+        self._border(tag)
+
+    def end(self, tag: str) -> None:
+        self.hidden -= bool(self.hidden)
+        self._border(tag)
+
+    def _border(self, tag: str) -> None:
         if tag not in self.INLINE:
             self.shown.append("\n")
 
-    def handle_endtag(self, tag):
-        if tag == self.hidden or (self.hidden == "head" and tag == "body"):
-            self.hidden = ""
-        if tag not in self.INLINE:
-            self.shown.append("\n")
-
-    def handle_data(self, data):
+    def data(self, text: str) -> None:
         if not self.hidden:
-            self.shown.append(" ".join(data.split("\n")))
+            self.shown.append(" ".join(text.split("\n")))
 
-    def handle_entityref(self, name):
-        self.handle_data(unescape(f"&{name};"))
-
-    def handle_charref(self, name):
-        self.handle_data(unescape(f"&#{name};"))
+    def close(self) -> str:
+        """All that was shown since the last call."""
+        text = "".join(self.shown)
+        self.shown.clear()
+        return text
 
 
 def visible(pieces: Iterable[str]) -> Iterator[str]:
-    """The text that HTML shows, a line a block. An unclosed tag is dropped once it is longer than a piece."""
-    parser = _Visible()
+    """The text that HTML shows, a line a block, parsed by libxml2 as it comes. In XHTML any element may end in "/>"."""
+    shown = _Shown()
+    parser = etree.HTMLParser(target=shown, huge_tree=True)
+    parser.feed("\n")  # it would not close over nothing at all
     for piece in pieces:
         parser.feed(piece)
-        if len(parser.rawdata) > PIECE:
-            parser.rawdata = ""
-        yield "".join(parser.shown)
-        parser.shown.clear()
-    parser.close()
-    yield "".join(parser.shown)
+        yield shown.close()
+    yield parser.close()
 
 
 def read(agent, name: str, questions: Sequence[str], out: Path | None, interrupt=None) -> None:
@@ -188,8 +220,10 @@ def read(agent, name: str, questions: Sequence[str], out: Path | None, interrupt
 def _reading(agent, text: Text, asked: Sequence[str], answered: Sequence[str], write, interrupt) -> None:
     """One pass over a text with the first problem in view; then the answers."""
     c, memory, told = agent.c, agent.prompts.no_memory, False
+    found = sections(text.lines(), agent.tokenizer, c.section)
+    first = next(found)  # where nothing is to be seen it is refused here, before anything is printed or written
     with tqdm(total=text.size, desc="read", unit="B", unit_scale=True) as bar:
-        for number, section in enumerate(sections(text.lines(), agent.tokenizer, c.section), start=1):
+        for number, section in enumerate(chain([first], found), start=1):
             memory = agent.update(asked[0], section, memory, ("read", c.seed, number))
             shown = agent.tokenizer.decode(memory).strip()
             bar.update(text.read - bar.n)

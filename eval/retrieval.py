@@ -17,7 +17,6 @@ Intervals are Wilson's, 95%, over gold passages as if those of one question were
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,11 +28,11 @@ from data.search import with_contexts
 from data.text.corpus import Corpus, Question, load_passages, load_questions
 from data.text.dense import Dense, retriever_of
 from data.text.retrieval import Retriever
+from data.text.words import compared
 from eval.metrics import wilson_interval
 
 DEPTHS = (3, 10)  # 3 is what a search returns in search QA
 METHODS = {"bm25": "BM25", "dense": "dense", "titles": "exact title"}
-WORD = re.compile(r"\w+")
 
 
 class Titles:
@@ -42,23 +41,19 @@ class Titles:
     def __init__(self, corpus: Corpus):
         self.passages: dict[tuple[str, ...], list[int]] = {}
         for i, passage in enumerate(corpus.passages):
-            self.passages.setdefault(words(passage.title), []).append(i)
+            self.passages.setdefault(compared(passage.title), []).append(i)
         self.passages.pop((), None)  # a title of punctuation alone
         self.longest = max(map(len, self.passages), default=0)
 
     def search(self, question: str, k: int) -> list[int]:
         """At most k passages, those of longer titles first, then those of lower index."""
-        asked, found = words(question), {}
+        asked, found = compared(question), {}
         for length in range(min(self.longest, len(asked)), 0, -1):
             spans = {asked[start:start + length] for start in range(len(asked) - length + 1)}
             found |= dict.fromkeys(sorted(i for span in spans for i in self.passages.get(span, ())))
             if len(found) >= k:
                 break
         return list(found)[:k]
-
-
-def words(text: str) -> tuple[str, ...]:
-    return tuple(WORD.findall(text.casefold()))
 
 
 def judge(name: str, questions: Sequence[Question], corpus: Corpus, retrievers: dict[str, Retriever | Dense],

@@ -42,7 +42,8 @@ def passages(count: int, names: bool = True) -> str:
 
 
 def questions(*ids: int) -> str:
-    rows = ({"id": f"q{i}", "question": f"Who wrote number {i}?", "golden_answers": ["Hugo"]} for i in ids)
+    rows = ({"id": f"q{i}", "question": f"Who wrote number {i}?", "answer": "Hugo",
+             "supporting_facts": [[f"Book {i}", 0]], "context": [[f"Book {i}", ["Hugo wrote it."]]]} for i in ids)
     return "\n".join(map(json.dumps, rows))
 
 

@@ -419,6 +419,7 @@ def test_questions_from_the_hub(hub):
         (MUSIQUE, {"answer_aliases": "Ann"}, "str instead of a list"),
         (FLASHRAG, {"golden_answers": []}, "empty answer"),
         (FLASHRAG, {"golden_answers": [[5]]}, "list instead of a string"),
+        (FLASHRAG, {"golden_answers": [True]}, "bool instead of a string"),
         (FLASHRAG, {"golden_answers": "Ann"}, "str instead of a list"),
         (FLASHRAG, {"id": "h0"}, "occurs twice"),
     ],

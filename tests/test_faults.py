@@ -207,6 +207,13 @@ def test_places_for_results(tmp_path):
         assert output(path) == path
 
 
+def test_no_place_for_results(tmp_path):
+    (tmp_path / "round").symlink_to("round")
+    for name, why in (("round", "circle"), ("round/x", "circle"), ("x" * 300, "too long")):
+        with pytest.raises(InputError, match=f"--out .*{why}.*another name"):
+            output(tmp_path / name)
+
+
 def test_a_device_or_a_pipe_is_written_to_and_stays(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "to pipe").symlink_to("pipe")

@@ -171,8 +171,9 @@ def test_a_run_on_hostile_text(folder, base_checkpoint, monkeypatch, capfd):
     noise = [p for p in PIECES if p.strip(" \n\r\t\0\u2028")]
     rows = [{"title": f"{piece} topic {i}", "text": f"Paris and the Seine in {1800 + i}, by Victor Hugo. {piece * 2}"}
             for i, piece in enumerate((noise * 10)[:250])]
-    asked = [{"id": noise[i], "question": f"Who wrote {noise[i]} {i}?", "golden_answers": ["[MASK]", "Hugo"]}
-             for i in range(9)]
+    asked = [{"id": noise[i], "question": f"Who wrote {noise[i]} {i}?", "answer": "[MASK]",
+              "supporting_facts": [[f"{noise[i]} book {i}", 0]],
+              "context": [[f"{noise[i]} book {i}", [f"Hugo wrote {noise[i]}."]]]} for i in range(9)]
     name = "c\x1b[31m.jsonl"
     (folder / name).write_text("\n".join(map(json.dumps, rows)))
     (folder / "q.jsonl").write_text("\n".join(map(json.dumps, asked[:6])))

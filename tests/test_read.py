@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 import tracemalloc
 import types
 from pathlib import Path
@@ -14,7 +15,7 @@ from conftest import TINY
 
 import memtrain
 from data.tasks import sections, split_sections
-from eval.read import LINE, Text
+from eval.read import HTML, LINE, Text, visible
 from memtrain import main
 
 ROOT = Path(memtrain.__file__).parent
@@ -78,6 +79,65 @@ def test_lines_of_html(folder):
     assert len(lines(folder, b"<html><body><p>seen" + b"<" * 300_000)) < 100_000, "an unclosed tag costs no memory"
 
 
+HEADS = {  # what stands before the body, in a file of which the name says nothing
+    "no end of the head": "<!doctype html><html><head><meta charset=utf-8><title>No</title>",
+    "no head at all": "<title>No</title>", "a head before html": "<head><script>no()</script></head><html>",
+    "a comment": "<!-- saved from a site -->\n<!-- > --><html>", "blank lines": "\n\n  <HTML>",
+    "XML's first line": '<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE html PUBLIC "x" "y">\n<html xmlns="z">',
+    "an instruction": '<?xml version="1.0"?>\n<?xml-stylesheet href="a.xsl"?><html>',
+    "an element that ends itself": '<?xml version="1.0"?><html><head><title/><script src="a.js"/></head>',
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_html_is_seen_and_shown(head, folder, monkeypatch):
+    page = (HEADS[head] + "<body><p>Ostrel <b>Mill</b><script>no()</script><p hidden>no</p><template>no</template>"
+            "<p style='Display : none'>no<br></p><ul><li>1741<li>é日</ul></body></html>").encode()
+    expected = ["Ostrel Mill", "1741", "é日"]
+    assert lines(folder, page, "page") == lines(folder, page, "p.xhtml") == expected
+    assert lines(folder, b"\xef\xbb\xbf" + page, "page") == lines(folder, page.decode().encode("utf-16")) == expected
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(page))))
+    assert list(Text("-").lines()) == expected
+
+
+def test_other_markup_is_text(folder):
+    for text in ("<?xml version='1.0'?><feed>", "<div>a readme", "<!-- a comment --> and text", "<headline>",
+                 "%! is a sign", "{\\rt is none", "From: <a@b.c>"):
+        assert lines(folder, text.encode()) == [text]
+
+
+def test_utf_16_with_its_mark(folder):
+    for coded in ("utf-16", "utf-32"):
+        assert lines(folder, "Łódź\n\n日本\r\n".encode(coded)) == ["Łódź", "日本"]
+
+
+def test_a_page_is_read_as_it_comes(folder):
+    def peak(size: int) -> int:
+        (folder / "t.html").write_bytes(b"<html>" + b"<div><p>One fact &amp; another.</p></div>" * (size // 41))
+        tracemalloc.start()
+        assert sum(1 for _ in Text("t.html").lines()) == size // 41
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(100_000)
+    assert peak(1_600_000) < 1.1 * peak(400_000) + 100_000
+    began = time.process_time()
+    for unit in ("<div>", "<b>", "<!--", "<?xml ", "&", "<a b='", "</p>"):
+        list(visible([unit * 100_000]))
+        HTML.match(unit * 10_000)
+    assert time.process_time() - began < 10, "measured 1 s"
+
+
+def test_standard_input_that_is_closed():
+    """By the shell, so that Python has none."""
+    done = subprocess.run(f"{sys.executable} memtrain.py read - --question Who? --threads 1 <&-", shell=True, cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "standard input is closed" in line
+
+
 @pytest.mark.parametrize("line", [b"One fact after another. ", b"no spaces at all", b"short\n"])
 def test_memory_stays_constant(folder, tokenizer, line):
     def peak(size: int) -> int:
@@ -97,6 +157,14 @@ BAD = {  # file: content, parts of the answer
     "missing.txt": (None, ["missing.txt", "No such file"]), "empty.txt": (b"", ["empty.txt", "empty"]),
     "blank.md": (b" \n\t\n", ["blank.md", "empty"]), "binary.txt": (b"abc\0def", ["binary.txt", "NUL"]),
     "latin.txt": ("Montréal".encode("latin-1"), ["latin.txt", "UTF-8"]),
+    "utf16.txt": ("Łódź".encode("utf-16-le"), ["utf16.txt", "UTF-16 with its mark"]),
+    "void.html": (b"<html><title>No</title><body><script>x</script>&nbsp;</body>", ["void.html", "visible"]),
+    "none.html": (b"", ["none.html", "empty"]), "unseen.txt": ("\u200b\n\u00ad".encode(), ["unseen.txt", "visible"]),
+    "late.txt": (b" " * 70_000 + b"\n", ["late.txt", "visible"]), "z.gz": (b"\x1f\x8b\x08..", ["z.gz", "zcat"]),
+    "marked.pdf": (b"\xef\xbb\xbf\n%PDF-1.7", ["marked.pdf", "pdftotext"]),
+    "a.ps": (b"\x04%!PS-Adobe", ["a.ps", "PostScript"]), "b.ps": (b"%!\n/x 1 def", ["b.ps", "PostScript"]),
+    "a.mhtml": (b"From: <Saved by Blink>\n", ["a.mhtml", "save the page as HTML"]),
+    "a.rtf": (b"{\\rtf1 text}", ["a.rtf", "RTF"]), "nul.txt": (b"\n" * 70_000 + b"\0", ["nul.txt", "NUL"]),
     "paper.pdf": (b"%PDF-1.7 ...", ["paper.pdf", "pdftotext"]), "book.docx": (b"PK\x03\x04...", ["book.docx", "text"]),
 }
 

@@ -241,14 +241,19 @@ def answers_of(search, demo):
 
 @pytest.fixture
 def files(folder):
-    """A corpus of 200 towns, and questions: q, t, b in FlashRAG's form; h, of HotpotQA's, with passages."""
+    """A corpus of 200 towns, and questions: t, b in FlashRAG's form; h, q of HotpotQA's, with passages."""
     lines = lambda rows: "\n".join(map(json.dumps, rows))  # noqa: E731
     asked = lambda who: [{"id": f"{who}{i}", "question": f"Who is {who} {i}?",  # noqa: E731
                           "golden_answers": [f"Hugo Moor{i}"]} for i in range(5)]
     (folder / "c.jsonl").write_text(lines({"title": f"Town {i}", "text": f"Town {i} was built by Hugo Moor{3 * i}."}
                                           for i in range(200)))
-    for name in "qtb":
+    for name in "tb":
         (folder / f"{name}.jsonl").write_text(lines(asked(name)))
+    (folder / "q.jsonl").write_text(lines(
+        {"_id": f"q{i}", "question": f"Who built Town {i}?", "answer": f"Hugo Moor{3 * i}",
+         "supporting_facts": [[f"Town {i}", 0]],
+         "context": [[f"Town {i}", [f"Town {i} was built by Hugo Moor{3 * i}."]]]}
+        for i in range(100, 105)))
     (folder / "h.jsonl").write_text(lines(
         {"_id": f"h{i}", "question": f"Who wed Ada{i}?", "answer": "Ben",
          "supporting_facts": [[f"Ada{i}", 0], ["Ben", 0]],
@@ -258,19 +263,19 @@ def files(folder):
 
 
 def test_search_looks_through_what_came_with_the_questions(files, tiny, tokenizer, folder):
-    files[5] = "h.jsonl"
+    files = [*files[:5], "h.jsonl", "--benchmarks", "b.jsonl", *files[6:]]
     data = memtrain.Data(tiny(*files), tokenizer)
     assert len(data.searched) == 200 + 5 + 2, "each of their passages once"
-    assert data.evidence() == {"training": (10, 10, "gold passages"), "q": (2, 4, "answers stated")}, "Moor0, Moor3"
+    assert data.evidence() == {"training": (10, 10, "gold passages"), "b": (2, 4, "answers stated")}, "Moor0, Moor3"
     (first,) = evidence(data.c, data)
-    assert "207 passages" in first and "training: 10 of 10 gold passages, q: 2 of 4 answers stated" in first
+    assert "207 passages" in first and "training: 10 of 10 gold passages, b: 2 of 4 answers stated" in first
     (folder / "less.jsonl").write_text("".join((folder / "c.jsonl").read_text().splitlines(True)[1:]))
     less = memtrain.Data(tiny("--corpus", "less.jsonl", *files[2:]), tokenizer)
     second = evidence(less.c, less)[1]
     assert second.startswith("note: search: ") and "1 of 4" in second and "--search-corpus" in second
     (found,) = data.retriever().search(["Ada3 wed"], 1)
     assert data.searched.passages[found[0]].title == "Ada3"
-    again = memtrain.Data(tiny(*files[:-1], "eval", "--benchmarks", "h2=h.jsonl"), tokenizer)
+    again = memtrain.Data(tiny(*files[:6], "--stages", "eval", "--benchmarks", "h2=h.jsonl"), tokenizer)
     assert again.searched.fingerprint == data.searched.fingerprint, "one index from start to end"
     (folder / "s.jsonl").write_text(json.dumps({"title": "Ada1", "text": "Ada1 wed Ben."}))
     own = memtrain.Data(tiny(*files, "--search-corpus", "s.jsonl"), tokenizer)
@@ -301,7 +306,8 @@ def test_training_questions_come_in_epochs(files, tiny, tokenizer, folder):
 def test_a_finished_run_is_evaluated_on_its_own_benchmarks(folder, tiny, tokenizer):
     """Also where --stages names no training any more."""
     lines = lambda rows: "\n".join(map(json.dumps, rows))  # noqa: E731
-    asked = lambda who: [{"id": f"{who}{i}", "question": f"Who is {who} {i}?", "golden_answers": ["Hugo"]}  # noqa: E731
+    asked = lambda who: [{"id": f"{who}{i}", "question": f"Who is {who} {i}?", "answer": "Hugo",  # noqa: E731
+                          "supporting_facts": [[f"{who} {i}", 0]], "context": [[f"{who} {i}", ["He is Hugo."]]]}
                          for i in range(5)]
     (folder / "c.jsonl").write_text(lines({"title": f"Town {i}", "text": f"Town {i} was built by Hugo Moor."}
                                           for i in range(200)))

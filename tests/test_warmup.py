@@ -10,11 +10,11 @@ from test_real import FIELDS, main, model  # noqa: F401 (a fixture)
 
 from data import InputError
 from data.config import parse, preset_of
-from data.problems import without_evidence
 from data.prompts import Prompts
 from data.tasks import MASK, TARGET
 from data.text.corpus import Corpus, Passage, Question
 from data.text.entities import RuleFinder, occurs
+from data.text.evidence import without_evidence
 from data.warmup import Reader, lines
 
 TOWNS = ("Arlem", "Brask", "Corvo", "Delmar", "Esker", "Fintry", "Gorst", "Halden", "Ister", "Jarrow")

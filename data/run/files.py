@@ -144,7 +144,12 @@ def output(path: Path, option: str = "--out", inputs: Iterable[str | Path] | Non
     Links are resolved first. Inside the repository, eval/results, runs and what is not source are fine. inputs: of a
     command that writes one file, what it reads: a folder, and one of those, are refused before any work is done.
     """
-    place = path.resolve()
+    try:
+        place = path.resolve()
+        path.is_dir()
+    except (OSError, RuntimeError) as error:  # Python 3.11 has no class for links that lead in a circle
+        why = getattr(error, "strerror", None) or "its links lead in a circle"
+        raise InputError(f"{option} {path}: no place to write to ({why}); give another name") from error
     if place == ROOT or (place.is_relative_to(ROOT) and place.relative_to(ROOT).parts[0] in SOURCE
                          and not place.is_relative_to(ROOT / "eval" / "results")):
         raise InputError(f"{option} {path}: that is where the source of memtrain lies; write to runs/, eval/results/ "

@@ -21,6 +21,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from data import InputError
 from data.text.files import set_name
 
@@ -29,10 +31,10 @@ LOCOMO = "locomo: "  # before the category in a question's kind
 REFUSALS = ("not mentioned", "no information available")  # what its authors take for a refusal
 DATES = ("%I:%M %p on %d %B, %Y", "%Y/%m/%d %H:%M")  # LoCoMo's, LongMemEval's without the weekday
 STATEMENT = re.compile(r"(\d+) (\S.*)")
-TURN = re.compile(r"(\w[\w .'’-]{0,39}): +(\S.*)")
+TURN = regex.compile(r"(\w[\w .'’-]{0,39}+)(?:: +|：\s*)(\S.*)")
 # What WhatsApp puts before a name: "[12.03.24, 18:22:01] " or "12/03/2024, 6:22 PM - "; the name may be a number.
 STAMP = re.compile(r"\u200e?\[?\d{1,4}([./-])\d\d?\1\d{1,4},?\s\d\d?(?::\d\d){1,2}(?:\s?[ap]m)?\]?(?:\s-)?\s", re.I)
-STAMPED = re.compile(r"([^:]{1,40}): +(\S.*)")
+STAMPED = regex.compile(r"([^:：]{1,40})(?:: +|：\s*)(\S.*)")
 
 
 @dataclass(frozen=True)

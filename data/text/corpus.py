@@ -26,7 +26,7 @@ from data import InputError
 from data.text import conversations, files, hub
 from data.text.dense import Dense, retriever_of
 from data.text.retrieval import Retriever, top
-from data.text.words import SENTENCE_END, UNIT, count
+from data.text.words import SENTENCE_END, UNIT, compared, count
 
 WIKIPEDIA = hub.Source(
     "wikimedia/wikipedia", "20231101.en", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", ("title", "text"),
@@ -114,9 +114,8 @@ class Corpus:
         """At most k passages for `query`, best first; those without a word of the query are left out."""
         return self.retriever.search([query], k)[0]
 
-    def split(self, held_out: float = 0.1, seed: int = 0,
-              apart: Callable[[Passage], bool] = lambda passage: False) -> "tuple[Corpus, Corpus]":
-        """(training part, held-out part), about `held_out` of the titles in the second, and what `apart` says.
+    def split(self, held_out: float = 0.1, seed: int = 0) -> "tuple[Corpus, Corpus]":
+        """(training part, held-out part), about `held_out` of the titles in the second.
 
         A stable hash of (seed, title) decides: all passages of a title are on one side, and on the same side
         in any order, size or selection of the corpus. Raises InputError if a side would be empty.
@@ -126,7 +125,7 @@ class Corpus:
         sides: tuple[list[Passage], list[Passage]] = ([], [])
         for passage in self.passages:
             digest = hashlib.sha256(json.dumps([seed, passage.title]).encode()).digest()
-            sides[int.from_bytes(digest[:8], "big") < held_out * 2**64 or apart(passage)].append(passage)
+            sides[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(passage)
         if not all(sides):
             have = f"corpus {self.name}: one side of the split of {len(self)} passages is empty"
             raise InputError(f"{have} with held_out={held_out}; give a larger corpus or another held_out")
@@ -287,7 +286,7 @@ def load_questions(spec: str, limit: int | None = None) -> list[Question]:
     """The first `limit` questions (default: all) of a .json, .jsonl or .parquet file, or of HotpotQA on the hub.
 
     The form of a file is recognised record by record (QUESTION_FORMS). "hotpotqa" or "hotpotqa:validation" and
-    "hotpotqa:train" are the splits of its distractor setting (default: 20,000 questions at max_words).
+    "hotpotqa:train" are the splits of its distractor setting (default: 20,000 questions at most).
     Raises InputError, with the file and the record, for what is missing, empty, of a wrong type, or doubled.
     """
     if limit is not None and limit < 1:
@@ -356,9 +355,11 @@ def _question(record: Any) -> Question:
         key = "id" if "id" in record else "_id"  # the hub's, the authors' own
         kind, answers = _one_line(record.get("type") or ""), [record["answer"]]
         evidence = {_one_line(fact[0]) for fact in _pairs(record["supporting_facts"], "title", "sent_id")}
-        for title, sentences in _pairs(record["context"], "title", "sentences"):
-            passage = Passage(_one_line(title), _one_line(" ".join(_items(sentences))))
-            (gold if passage.title in evidence else others)[passage] = None
+        pages = [Passage(_one_line(title), _one_line(" ".join(_items(sentences))))
+                 for title, sentences in _pairs(record["context"], "title", "sentences")]
+        alike = set(map(compared, evidence - {p.title for p in pages}))  # where no page has the very title
+        for passage in pages:
+            (gold if passage.title in evidence or compared(passage.title) in alike else others)[passage] = None
     elif "paragraphs" in record:
         key, kind = "id", str(record["id"]).partition("__")[0]  # "2hop__150763_14904"
         answers = [record["answer"], *_items(record.get("answer_aliases", []))]
@@ -369,6 +370,9 @@ def _question(record: Any) -> Question:
             raise ValueError("marked as not answerable, use the file of answerable questions")
     elif "golden_answers" in record:
         key, kind, answers = "id", "", _items(record["golden_answers"])
+        about = record.get("metadata")  # of HotpotQA and 2WikiMultiHopQA it says which pages hold the evidence
+        if isinstance(about, dict) and isinstance(facts := about.get("supporting_facts"), dict):
+            evidence = set(map(_one_line, _items(facts["title"])))
     else:
         raise ValueError("none of `context`, `paragraphs`, `golden_answers`")
     question = _one_line(record["question"])
@@ -377,16 +381,19 @@ def _question(record: Any) -> Question:
         raise ValueError("empty answer" if question else "empty question")
     if not isinstance(record[key], str | int) or record[key] == "":
         raise TypeError(f"`{key}` is neither a string nor a number")
-    missing = sorted(evidence - {p.title for p in gold})
-    return Question(str(record[key]), question, known, tuple(gold), tuple(others), kind, tuple(missing))
+    gold, others = ({p: None for p in some if p.text} for some in (gold, others))
+    held = {compared(p.title) for p in gold}
+    missing = sorted(title for title in evidence if compared(title) not in held)
+    return Question(str(record[key]), question, known, tuple(gold), tuple(others), kind, missing=tuple(missing))
 
 
 def _answer(value: Any) -> str:
-    """Numbers are written as one would: 1843, and 1843 for the 1843.0 that a table makes of it; NaN is no answer."""
+    """Numbers are written as one would: 1843, and 1843 for the 1843.0 that a table makes of it; NaN and infinity are
+    no answers."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return _one_line(str(value) if isinstance(value, int | float) and value == value and value is not True and
-                     value is not False else value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value - value == 0
+    return _one_line(str(value) if number else value)
 
 
 def _pairs(value: Any, first: str, second: str) -> list[Sequence]:

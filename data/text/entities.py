@@ -12,7 +12,7 @@ Korean anywhere at the beginning of a word, whose end is a particle. `shows` jud
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import regex
 
 from data import InputError
-from data.text.words import JOINED, UNSPACED
+from data.text.words import INVISIBLE, JOINED, UNSPACED
 
 PLACEHOLDER = re.compile(r"\[(?:MASK|TARGET)\]")
 SPACY_MODELS = ("en_core_web_sm", "en_core_web_md", "en_core_web_lg")
@@ -79,7 +79,7 @@ HYPHEN, APOSTROPHE = "-‐‑–", "'’‘"
 KATAKANA = r"[\p{Katakana}ー]"  # foreign names: a run of it is one word
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)  # about 17 KB each
 def _occurrence(entity: str) -> tuple[regex.Pattern, regex.Pattern, regex.Pattern]:
     """The one rule, as three patterns: an occurrence of `entity`; a run of what becomes one once the occurrence beside
     it is replaced ("5," in "5,5,", ",5" in ",5,5"); a part of such a run. Raises ValueError if `entity` is blank."""
@@ -99,13 +99,12 @@ def _occurrence(entity: str) -> tuple[regex.Pattern, regex.Pattern, regex.Patter
     before = f"(?<!{_goes_on(first)})" + (r"(?<!\d[.,])" if first.isdigit() else "")
     after = f"(?!{_goes_on(last, end=True)})" + (r"(?![.,]\d)" if last.isdigit() else "")
     if last == ".":  # "U.S." is not in "U.S.A", but twice in "U.S.U.S."
-        after = rf"(?!(?!{re.escape(first)}){JOINED})"
+        after = rf"(?!(?!(?i:{re.escape(first)})){JOINED})"
     # A placeholder is no occurrence of the word "mask": masking it would never end.
-    before, body = rf"{before}(?!(?<=\[)(?-i:MASK|TARGET)\])", "".join(body)
+    before, body = rf"{before}(?!(?<=\[)(?:MASK|TARGET)\])", f"(?i:{''.join(body)})"
     one, run = f"{before}{body}{after}", f"{before}(?:{body}{after})+|(?:{before}{body})+{after}"
-    # uncached by `regex`, which draws from Python's global generator when its cache is full
-    return tuple(regex.compile(pattern, regex.IGNORECASE | regex.VERSION1, cache_pattern=False)
-                 for pattern in (one, run, body))
+    # uncached by `regex`, which draws from Python's global generator when its cache is full, and forgets no pattern
+    return tuple(regex.compile(pattern, regex.VERSION1, cache_pattern=False) for pattern in (one, run, body))
 
 
 def _goes_on(edge: str, end: bool = False) -> str:
@@ -146,15 +145,15 @@ def mask_entity(text: str, entity: str, placeholder: str) -> tuple[str, int]:
     return text, count
 
 
-INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}ـ]")  # joiners, soft hyphens; Arabic's long stroke
-UNCASED = regex.compile(r"\p{Lo}")
+UNCASED, FOREIGN = regex.compile(r"\p{Lo}"), regex.compile(r"[\p{L}--\p{Latin}]", regex.V1)
 
 
 def shows(text: str, entity: str) -> bool:
     """Whether a finished, masked text still shows what was masked, in whatever script and form.
 
-    Beyond `occurs`: in other Unicode forms, with invisible characters between, and, where letters have no capitals,
-    inside longer words, for affixes go with names there and words are not always set apart.
+    Beyond `occurs`: in other Unicode forms, with invisible characters between; where letters have no capitals, inside
+    longer words, for affixes go with names there and words are not always set apart; of other letters than Latin ones,
+    at the beginning of longer words, whose end is an inflection.
     """
     if text.isascii() and entity.isascii():
         return occurs(text, entity)
@@ -162,7 +161,9 @@ def shows(text: str, entity: str) -> bool:
                     for t in (text, entity.strip()))
     if regex.search(f"[{UNSPACED}]", entity):
         text, entity = (regex.sub(r"\W", "", t) for t in (text, entity))
-    return entity in text if UNCASED.search(entity) else occurs(text, entity)
+    if UNCASED.search(entity):
+        return entity in text
+    return occurs(text, entity) or bool(FOREIGN.search(entity) and regex.search(rf"\b{regex.escape(entity)}", text))
 
 
 # ---- finding with rules
@@ -223,11 +224,25 @@ COMMON = _words(
     three time today town travelers twelve twenty two unable various very villagers visitors war water whilst
     widespread winter women work workers writer written years young"""
 )
-# ... and so are these, where another language was let through: he, she, it and they.
-COMMON |= _words("er sie es il elle ils elles él ellos ellas он она оно они він вона воно вони αυτός αυτή")
+# ... and so are these, where another language was let through: pronouns, and articles that open a sentence.
+COMMON |= _words(
+    """er sie es ich wir ihr man die das ein eine je tu il elle on nous vous ils elles un une yo él ella nosotros ellos
+    ellas una lui lei noi loro gli eu ele ela eles elas uma ik hij zij wij het een jag ja ono oni я
+    ты он она оно мы вы они він вона воно ми ви вони εγώ αυτός αυτή αυτό εμείς αυτοί biz onlar"""
+)
 # ... and these are none alone wherever they stand.
 CALENDAR = _words(f"{MONTHS} Monday Tuesday Wednesday Thursday Friday Saturday Sunday".lower())
 NEVER_ALONE = CALENDAR | CONNECTORS | ARTICLES | {a.lower() for a in ABBREVIATIONS} | {"il", "mask", "target"}
+
+
+def english(texts: Iterable[str]) -> bool:
+    """Whether these passages are English, which the rules are made for: one word in six is "the",
+    "of", "and" or the like there, and hardly one in thirty elsewhere."""
+    words = [word.lower() for text in texts for word in regex.findall(r"\w+", text)]
+    return sum(word in TELLING for word in words) >= len(words) / 12
+
+
+TELLING = _words("the of and to with from by")
 LONGEST = 100  # characters: what runs on for longer is a headline or a list
 
 

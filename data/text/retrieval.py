@@ -33,7 +33,7 @@ class Corpus(Protocol):
 
 # A passage is searched by its rendered form: the words of its title count like those of its text.
 SETTINGS = {"method": "lucene", "k1": 1.5, "b": 0.75, "stopwords": "english", "text": "title: text",
-            "words": "of any script, pairs of characters where it has no spaces (data.text.words)"}
+            "words": "of any script; pairs of characters, and single Han, where it has no spaces (data.text.words)"}
 INDEX, LOCK = "index.npz", ".lock"
 ARRAYS = ("data", "indices", "indptr")
 LONGEST_QUERY = 10_000  # characters; a question has about 100, a page of text 3,000
