@@ -160,7 +160,7 @@ def test_ten_megabytes_on_one_line(folder):
     with pytest.raises(InputError) as error:
         load_passages("broken.jsonl")
     assert len(str(error.value)) < 300
-    assert time.process_time() - began < 15
+    assert time.process_time() - began < 40, "measured 7 to 20 s; what is not linear takes hours"
 
 
 # ---- the whole command
