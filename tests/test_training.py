@@ -500,6 +500,33 @@ def test_rewards_are_equations_1_and_2(agent, reading, monkeypatch, lottery):
     assert batch.stats["tokens_sampled"] == sum(len(t.sampled) for t in batch.turns)
 
 
+def test_a_reading_without_a_probe_leaves_the_others_their_own(agent, reading, monkeypatch, lottery):
+    """A document of one section, or without a name: no recall, and nobody else's."""
+    a, hits, seen = agent("--recall-weight", "0.5"), {}, []
+    recall, probe, read = memtrain.Agent.recall, memtrain.recall_probe, memtrain.Agent.read
+
+    def some(*given):
+        seen.append(len(seen))
+        return None if seen[-1] in (0, 3) else probe(*given)
+
+    def watched(self, sections, memories, targets, keys):
+        turns, right = recall(self, sections, memories, targets, keys)
+        for key, hit in zip(keys, right, strict=True):
+            hits.setdefault(key[:5], []).append(hit)
+        return turns, right
+    monkeypatch.setattr(memtrain, "recall_probe", some)
+    monkeypatch.setattr(memtrain.Agent, "recall", watched)
+    outcomes = {}
+    monkeypatch.setattr(memtrain.Agent, "read", lambda self, problems, keys: [
+        outcomes.setdefault(k, r) for k, r in zip(keys, read(self, problems, keys), strict=True)])
+    batch = collect(a, reading[1], "memtrain", 5)
+    own = [hits.get(key, []) for key in outcomes]
+    assert [len(h) for h in own] == [0, 2, 2, 0, 2, 2] and {0.0, 1.0} == {x for h in own for x in h}
+    assert batch.rewards[:6] == pytest.approx([r.correct + 0.25 * sum(h)
+                                               for r, h in zip(outcomes.values(), own, strict=True)])
+    assert batch.document[6:] == [0] * 4 + [1] * 4
+
+
 @pytest.mark.parametrize(("options", "stage"), [(["--recall-group", "0"], "memtrain"), ([], "memagent")])
 def test_without_recall_the_reward_is_the_outcome(options, stage, agent, reading, lottery):
     batch = collect(agent(*options), reading[1], stage, 1)
