@@ -284,7 +284,7 @@ def draw_agrees(module, top_ps=(0.9, 1.0)) -> bool:
     """Beside the reference, at evenly spaced u: ordinary rows, equal probabilities, nuclei over several blocks."""
     few = torch.tensor([1, 2, 4, 1, 4, 2, 1, 1]) / 16
     for row in (few.log(), 2 * torch.randn(203), torch.zeros(5000), torch.randn(5000).round()):
-        n = 16 if len(row) < 1000 else 3
+        n = 6 if len(row) < 1000 else 2
         logp, u = row.log_softmax(-1).expand(n, -1), (torch.arange(n, dtype=torch.float64) + 0.5) / n
         for top_p in top_ps:
             if not torch.equal(module.draw(logp.to(DEVICE), u.to(DEVICE), top_p).cpu(),
@@ -293,7 +293,7 @@ def draw_agrees(module, top_ps=(0.9, 1.0)) -> bool:
     return True
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.75, 0.5, 1e-9])
+@pytest.mark.parametrize("top_p", [1.0, 0.75, 1e-9])
 def test_draws_are_those_of_the_reference(top_p):
     assert draw_agrees(draw, (top_p,))
     none = torch.zeros(0, 5, device=DEVICE)
