@@ -291,10 +291,12 @@ def _sizes(q, k, t: Tiles) -> dict:
 # ---- The function ------------------------------------------------------------------------------------------------
 
 
-def memory_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
+def memory_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout,
+                     prefixes: bool = True) -> torch.Tensor:
     """Attention of a packed batch under the mask above, scaled by 1/sqrt(D).
 
     q (T,H,D), k and v (T,K,D), one dtype (fp32, bf16, fp16) and device -> (T,H,D). Differentiable in q, k, v.
+    prefixes: False where nobody reads what prefix tokens get; the reference then leaves it undefined.
     ValueError naming the argument that does not fit.
     """
     if len(q) != layout.total or k.shape != v.shape or len(k) != len(q) or q.shape[2] != k.shape[2] \
@@ -305,7 +307,7 @@ def memory_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: 
         raise ValueError(f"q {q.dtype} on {q.device}, k {k.dtype} on {k.device}, v {v.dtype} on {v.device}, layout on "
                          f"{layout.device}: expected one dtype and one device")
     if not use_triton(q.device, q.dtype):
-        return memory_attention_reference(q, k, v, layout)
+        return memory_attention_reference(q, k, v, layout, prefixes)
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or q.shape[2] > 128:
         raise ValueError(f"q {q.dtype}, head size {q.shape[2]}: the kernel takes fp32, bf16 and fp16 up to 128")
     return _MemoryAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), layout)
@@ -345,11 +347,12 @@ class _Repeat(torch.autograd.Function):
         return grad.new_zeros(ctx.groups, *grad.shape[1:]).index_add_(0, group, grad), None
 
 
-def memory_attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
+def memory_attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout,
+                               prefixes: bool = True) -> torch.Tensor:
     """Same result. Suffixes of similar size share a bucket, so that ragged batches waste little on padding; the
     gradient of a prefix key is summed over its group, and no T x T mask is built."""
     places, parts = [], []
-    for index, mask in layout.prefix_buckets:
+    for index, mask in layout.prefix_buckets if prefixes else ():
         qp, kp, vp = (_Gather.apply(x, index, mask).transpose(1, 2) for x in (q, k, v))  # (b,H,P,D), (b,K,P,D)
         # rows are padded at the end: under a causal mask no real token ever sees the padding
         out = F.scaled_dot_product_attention(qp, kp, vp, is_causal=True, enable_gqa=True)

@@ -64,7 +64,8 @@ class Cache:
 
     def add(self, layout: Layout):
         """Slots for all groups and rollouts of a packed batch of prompts; returns attend(layer, q, k, v) for its
-        forward pass: memory attention, which puts keys and values away. Call regroup() before decoding."""
+        forward pass: memory attention, which puts keys and values away, and of the last layer's prefixes keeps no
+        more than those. Call regroup() before decoding."""
         first_row, first_group = self.used, self.groups_used
         prefix_lengths, suffix_lengths, group = layout.host_lengths
         self.group += (group + first_group).tolist()
@@ -84,18 +85,20 @@ class Cache:
             for caches, slots, index in parts:
                 for cache, x in zip(caches[layer], (k, v), strict=True):
                     cache[slots, :, :index.shape[1]] = x[index].transpose(1, 2)
-            return memory_attention(q, k, v, layout)
+            return memory_attention(q, k, v, layout, prefixes=layer < len(self.prefix) - 1)
 
         return attend
 
     def decode(self, layer, q, k, v):
         """attend() of one new token a rollout: its key goes to place `lengths`, which the caller then counts. There may
         be more rows than are in use: what they hold is overwritten, what they give means nothing."""
+        if layer == 0:  # the same for all layers
+            self.step = torch.arange(len(q), device=q.device), self.lengths[:len(q)] + 1
         keys, values = (x[:len(q)] for x in self.suffix[layer])
-        rows, lengths = torch.arange(len(q), device=q.device), self.lengths[:len(q)]
-        keys[rows, :, lengths], values[rows, :, lengths] = k, v
+        (rows, lengths), places = self.step, self.lengths[:len(q)]
+        keys[rows, :, places], values[rows, :, places] = k, v
         prefix = self.prefix[layer] if self.static else [x[:self.groups_used] for x in self.prefix[layer]]
-        return memory_decode(q, *prefix, self.prefix_lengths[:len(prefix[0])], keys, values, lengths + 1, self.members)
+        return memory_decode(q, *prefix, self.prefix_lengths[:len(prefix[0])], keys, values, lengths, self.members)
 
     def keep(self, rows: Sequence[int]) -> list[tuple[int, int]]:
         """Drops all rollouts but `rows` (ascending), and prefixes that nobody reads any more. Returns the moves

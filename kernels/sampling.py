@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from kernels import use_triton
 from kernels.cache import Cache, move
+from kernels.draw import draw
 from kernels.logprob import head_for, product
 from kernels.packing import bounded, group_by_prefix, pack
 
@@ -36,46 +36,6 @@ def uniforms(key: tuple, count: int) -> np.ndarray:
     """`count` uniform numbers that follow from `key` alone, so that one rollout can be replayed without the rest."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(count)
-
-
-def running_sum(p: torch.Tensor, block: int = 256) -> torch.Tensor:
-    """Cumulated rows of p (N,V). torch vouches for no order of addition in cumsum on CUDA: there --deterministic sums
-    blocks by a product with a triangle of ones, and then their totals."""
-    if not (p.is_cuda and torch.are_deterministic_algorithms_enabled()):
-        return p.cumsum(-1)
-    return blocked_sum(p, block)
-
-
-def blocked_sum(p: torch.Tensor, block: int) -> torch.Tensor:
-    N, V = p.shape
-    parts = F.pad(p, (0, -V % block)).view(N, -1, block)
-    parts = parts @ torch.ones(block, block, dtype=p.dtype, device=p.device).triu()  # (N,blocks,block)
-    if parts.shape[1] > 1:
-        parts = parts + F.pad(blocked_sum(parts[:, :, -1], block)[:, :-1], (1, 0))[:, :, None]
-    return parts.reshape(N, -1)[:, :V]
-
-
-def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
-    """p (N,V) with everything behind the smallest set of tokens of mass >= top_p set to zero."""
-    if top_p >= 1:
-        return p
-    if p.is_cuda:  # without a look at the values, which a captured graph could not take
-        ordered, index = p.sort(-1, descending=True)
-        return torch.zeros_like(p).scatter_(-1, index, ordered * (running_sum(ordered) - ordered < top_p))
-    most, best = p.max(-1, keepdim=True)  # (N,1): mostly it is enough alone, and sorting is what takes time
-    kept, wide = torch.zeros_like(p).scatter_(-1, best, most), most[:, 0] < top_p
-    ordered, index = p[wide].sort(-1, descending=True)
-    ordered[running_sum(ordered) - ordered >= top_p] = 0
-    kept[wide] = torch.zeros_like(ordered).scatter_(-1, index, ordered)
-    return kept
-
-
-def draw(logp: torch.Tensor, u: torch.Tensor, top_p: float) -> torch.Tensor:
-    """logp (N,V), u (N) uniform fp64 -> (N) token ids, by inverting the cumulated probabilities."""
-    # fp64: over a large vocabulary an fp32 running sum would shift the draw
-    total = running_sum(nucleus(logp.exp(), top_p).double())
-    drawn = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True)[:, 0]
-    return drawn.clamp(max=logp.shape[1] - 1)
 
 
 class Sampler:

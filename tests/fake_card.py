@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 import memtrain
 from data.weights import checkpoint, pretrained
 from data.world.steps import DemoSteps
-from kernels import attention, decode, grpo, logprob
+from kernels import attention, decode, draw, grpo, logprob
 from kernels.layout import Layout
 
 CUDA = torch.device("cuda", 0)
@@ -204,7 +204,7 @@ def test_documents_are_read_and_answered(cuda, tiny, tokenizer, monkeypatch, chu
 def test_the_operators_and_their_fakes_agree():
     """torch.library's own check, where the kernels run: interpreted, or on a card."""
     names = {f"{module.__name__.rpartition('.')[2]}_{name}" for module, names in (
-        (attention, ("launch_forward", "launch_queries", "launch_keys")), (decode, ("decode",)),
+        (attention, ("launch_forward", "launch_queries", "launch_keys")), (decode, ("decode",)), (draw, ("launch",)),
         (logprob, ("launch_forward", "launch_backward")), (grpo, ("launch_advantages", "launch_loss")))
         for name in names}
     for name in names:

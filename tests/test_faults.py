@@ -32,7 +32,6 @@ from eval.faults import Moment
 from eval.report import page as reports
 from eval.watch import SIGNS, signs, watch
 from kernels.grpo import group_advantages, grpo_loss_reference
-from kernels.sampling import blocked_sum
 
 # ---- killed at any moment
 
@@ -285,13 +284,6 @@ def test_the_same_seed_gives_the_same_metrics(threads, folder, base_checkpoint, 
         rows.append(faults.timeless([json.loads(line) for line in lines]))
     assert rows[0] == rows[1] and len(rows[0]) == 2 and any(row.get("loss") for row in rows[0])
     assert called == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"]
-
-
-def test_the_sum_that_has_an_order_on_a_gpu_is_the_running_sum():
-    """No GPU is needed to see that the numbers are right; that they are used there is two lines of running_sum."""
-    for shape in ((3, 1), (2, 7), (2, 64), (3, 1000)):
-        p = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(blocked_sum(p, 8), p.cumsum(-1), rtol=1e-14, atol=0)
 
 
 # ---- terminals and signals

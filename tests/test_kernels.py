@@ -11,6 +11,7 @@ import torch
 from kernels import grpo, logprob
 from kernels.attention import memory_attention
 from kernels.decode import Members, memory_decode
+from kernels.draw import draw, nucleus
 from kernels.grpo import group_advantages, grpo_loss
 from kernels.layout import Layout
 from kernels.logprob import linear_logprob
@@ -381,3 +382,43 @@ def test_grpo_loss_refuses(place, value, message):
     arguments[place] = value
     with pytest.raises(ValueError, match=message):
         grpo_loss(*arguments)
+
+
+# ---- drawing
+
+
+def plain_nucleus(p, top_p: float) -> list[int]:
+    """Ids in the order of falling probability, of equal ones the lower first, until they have the mass."""
+    kept, mass = [], 0.0
+    for i in sorted(range(len(p)), key=lambda i: (-p[i], i)):
+        if mass >= top_p and top_p < 1:
+            break
+        kept.append(i)
+        mass += p[i]
+    return sorted(kept)
+
+
+TIES = torch.tensor([[1, 2, 4, 1, 4, 2, 1, 1], [0, 0, 5, 5, 0, 5, 0, 1], [2] * 8, [0, 0, 0, 0, 0, 0, 16, 0]]) / 16
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.75, 0.5, 1e-9])
+def test_the_nucleus_is_the_smallest_set_of_that_mass(top_p):
+    for p in (TIES, torch.randn(5, 29).softmax(-1), (3 * torch.randn(3, 1536)).softmax(-1)):
+        kept = nucleus(p, top_p)
+        for row, mine in zip(p.tolist(), kept, strict=True):
+            assert mine.nonzero()[:, 0].tolist() == [i for i in plain_nucleus(row, top_p) if row[i] > 0]
+        assert torch.equal(kept[kept > 0], p[kept > 0]), "the others stay as they are"
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 1e-9])
+@pytest.mark.parametrize(("vocabulary", "temperature"), [(8, 1.0), (29, 1.0), (29, 0.5), (29, 2.0), (151_936, 0.7)])
+def test_frequencies_are_the_probabilities(vocabulary, temperature, top_p):
+    """At evenly spaced u each token comes up as often as its probability in fp64 says, to one draw either way."""
+    n = 2000 if vocabulary < 100 else 50
+    logp = (TIES[:1].log() if vocabulary == 8 else 4 * torch.randn(1, vocabulary)).div(temperature).log_softmax(-1)
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    share = torch.bincount(draw(logp.expand(n, -1), u, top_p), minlength=vocabulary) / n
+    p, exact = logp[0].double().exp(), torch.zeros(vocabulary, dtype=torch.float64)
+    kept = plain_nucleus(p.tolist(), top_p)
+    exact[kept] = p[kept] / p[kept].sum()
+    assert (share - exact).abs().max() <= 1.01 / n and not share[exact == 0].any()

@@ -27,7 +27,6 @@ from data.tasks import Problem
 from data.text.entities import occurs
 from kernels.cache import Cache
 from kernels.grpo import grpo_loss
-from kernels.sampling import nucleus
 from memtrain import Batch, Sampler, Turn, collect, micro_batches, pack, score, update, with_signal
 
 STOP = 2
@@ -169,13 +168,6 @@ def test_sampling_keeps_to_its_budget(tiny, decoder, monkeypatch):
     failing(2)
     with pytest.raises(torch.OutOfMemoryError, match="out of memory while sampling with half"):
         sampled(model, tiny())
-
-
-def test_nucleus():
-    p = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.2, 0.2], [0.0, 1.0, 0.0]])
-    one, two = [[0, 0.5, 0], [0.6, 0, 0], [0, 1, 0]], [[0, 0.5, 0.3], [0.6, 0.2, 0], [0, 1, 0]]
-    for top_p, kept in ((1.0, p.tolist()), (0.79, two), (0.5, one), (1e-9, one)):
-        torch.testing.assert_close(nucleus(p.clone(), top_p), torch.tensor(kept))
 
 
 def test_a_narrow_nucleus_is_greedy_and_the_frequencies_are_the_probabilities(tiny, decoder):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import attention, decode, grpo, logprob, use_triton
+from kernels import attention, decode, draw, grpo, logprob, use_triton
 from kernels.decode import Members
 from kernels.layout import Layout
 from tests.test_kernels import case, exact_logprob, plain_loss, reference_attention
@@ -277,6 +277,29 @@ def test_grpo_long_sequences_many_groups_and_exact_ties():
     assert float(stats["zero_advantage"]) >= int(offsets[1])
 
 
+# ---- drawing --------------------------------------------------------------------------------------------------------
+
+
+def draw_agrees(module, top_ps=(0.9, 1.0)) -> bool:
+    """Beside the reference, at evenly spaced u: ordinary rows, equal probabilities, nuclei over several blocks."""
+    few = torch.tensor([1, 2, 4, 1, 4, 2, 1, 1]) / 16
+    for row in (few.log(), 2 * torch.randn(203), torch.zeros(5000), torch.randn(5000).round()):
+        n = 6 if len(row) < 1000 else 2
+        logp, u = row.log_softmax(-1).expand(n, -1), (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        for top_p in top_ps:
+            if not torch.equal(module.draw(logp.to(DEVICE), u.to(DEVICE), top_p).cpu(),
+                               draw.draw_reference(logp, u, top_p)):
+                return False
+    return True
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.75, 1e-9])
+def test_draws_are_those_of_the_reference(top_p):
+    assert draw_agrees(draw, (top_p,))
+    none = torch.zeros(0, 5, device=DEVICE)
+    assert draw.draw(none, none[:, 0].double(), top_p).shape == (0,)
+
+
 # ---- broken on purpose ---------------------------------------------------------------------------------------------
 
 MUTANTS = {
@@ -310,6 +333,14 @@ MUTANTS = {
         "target of the neighbour row": ("tl.load(TARGET + rows, mask=rows < N, other=-1)",
                                         "tl.load(TARGET + rows // 2, mask=rows < N, other=-1)"),
     },
+    "draw": {
+        "all of equal tokens kept": ("tl.cumsum(tied, 0) <= ties", "tl.cumsum(tied, 0) <= V"),
+        "equal tokens counted anew in every block": ("ties - tl.sum(tied, 0)", "ties"),
+        "equal tokens dropped": ("(tied > 0)", "(tied > 1)"),
+        "nucleus of the last block": ("mass += tl.where", "mass = tl.where"),
+        "blocks not cumulated": ("before + tl.cumsum(p, 0)", "tl.cumsum(p, 0)"),
+        "no nucleus": (">= top_p", ">= 2 * top_p"),
+    },
     "grpo": {
         "clip sides swapped": ("tl.maximum(ratio, 1 - low), 1 + high)", "tl.maximum(ratio, 1 - high), 1 + low)"),
         "KL pushes away": ("objective -= beta * kl", "objective += beta * kl"),
@@ -320,7 +351,7 @@ MUTANTS = {
     },
 }
 AGREES = {"attention": lambda m: attention_agrees(m, Layout([70, 20], [40, 9, 70, 3], [0, 0, 1, 1])),
-          "decode": lambda m: decode_agrees(m, (4, 3, 5)), "grpo": lambda m: grpo_agrees(m),
+          "decode": lambda m: decode_agrees(m, (4, 3, 5)), "grpo": lambda m: grpo_agrees(m), "draw": draw_agrees,
           "logprob": lambda m: logprob_agrees(m, vocabulary=700, temperature=0.7)}
 
 

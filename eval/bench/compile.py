@@ -19,7 +19,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import attention, decode, grpo, logprob
+from kernels import attention, decode, draw, grpo, logprob
 
 GENERATIONS = {80: ("A100", 163), 86: ("3090", 99), 89: ("4090", 99), 90: ("H100", 227), 100: ("B200", 227),
                120: ("5090", 99)}  # compute capability: (a card, KB of shared memory that one block may use)
@@ -28,11 +28,11 @@ HEAD_SIZES = (32, 64, 80, 96, 128)
 
 # Pointer types of kernel arguments that are not the inputs' dtype, and scalars that are not int32.
 FP32 = {"LSE", "DELTA", "ACC", "M", "L", "MAX", "SUM", "MEAN", "CHOSEN", "ENTROPY", "G_LOGPROB", "G_ENTROPY", "NEW",
-        "OLD", "REF", "ADVANTAGE", "GRADIENT", "PARTS"}
+        "OLD", "REF", "ADVANTAGE", "GRADIENT", "PARTS", "LOGP"}
 INT32 = {"tile_start", "tile_group", "own_start", "own_end", "group_start", "prefix_end", "group_end", "offsets",
          "order"}
-INT64 = {"TARGET", "GROUP", "ROLLOUT", "OFFSETS", "lengths"}
-FLOATS = {"scale", "interactions", "low", "high", "beta"}
+INT64 = {"TARGET", "GROUP", "ROLLOUT", "OFFSETS", "lengths", "DRAWN"}
+FLOATS = {"scale", "interactions", "low", "high", "beta", "top_p"}
 INPUTS = {"Q", "K", "V", "O", "DO", "DQ", "DK", "DV", "X", "W", "DZ"}
 INTS = {"room", "split", "splits", "N", "C", "V", "S", "share", "first", "width"}
 
@@ -92,6 +92,8 @@ def variants(limit: int, dtypes=tuple(DTYPES), head_sizes=HEAD_SIZES) -> list[Va
         for kernel in ("_forward", "_logit_gradient"):
             add(f"logprob{kernel}", getattr(logprob, kernel), dtype, 0, t.warps, t.stages, BM=t.BM, BV=t.BV, BC=t.BC,
                 EXACT=exact)
+    for past in (1, 0x3F800001):
+        add("draw", draw._draw, "fp32", 0, draw.WARPS, 3, PAST=past, BLOCK=draw.BLOCK)
     for by_std in (False, True):
         add("grpo_advantages", grpo._advantages, "fp32", 0, 4, 1, BY_STD=by_std, BLOCK=grpo.ROLLOUTS)
     for has_ref in (False, True):
@@ -107,7 +109,9 @@ def signature(variant: Variant) -> dict[str, str]:
             types[name] = "constexpr"
         elif variant.name == "grpo_advantages" and name in ("REWARD", "OUT"):
             types[name] = {"REWARD": "*fp64", "OUT": "*fp32"}[name]
-        elif variant.name.startswith("logprob") and name == "V":
+        elif variant.name == "draw" and name == "U":
+            types[name] = "*fp64"
+        elif variant.name.startswith(("logprob", "draw")) and name == "V":
             types[name] = "i32"
         elif name in INPUTS:
             types[name] = "*" + variant.dtype

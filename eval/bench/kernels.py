@@ -1,7 +1,7 @@
 """Times the kernels beside what one would write without them: `python -m eval.bench kernels`.
 
-Every operation runs forward and backward (decode: forward) at several shapes, by the product (memtrain) and by peers
-that compute the same: naive code, SDPA on repeated prefixes, FlexAttention with the equivalent block mask,
+Every operation runs forward and backward (decode, draw: forward) at several shapes, by the product (memtrain) and by
+peers that compute the same: naive code, SDPA on repeated prefixes, FlexAttention with the equivalent block mask,
 torch.compile of the naive code and cut-cross-entropy where there is a GPU, liger-kernel's GRPO losses. Peers of
 other packages take part where they are installed (pip install liger-kernel==0.8.5 cut-cross-entropy==25.1.1). The
 results of an operation are compared with each other; with fp64 they are compared by the tests (pytest -m gpu).
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from kernels.attention import memory_attention
 from kernels.decode import Members, memory_decode
+from kernels.draw import draw
 from kernels.grpo import grpo_loss
 from kernels.layout import Layout
 from kernels.logprob import linear_logprob
@@ -256,6 +257,23 @@ def decode_case(device, dtype, groups: int, prefix: int, G: int, suffix: int, H:
                 4.0 * N * H * (prefix + suffix) * D, 2.0 * size * K * D * (groups * prefix + N * suffix), dtype)
 
 
+def draw_case(device, N: int, V: int, top_p: float) -> Case:
+    """Token ids. flops: none are counted."""
+    logp = (3 * _leaves(device, torch.float32, (N, V))[0].detach()).log_softmax(-1)
+    u = torch.rand(N, dtype=torch.float64, device=device)
+
+    def by_sorting():
+        p = logp.exp()
+        if top_p < 1:
+            ordered, index = p.sort(-1, descending=True)
+            p = torch.zeros_like(p).scatter_(-1, index, ordered * (ordered.cumsum(-1) - ordered < top_p))
+        total = p.double().cumsum(-1)
+        return torch.searchsorted(total, (u * total[:, -1])[:, None], right=True)[:, 0]
+
+    peers = {"memtrain": lambda: (draw(logp, u, top_p),), "by sorting": lambda: (by_sorting(),)}
+    return Case("draw", f"N {N}, V {V:,}, top_p {top_p}", peers, 0.0, 4.0 * N * V, torch.float32)
+
+
 def cases(device: torch.device) -> list[Callable[[], Case]]:
     """What is measured where: nano shapes and one real vocabulary on a CPU; the paper's shapes on a GPU."""
     if device.type == "cpu":
@@ -265,9 +283,12 @@ def cases(device: torch.device) -> list[Callable[[], Case]]:
                 lambda: loss_case(device, 704, 24, False),
                 lambda: head_and_loss_case(device, f, 256, 24, 128, 1536),
                 lambda: attention_case(device, f, 24, 190, 8, (20, 70), 4, 2, 32),
-                lambda: decode_case(device, f, 6, 190, 8, 60, 4, 2, 32)]
+                lambda: decode_case(device, f, 6, 190, 8, 60, 4, 2, 32),
+                *(lambda N=N, V=V, p=p: draw_case(device, N, V, p) for N, V in ((200, 1536), (8, 151_936))
+                  for p in (1.0, 0.95))]
     h = torch.bfloat16
-    made = [lambda: loss_case(device, 2304, 700, True)]
+    made = [lambda: loss_case(device, 2304, 700, True),
+            *(lambda N=N, p=p: draw_case(device, N, 151_936, p) for N in (16, 256) for p in (1.0, 0.95))]
     for C, H, K in ((1024, 16, 8), (2560, 32, 8)):  # Qwen3-0.6B, Qwen3-4B
         made += [lambda C=C: logprob_case(device, h, 4096, C, 151_936, True),
                  lambda C=C: head_and_loss_case(device, h, 16, 256, C, 151_936),
@@ -362,7 +383,7 @@ def table(rows: list[Row], limits: dict, repeats: int) -> str:
                      f"{r.extra_mb:10.0f}{r.deviation:10.1e}{r.compute_share:12.0%}{r.copy_share:9.0%}")
     lines += ["", *(f"ceilings in {k}: matrix product {a / 1e12:.2f} TFLOP/s, copy {b / 1e9:.0f} GB/s"
                     for k, (a, b) in limits.items())]
-    lines.append(f"forward and backward (decode: forward), median of {repeats}; extra: peak memory beyond the inputs; "
-                 "differs: from the first line, in units of its largest value, losses in units of an advantage")
+    lines.append(f"forward and backward (decode, draw: forward), median of {repeats}; extra: peak memory beyond the "
+                 "inputs; differs: from the first line, in units of its largest value, losses in units of an advantage")
     lines += [f"not measured: {name} (not installed)" for module, name in PACKAGES.items() if not installed(module)]
     return "\n".join(lines)
