@@ -52,7 +52,8 @@ SMALLEST = (Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 1), Tiles
 FORWARD = {64: (Tiles(64, 64, 4, 3), *SMALLEST), 128: (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), *SMALLEST)}
 BACKWARD_QUERIES = {64: (Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), *SMALLEST),
                     128: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), *SMALLEST)}
-BACKWARD_KEYS = {64: (Tiles(64, 64, 4, 2), *SMALLEST), 128: (Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2), *SMALLEST)}
+# The tiles of the keys are newer than that sweep, and chosen by registers: no spills on sm_90 (eval.bench compile).
+BACKWARD_KEYS = {64: (Tiles(64, 128, 8, 2), *SMALLEST), 128: (Tiles(32, 128, 8, 2), Tiles(32, 64, 4, 2), *SMALLEST)}
 
 
 @triton.jit
@@ -158,22 +159,33 @@ def _backward_queries(Q, K, V, O, DO, LSE, DELTA, DQ, tile_start, tile_group, ow
 
 
 @triton.jit
-def _key_gradient(dk, dv, k, v, q_ptr, do_ptr, LSE, DELTA, own_start, start, end, keys, last, prefix_end, scale, h, d,
+def _key_gradient(dk, dv, k, v, q_ptr, do_ptr, LSE, DELTA, own_start, start, end, keys, prefix_end, scale, h, d,
                   H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr):
+    """One range of queries into dK and dV of a tile of keys, from S^T = K Q^T: P^T and dS^T (BN,BM) are the left
+    operands of what follows as they stand. Unless MASKED every query sees every key, and the range is whole tiles."""
     for i in range(start, end, BM):
         rows = i + tl.arange(0, BM)
         at = rows.to(tl.int64)[:, None] * (H * D) + d[None, :]
-        here = (rows < end)[:, None] & (d < D)[None, :]
-        q, do = tl.load(q_ptr + at, mask=here, other=0.0), tl.load(do_ptr + at, mask=here, other=0.0)
         row = rows.to(tl.int64) * H + h
-        lse = tl.load(LSE + row, mask=rows < end, other=float("inf"))  # exp2(-inf): no weight past the end
-        delta = tl.load(DELTA + row, mask=rows < end, other=0.0)
-        own = tl.load(own_start + rows, mask=rows < end, other=0)
-        p = tl.exp2(_scores(q, k, rows, keys, own, prefix_end, last, scale, MASKED, EXACT) - lse[:, None])  # (BM,BN)
-        dv += tl.dot(tl.trans(p).to(do.dtype), do, input_precision="tf32x3" if EXACT else "tf32")
-        dp = tl.dot(do, tl.trans(v), input_precision="tf32x3" if EXACT else "tf32")
-        ds = p * (dp - delta[:, None])
-        dk += tl.dot(tl.trans(ds).to(q.dtype), q, input_precision="tf32x3" if EXACT else "tf32")
+        if MASKED or d.shape[0] > D:
+            here = (rows < end)[:, None] & (d < D)[None, :]
+            q, do = tl.load(q_ptr + at, mask=here, other=0.0), tl.load(do_ptr + at, mask=here, other=0.0)
+        else:
+            q, do = tl.load(q_ptr + at), tl.load(do_ptr + at)
+        p = tl.dot(k, tl.trans(q), input_precision="tf32x3" if EXACT else "tf32") * scale
+        if MASKED:
+            lse = tl.load(LSE + row, mask=rows < end, other=0.0)
+            delta = tl.load(DELTA + row, mask=rows < end, other=0.0)
+            own, j = tl.load(own_start + rows, mask=rows < end, other=0), keys[:, None]
+            seen = (j <= rows[None, :]) & ((j >= own[None, :]) | (j < prefix_end)) & (rows < end)[None, :]
+            p = tl.where(seen, p, float("-inf"))
+        else:
+            lse, delta = tl.load(LSE + row), tl.load(DELTA + row)
+        p = tl.exp2(p - lse[None, :])
+        dv += tl.dot(p.to(do.dtype), do, input_precision="tf32x3" if EXACT else "tf32")
+        dp = tl.dot(v, tl.trans(do), input_precision="tf32x3" if EXACT else "tf32")
+        ds = p * (dp - delta[None, :])
+        dk += tl.dot(ds.to(q.dtype), q, input_precision="tf32x3" if EXACT else "tf32")
     return dk, dv
 
 
@@ -192,14 +204,16 @@ def _backward_keys(Q, K, V, DO, LSE, DELTA, DK, DV, tile_start, tile_group, own_
     dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
     # a prefix is seen by the rest of its group, a suffix by itself; past a tile inside the prefix nothing is masked
     end = tl.where(first < shared, last, tl.load(own_end + tl.minimum(first + BN, last) - 1))
+    # but a few more queries are taken as if it were, so that whole tiles remain
     masked = tl.where(first + BN <= shared, tl.minimum(first + BN, end), end)
+    masked += (end - masked) % BM
     for r in range(R):
         h = kh * R + r
         q, do = Q + h * D, DO + h * D
-        dk, dv = _key_gradient(dk, dv, k, v, q, do, LSE, DELTA, own_start, first, masked, keys, last, shared, scale, h,
-                               d, H, D, BM, True, EXACT)
-        dk, dv = _key_gradient(dk, dv, k, v, q, do, LSE, DELTA, own_start, masked, end, keys, last, shared, scale, h,
-                               d, H, D, BM, False, EXACT)
+        dk, dv = _key_gradient(dk, dv, k, v, q, do, LSE, DELTA, own_start, first, masked, keys, shared, scale, h, d, H,
+                               D, BM, True, EXACT)
+        dk, dv = _key_gradient(dk, dv, k, v, q, do, LSE, DELTA, own_start, masked, end, keys, shared, scale, h, d, H, D,
+                               BM, False, EXACT)
     tl.store(DK + at, (dk * (scale * 0.6931471805599453)).to(DK.dtype.element_ty), mask=here)
     tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=here)
 
@@ -276,8 +290,8 @@ class _MemoryAttention(torch.autograd.Function):
         (q, k, v, out, lse), layout, do = ctx.saved_tensors, ctx.layout, do.contiguous()
         dq, delta = _launch_queries(q, k, v, out, do, lse, *layout.tiles(_tiles(BACKWARD_QUERIES, q).BM),
                                     layout.own_start, *layout.group_range)
-        dk, dv = _launch_keys(q, k, v, do, lse, delta, *layout.tiles(_tiles(BACKWARD_KEYS, q).BN), layout.own_start,
-                              layout.own_end, *layout.group_range[1:])
+        dk, dv = _launch_keys(q, k, v, do, lse, delta, *layout.tiles(_tiles(BACKWARD_KEYS, q).BN, True),
+                              layout.own_start, layout.own_end, *layout.group_range[1:])
         return dq, dk, dv, None
 
 

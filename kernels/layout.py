@@ -40,7 +40,7 @@ class Layout:
         length, origin = np.concatenate([prefix, suffix]), np.concatenate([np.zeros_like(prefix), prefix[group]])
         order = (first * 2 + (length > 0)).argsort()  # an empty prefix shares its start with what follows
         shift = (origin - first)[order].repeat(length[order])
-        self._tiles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tiles: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
         self._host = start, prefix, suffix, group, first[order], length[order]
         self._wanted = torch.device(device)
         self.prefix_start, self.prefix_lengths = self._moved(start[:-1]), self._moved(prefix)  # (B)
@@ -83,21 +83,24 @@ class Layout:
         start, prefix = self._host[:2]
         return tuple(self._moved(x.astype(np.int32)) for x in (start[:-1], start[:-1] + prefix, start[1:]))
 
-    def tiles(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def tiles(self, size: int, keys: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Every group in tiles of `size` tokens: first packed index and group of each, both (tiles) int32.
 
-        The last tiles of a group come first: as queries they have most keys to visit, and a card should not be left
-        with its longest work at the end.
+        The longest work comes first, so that a card is not left with it at the end. As queries the last tiles of a
+        group have most keys to visit; as keys its first ones have most queries, unless they lie in a suffix.
         """
-        if size not in self._tiles:
-            start = self._host[0]
+        if (size, keys) not in self._tiles:
+            start, prefix, *_, part, length = self._host
             count = -(-np.diff(start) // size)  # (B)
             group = np.arange(self.groups).repeat(count)
-            within = np.arange(len(group)) - before(count)[:-1].repeat(count)
-            order = np.argsort(-within, kind="stable")
-            first = start[:-1][group] + within * size
-            self._tiles[size] = tuple(self._moved(x[order].astype(np.int32)) for x in (first, group))
-        return self._tiles[size]
+            work = np.arange(len(group)) - before(count)[:-1].repeat(count)  # place in the group
+            first, end = start[:-1][group] + work * size, start[1:][group]
+            if keys:
+                own_end = (part + length).repeat(length)[np.minimum(first + size, end) - 1]
+                work = np.where(first < (start[:-1] + prefix)[group], end, own_end) - first
+            order = np.argsort(-work, kind="stable")
+            self._tiles[size, keys] = tuple(self._moved(x[order].astype(np.int32)) for x in (first, group))
+        return self._tiles[size, keys]
 
     # ---- what the references read: padded indices ----------------------------------------------------------------
 

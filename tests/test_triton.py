@@ -121,14 +121,25 @@ def test_attention_gradients_are_the_same_every_time():
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-def test_tiles_cover_every_token_once():
+@pytest.mark.parametrize("keys", [False, True])
+def test_tiles_cover_every_token_once(keys):
     for prefix, suffix, group in RAGGED.values():
         layout = Layout(prefix, suffix, group)
-        start, of = layout.tiles(16)
+        start, of = layout.tiles(16, keys)
         covered = []
         for a, b in zip(start.tolist(), of.tolist(), strict=True):
             covered += range(a, min(a + 16, int(layout.group_range[2][b])))
         assert sorted(covered) == list(range(layout.total))
+
+
+def test_keys_that_most_queries_see_come_first():
+    layout = Layout([40, 8], [20, 33, 70, 70], [0, 0, 1, 1])
+    index, ends = np.arange(layout.total), layout.group_range[2].numpy()
+    group, own = np.searchsorted(ends, index, "right"), layout.own_start.numpy()
+    seen = (index <= index[:, None]) & (group == group[:, None]) & (
+        (index >= own[:, None]) | (index < layout.group_range[1].numpy()[group][:, None]))  # (query, key)
+    reach = [index[seen[:, a:min(a + 16, ends[b])].any(1)].max() - a for a, b in np.stack(layout.tiles(16, True), 1)]
+    assert reach == sorted(reach, reverse=True)
 
 
 # ---- decode --------------------------------------------------------------------------------------------------------
@@ -290,6 +301,9 @@ MUTANTS = {
         "sum not rescaled": ("acc = acc * shrink[:, None]", "acc = acc"),
         "missing scale": ("(dq * (scale * 0.6931471805599453))", "dq"),
         "delta dropped": ("ds = p * (dp - delta[:, None])", "ds = p * dp"),
+        "keys' mask shifted by one": ("(j <= rows[None, :])", "(j < rows[None, :] + 2)"),
+        "keys' delta dropped": ("(dp - delta[None, :])", "dp"),
+        "queries past the end in a whole tile": ("    masked += (end - masked) % BM\n", ""),
         "one query head for all": ("for r in range(R):", "for r in range(1):"),
         "suffixes forgotten by the prefix": ("tl.where(first < shared, last,", "tl.where(first < shared, shared,"),
     },
@@ -394,7 +408,9 @@ def test_kernels_build_for_six_generations():
     is bf16's, is left to `python -m eval.bench compile`."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MEMTRAIN_KERNELS")}
     code = ("from eval.bench.compile import *; rows = build_all(dtypes=('bf16', 'fp32')); "
-            "print(compile_table(rows)); assert all(r.shared_kb <= r.limit_kb for r in rows)")
+            "print(compile_table(rows)); assert all(r.shared_kb <= r.limit_kb for r in rows); "
+            "assert not [r for r in rows if (r.capability, r.dtype) == (90, 'bf16') and r.head_size in (64, 128) "
+            "and r.kernel == 'attention_backward_keys' and r.spilled]")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment,
                           cwd=Path(__file__).parents[1], check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -539,7 +539,7 @@ def attention_launches(device: torch.device, H: int, K: int, D: int) -> dict[str
     return {"FORWARD": lambda t: attention._launch_forward(q, k, v, *layout.tiles(t.BM), own, *ranges),
             "BACKWARD_QUERIES": lambda t: attention._launch_queries(q, k, v, out, do, lse, *layout.tiles(t.BM), own,
                                                                     *ranges),
-            "BACKWARD_KEYS": lambda t: attention._launch_keys(q, k, v, do, lse, delta, *layout.tiles(t.BN), own,
+            "BACKWARD_KEYS": lambda t: attention._launch_keys(q, k, v, do, lse, delta, *layout.tiles(t.BN, True), own,
                                                               layout.own_end, *ranges[1:])}
 
 
