@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 import memtrain
 from data.weights import checkpoint, pretrained
 from data.world.steps import DemoSteps
-from kernels import attention, decode, grpo, logprob
+from kernels import attention, decode, grpo, input_precision, logprob
 from kernels.layout import Layout
 
 CUDA = torch.device("cuda", 0)
@@ -99,6 +99,17 @@ def files(cuda, monkeypatch):
 
 def own_policy(c) -> memtrain.Policy:
     return memtrain.Policy(c, CUDA)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_tf32_reaches_the_kernels(cuda, tiny, wanted):
+    assert memtrain.parse(["--preset", "small"]).tf32
+    try:
+        own_policy(tiny("--tf32", str(wanted).lower()))
+        assert input_precision(torch.float32) == ("tf32" if wanted else "tf32x3")
+        assert input_precision(torch.bfloat16) == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def where(model: memtrain.Decoder) -> set[torch.device]:

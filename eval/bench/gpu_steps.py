@@ -550,7 +550,7 @@ def tiles(device: torch.device, result: Result, options) -> bool:
             kept, rows = dict(table), []
             for sizes in ATTENTION[name]:
                 t = attention.Tiles(*sizes)
-                table[64], table[128] = (t,), (t,)
+                table.update(dict.fromkeys(table, (t,)))
                 rows.append({"tiles": sizes} | attempt(partial(launch, t), device))
             table.update(kept)
             say(result, f"attention {name} bfloat16 D {D}", rows)
