@@ -19,15 +19,16 @@ def before(counts: np.ndarray) -> np.ndarray:
 
 def moved(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Arrays as tensors on `device`: on a card by one copy from pinned memory, which the host does not wait for."""
-    tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in arrays]
+    arrays = [np.ascontiguousarray(x) for x in arrays]
+    tensors = [torch.from_numpy(x) for x in arrays]
     if device.type == "cpu":
         return tensors
-    place = before(np.array([-(-x.nbytes // 16) * 16 for x in tensors]))  # kernels like multiples of 16 bytes
-    buffer = torch.empty(int(place[-1]), dtype=torch.uint8, pin_memory=True)
-    for x, at in zip(tensors, place.tolist(), strict=False):
-        buffer[at:at + x.nbytes] = x.flatten().view(torch.uint8)
+    place = before(np.array([-(-x.nbytes // 16) * 16 for x in arrays])).tolist()  # kernels like multiples of 16 bytes
+    buffer = torch.empty(place[-1], dtype=torch.uint8, pin_memory=True)
+    for x, at in zip(arrays, place, strict=False):
+        buffer[at:at + x.nbytes] = torch.from_numpy(x.reshape(-1).view(np.uint8))
     there = buffer.to(device, non_blocking=True)
-    return [there[at:at + x.nbytes].view(x.dtype).view(x.shape) for x, at in zip(tensors, place.tolist(), strict=False)]
+    return [there[at:at + x.nbytes].view(x.dtype).view(x.shape) for x, at in zip(tensors, place, strict=False)]
 
 
 class Layout:
