@@ -112,6 +112,7 @@ from eval.watch import signs, watch
 from kernels import synchronise, use_triton
 from kernels.attention import memory_attention
 from kernels.grpo import grpo_loss
+from kernels.layout import moved
 from kernels.logprob import linear_logprob
 from kernels.packing import Packed, bounded, group_by_prefix, pack
 from kernels.sampling import Sampler, Turn
@@ -614,15 +615,14 @@ def micro_loss(model: Decoder, reference: Reference, c: Config, batch: Batch, en
     """The micro-batch `micro` of `turns`, whose reward entries are `entry`: (loss, SUMS (9) fp64, largest mismatch,
     packed tokens). Nothing is read back from the device."""
     device, order = model.embed.device, [i for group in micro for i in group]
-    packed = pack([(turns[g[0]].prefix, [(turns[i].given, turns[i].sampled) for i in g]) for g in micro], device)
+    packed = pack([(turns[g[0]].prefix, [(turns[i].given, turns[i].sampled) for i in g]) for g in micro], device, [
+        np.array([x for i in order for x in turns[i].logprobs]), np.array(batch.rewards, np.float64),
+        np.array(batch.group), np.array([entry[i] for i in order])])
+    old, rewards, group, rollout = packed.carried
     new, entropy = score(model, packed, c.temperature)
-    ref = reference_logprobs(model, reference, packed, c) if c.kl else None
-    old = torch.tensor([x for i in order for x in turns[i].logprobs], dtype=new.dtype, device=device)
-    offsets = torch.tensor([0, *itertools.accumulate(packed.counts)], device=device)
-    rollout = torch.tensor([entry[i] for i in order], device=device)
-    rewards = torch.tensor(batch.rewards, dtype=torch.float64, device=device)
-    loss, stats = grpo_loss(new, old, ref, rewards, torch.tensor(batch.group, device=device), rollout, offsets,
-                            interactions, c.eps_low, c.eps_high, c.kl, c.divide_by_std)
+    ref, old = reference_logprobs(model, reference, packed, c) if c.kl else None, old.to(new.dtype)
+    loss, stats = grpo_loss(new, old, ref, rewards, group, rollout, packed.offsets, interactions, c.eps_low,
+                            c.eps_high, c.kl, c.divide_by_std)
     with torch.no_grad():
         gap = (new - old).abs()
         stats |= {"entropy": entropy.sum(), "loss": loss, "mismatch": gap.sum(),
@@ -936,7 +936,7 @@ def imitate(model: Decoder, rows, c: Config, step: int, device, share: float) ->
         text = text[torch.rand(len(text), generator=generator).numpy() < share]
         weight = torch.cat([*weight, torch.full((len(text),), 0.6)])
         total += float(weight.sum())
-        batches.append((packed, torch.from_numpy(text).to(device), weight.to(device)))
+        batches.append((packed, *moved([text, weight.numpy()], device)))
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for packed, text, weight in batches[ranks.RANK::ranks.WORLD]:
         packed.source = torch.cat([packed.source, text])

@@ -35,6 +35,13 @@ def use_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> bool
     return wanted and dtype != torch.float64
 
 
+def input_precision(dtype: torch.dtype) -> str:
+    """How the kernels multiply tiles of `dtype`, in Triton's words. fp32 as torch is told to (--tf32): "high" is one
+    product of TF32, "highest" three. 16-bit tiles are multiplied as they are, which is "high"."""
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "tf32x3" if exact else "tf32"
+
+
 def kernels_in_use(device: torch.device) -> str:
     """One line for the header of a run."""
     return "Triton" if use_triton(device) else "PyTorch references"

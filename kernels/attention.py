@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels import operator, shared_memory, tl, triton, use_triton
+from kernels import input_precision, operator, shared_memory, tl, triton, use_triton
 from kernels.layout import Layout
 
 # ---- Triton ------------------------------------------------------------------------------------------------------
@@ -45,20 +45,28 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By largest padded head size, in order of preference; the first that fits the card's shared memory is taken. Swept on
-# an H200 in bf16 at 2 x (prefix 5320 + 8 x 1200), ms at D 128 and 64, before and now (eval/results/gpu, step tiles):
-# forward 3.17 -> 3.05 and 1.19 -> 0.99, dq 3.80 -> 3.50 and 1.42 -> 1.16, dk and dv 11.77 -> 5.79 and 3.72 -> 2.24.
+# By largest padded head size and bytes of an element, in order of preference; the first that fits the card's shared
+# memory is taken. Swept on an H200 in bf16 at 2 x (prefix 5320 + 8 x 1200), ms at D 128 and 64, before and then
+# (eval/results/gpu, step tiles): forward 3.17 -> 3.05 and 1.19 -> 0.99, dq 3.80 -> 3.50 and 1.42 -> 1.16. Those of the
+# keys, and all of four bytes, are chosen by registers: no spills on sm_90 (eval.bench compile); not timed on a card.
+Table = dict[tuple[int, int], tuple[Tiles, ...]]
 SMALLEST = (Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1))
-FORWARD = {64: (Tiles(64, 64, 4, 3), *SMALLEST), 128: (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), *SMALLEST)}
-BACKWARD_QUERIES = {64: (Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), *SMALLEST),
-                    128: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), *SMALLEST)}
-BACKWARD_KEYS = {64: (Tiles(64, 64, 4, 2), *SMALLEST), 128: (Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2), *SMALLEST)}
+FORWARD: Table = {
+    (64, 2): (Tiles(64, 64, 4, 3), *SMALLEST), (128, 2): (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), *SMALLEST),
+    (64, 4): (Tiles(64, 64, 4, 2), *SMALLEST), (128, 4): (Tiles(64, 64, 8, 2), *SMALLEST)}
+BACKWARD_QUERIES: Table = {
+    (64, 2): (Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), *SMALLEST),
+    (128, 2): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), *SMALLEST),
+    (64, 4): (Tiles(128, 64, 8, 2), *SMALLEST), (128, 4): (Tiles(64, 32, 8, 2), *SMALLEST)}
+BACKWARD_KEYS: Table = {
+    (64, 2): (Tiles(64, 128, 8, 2), *SMALLEST), (128, 2): (Tiles(32, 128, 8, 2), Tiles(32, 64, 4, 2), *SMALLEST),
+    (64, 4): (Tiles(32, 128, 8, 2), Tiles(32, 64, 8, 2), *SMALLEST), (128, 4): (Tiles(32, 64, 8, 2), *SMALLEST)}
 
 
 @triton.jit
-def _scores(q, k, rows, keys, own, prefix_end, end, scale, MASKED: tl.constexpr, EXACT: tl.constexpr):
+def _scores(q, k, rows, keys, own, prefix_end, end, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """S (BM,BN) in units of log 2, -inf where a key is past `end` or invisible."""
-    s = tl.dot(q, tl.trans(k), input_precision="tf32x3" if EXACT else "tf32") * scale
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     seen = (keys < end)[None, :]
     if MASKED:
         i, j = rows[:, None], keys[None, :]
@@ -68,21 +76,21 @@ def _scores(q, k, rows, keys, own, prefix_end, end, scale, MASKED: tl.constexpr,
 
 @triton.jit
 def _attend(acc, m, l, q, k_ptr, v_ptr, start, end, rows, own, prefix_end, scale, token, d, D: tl.constexpr,
-            BN: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr):
+            BN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """One range of keys into the running (sum, maximum, normaliser) of a tile of queries."""
     for j in range(start, end, BN):
         keys = j + tl.arange(0, BN)
         at = keys.to(tl.int64)[:, None] * token + d[None, :]
         here = (keys < end)[:, None] & (d < D)[None, :]
         k = tl.load(k_ptr + at, mask=here, other=0.0)
-        s = _scores(q, k, rows, keys, own, prefix_end, end, scale, MASKED, EXACT)
+        s = _scores(q, k, rows, keys, own, prefix_end, end, scale, MASKED, PRECISION)
         new = tl.maximum(m, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no key yet
         p = tl.exp2(s - safe[:, None])
         shrink = tl.exp2(m - safe)
         l = l * shrink + tl.sum(p, 1)
         v = tl.load(v_ptr + at, mask=here, other=0.0)
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3" if EXACT else "tf32")
+        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         m = new
     return acc, m, l
 
@@ -90,7 +98,7 @@ def _attend(acc, m, l, q, k_ptr, v_ptr, start, end, rows, own, prefix_end, scale
 @triton.jit
 def _forward(Q, K, V, O, LSE, tile_start, tile_group, own_start, group_start, prefix_end, group_end, scale,
              H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-             BN: tl.constexpr, EXACT: tl.constexpr):
+             BN: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of queries of one head. LSE (T,H): log-sum-exp of each row, in units of log 2."""
     tile, h = tl.program_id(0), tl.program_id(1)
     first, b = tl.load(tile_start + tile), tl.load(tile_group + tile)
@@ -104,10 +112,10 @@ def _forward(Q, K, V, O, LSE, tile_start, tile_group, own_start, group_start, pr
     l = tl.zeros([BM], tl.float32)
     k, v, token = K + (h // R) * D, V + (h // R) * D, (H // R) * D
     full = tl.minimum(first, shared)
-    acc, m, l = _attend(acc, m, l, q, k, v, start, full, rows, own, shared, scale, token, d, D, BN, False, EXACT)
+    acc, m, l = _attend(acc, m, l, q, k, v, start, full, rows, own, shared, scale, token, d, D, BN, False, PRECISION)
     near = tl.maximum(full, tl.load(own_start + first))
     acc, m, l = _attend(acc, m, l, q, k, v, near, tl.minimum(first + BM, last), rows, own, shared, scale, token, d, D,
-                        BN, True, EXACT)
+                        BN, True, PRECISION)
     l = tl.where(l == 0.0, 1.0, l)  # rows past the end of the group
     tl.store(O + at, (acc / l[:, None]).to(O.dtype.element_ty), mask=here)
     tl.store(LSE + rows.to(tl.int64) * H + h, m + tl.log2(l), mask=rows < last)
@@ -115,24 +123,24 @@ def _forward(Q, K, V, O, LSE, tile_start, tile_group, own_start, group_start, pr
 
 @triton.jit
 def _query_gradient(dq, q, do, lse, delta, k_ptr, v_ptr, start, end, rows, own, prefix_end, scale, token, d,
-                    D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr):
+                    D: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     for j in range(start, end, BN):
         keys = j + tl.arange(0, BN)
         at = keys.to(tl.int64)[:, None] * token + d[None, :]
         here = (keys < end)[:, None] & (d < D)[None, :]
         k = tl.load(k_ptr + at, mask=here, other=0.0)
         v = tl.load(v_ptr + at, mask=here, other=0.0)
-        p = tl.exp2(_scores(q, k, rows, keys, own, prefix_end, end, scale, MASKED, EXACT) - lse[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision="tf32x3" if EXACT else "tf32")
+        p = tl.exp2(_scores(q, k, rows, keys, own, prefix_end, end, scale, MASKED, PRECISION) - lse[:, None])
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
-        dq += tl.dot(ds.to(k.dtype), k, input_precision="tf32x3" if EXACT else "tf32")
+        dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
     return dq
 
 
 @triton.jit
 def _backward_queries(Q, K, V, O, DO, LSE, DELTA, DQ, tile_start, tile_group, own_start, group_start, prefix_end,
                       group_end, scale, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                      BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr):
+                      BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     """dQ of one tile of queries of one head, and DELTA (T,H) = rowsum(dO * O), which the keys' pass needs."""
     tile, h = tl.program_id(0), tl.program_id(1)
     first, b = tl.load(tile_start + tile), tl.load(tile_group + tile)
@@ -150,37 +158,48 @@ def _backward_queries(Q, K, V, O, DO, LSE, DELTA, DQ, tile_start, tile_group, ow
     k, v, token = K + (h // R) * D, V + (h // R) * D, (H // R) * D
     full = tl.minimum(first, shared)
     dq = _query_gradient(dq, q, do, lse, delta, k, v, start, full, rows, own, shared, scale, token, d, D, BN, False,
-                         EXACT)
+                         PRECISION)
     near = tl.maximum(full, tl.load(own_start + first))
     dq = _query_gradient(dq, q, do, lse, delta, k, v, near, tl.minimum(first + BM, last), rows, own, shared, scale,
-                         token, d, D, BN, True, EXACT)
+                         token, d, D, BN, True, PRECISION)
     tl.store(DQ + at, (dq * (scale * 0.6931471805599453)).to(DQ.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def _key_gradient(dk, dv, k, v, q_ptr, do_ptr, LSE, DELTA, own_start, start, end, keys, last, prefix_end, scale, h, d,
-                  H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr):
+def _key_gradient(dk, dv, k, v, q_ptr, do_ptr, LSE, DELTA, own_start, start, end, keys, prefix_end, scale, h, d,
+                  H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One range of queries into dK and dV of a tile of keys, from S^T = K Q^T: P^T and dS^T (BN,BM) are the left
+    operands of what follows as they stand. Unless MASKED every query sees every key, and the range is whole tiles."""
     for i in range(start, end, BM):
         rows = i + tl.arange(0, BM)
         at = rows.to(tl.int64)[:, None] * (H * D) + d[None, :]
-        here = (rows < end)[:, None] & (d < D)[None, :]
-        q, do = tl.load(q_ptr + at, mask=here, other=0.0), tl.load(do_ptr + at, mask=here, other=0.0)
         row = rows.to(tl.int64) * H + h
-        lse = tl.load(LSE + row, mask=rows < end, other=float("inf"))  # exp2(-inf): no weight past the end
-        delta = tl.load(DELTA + row, mask=rows < end, other=0.0)
-        own = tl.load(own_start + rows, mask=rows < end, other=0)
-        p = tl.exp2(_scores(q, k, rows, keys, own, prefix_end, last, scale, MASKED, EXACT) - lse[:, None])  # (BM,BN)
-        dv += tl.dot(tl.trans(p).to(do.dtype), do, input_precision="tf32x3" if EXACT else "tf32")
-        dp = tl.dot(do, tl.trans(v), input_precision="tf32x3" if EXACT else "tf32")
-        ds = p * (dp - delta[:, None])
-        dk += tl.dot(tl.trans(ds).to(q.dtype), q, input_precision="tf32x3" if EXACT else "tf32")
+        if MASKED or d.shape[0] > D:
+            here = (rows < end)[:, None] & (d < D)[None, :]
+            q, do = tl.load(q_ptr + at, mask=here, other=0.0), tl.load(do_ptr + at, mask=here, other=0.0)
+        else:
+            q, do = tl.load(q_ptr + at), tl.load(do_ptr + at)
+        p = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+        if MASKED:
+            lse = tl.load(LSE + row, mask=rows < end, other=0.0)
+            delta = tl.load(DELTA + row, mask=rows < end, other=0.0)
+            own, j = tl.load(own_start + rows, mask=rows < end, other=0), keys[:, None]
+            seen = (j <= rows[None, :]) & ((j >= own[None, :]) | (j < prefix_end)) & (rows < end)[None, :]
+            p = tl.where(seen, p, float("-inf"))
+        else:
+            lse, delta = tl.load(LSE + row), tl.load(DELTA + row)
+        p = tl.exp2(p - lse[None, :])
+        dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
     return dk, dv
 
 
 @triton.jit
 def _backward_keys(Q, K, V, DO, LSE, DELTA, DK, DV, tile_start, tile_group, own_start, own_end, prefix_end, group_end,
                    scale, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-                   BN: tl.constexpr, EXACT: tl.constexpr):
+                   BN: tl.constexpr, PRECISION: tl.constexpr):
     """dK and dV of one tile of keys of one key head: the sum over its R query heads and all queries that see it."""
     tile, kh = tl.program_id(0), tl.program_id(1)
     first, b = tl.load(tile_start + tile), tl.load(tile_group + tile)
@@ -192,14 +211,16 @@ def _backward_keys(Q, K, V, DO, LSE, DELTA, DK, DV, tile_start, tile_group, own_
     dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
     # a prefix is seen by the rest of its group, a suffix by itself; past a tile inside the prefix nothing is masked
     end = tl.where(first < shared, last, tl.load(own_end + tl.minimum(first + BN, last) - 1))
+    # but a few more queries are taken as if it were, so that whole tiles remain
     masked = tl.where(first + BN <= shared, tl.minimum(first + BN, end), end)
+    masked += (end - masked) % BM
     for r in range(R):
         h = kh * R + r
         q, do = Q + h * D, DO + h * D
-        dk, dv = _key_gradient(dk, dv, k, v, q, do, LSE, DELTA, own_start, first, masked, keys, last, shared, scale, h,
-                               d, H, D, BM, True, EXACT)
-        dk, dv = _key_gradient(dk, dv, k, v, q, do, LSE, DELTA, own_start, masked, end, keys, last, shared, scale, h,
-                               d, H, D, BM, False, EXACT)
+        dk, dv = _key_gradient(dk, dv, k, v, q, do, LSE, DELTA, own_start, first, masked, keys, shared, scale, h, d, H,
+                               D, BM, True, PRECISION)
+        dk, dv = _key_gradient(dk, dv, k, v, q, do, LSE, DELTA, own_start, masked, end, keys, shared, scale, h, d, H, D,
+                               BM, False, PRECISION)
     tl.store(DK + at, (dk * (scale * 0.6931471805599453)).to(DK.dtype.element_ty), mask=here)
     tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=here)
 
@@ -211,18 +232,18 @@ def shared_bytes(tiles: Tiles, padded: int, element: int, resident: int) -> int:
     return ((resident * stays + 2 * streams * tiles.stages) * padded + tiles.BM * tiles.BN) * element
 
 
-def choose(table: dict[int, tuple[Tiles, ...]], head_size: int, dtype: torch.dtype, limit: int,
-           resident: int) -> Tiles:
+def choose(table: Table, head_size: int, dtype: torch.dtype, precision: str, limit: int, resident: int) -> Tiles:
     """The first tiles of a table whose estimate fits `limit` bytes."""
     padded = max(16, triton.next_power_of_2(head_size))
-    fitting = table[64 if padded <= 64 else 128]
-    if dtype == torch.float32:  # each product is three of TF32, whose operands leave no registers for a second stage
+    fitting = table[64 if padded <= 64 else 128, dtype.itemsize]
+    if precision == "tf32x3":  # three products each, whose operands leave no registers for a second stage
         fitting = [t for t in fitting if t.stages == 1]
     return next(t for t in fitting if shared_bytes(t, padded, dtype.itemsize, resident) <= limit)
 
 
-def _tiles(table: dict[int, tuple[Tiles, ...]], q: torch.Tensor) -> Tiles:
-    return choose(table, q.shape[-1], q.dtype, shared_memory(q.device), 1 if table is FORWARD else 2)
+def _tiles(table: Table, q: torch.Tensor) -> Tiles:
+    return choose(table, q.shape[-1], q.dtype, input_precision(q.dtype), shared_memory(q.device),
+                  1 if table is FORWARD else 2)
 
 
 @operator(lambda q, *_: (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)))
@@ -276,15 +297,15 @@ class _MemoryAttention(torch.autograd.Function):
         (q, k, v, out, lse), layout, do = ctx.saved_tensors, ctx.layout, do.contiguous()
         dq, delta = _launch_queries(q, k, v, out, do, lse, *layout.tiles(_tiles(BACKWARD_QUERIES, q).BM),
                                     layout.own_start, *layout.group_range)
-        dk, dv = _launch_keys(q, k, v, do, lse, delta, *layout.tiles(_tiles(BACKWARD_KEYS, q).BN), layout.own_start,
-                              layout.own_end, *layout.group_range[1:])
+        dk, dv = _launch_keys(q, k, v, do, lse, delta, *layout.tiles(_tiles(BACKWARD_KEYS, q).BN, True),
+                              layout.own_start, layout.own_end, *layout.group_range[1:])
         return dq, dk, dv, None
 
 
 def _sizes(q, k, t: Tiles) -> dict:
     D = q.shape[-1]
     return {"scale": 1 / (math.sqrt(D) * math.log(2)), "H": q.shape[1], "R": q.shape[1] // k.shape[1], "D": D,
-            "BD": max(16, triton.next_power_of_2(D)), "BM": t.BM, "BN": t.BN, "EXACT": q.dtype == torch.float32,
+            "BD": max(16, triton.next_power_of_2(D)), "BM": t.BM, "BN": t.BN, "PRECISION": input_precision(q.dtype),
             "num_warps": t.warps, "num_stages": t.stages}
 
 

@@ -25,7 +25,7 @@ import math
 import numpy as np
 import torch
 
-from kernels import multiprocessors, operator, tl, triton, use_triton
+from kernels import input_precision, multiprocessors, operator, tl, triton, use_triton
 from kernels.layout import before
 
 
@@ -71,30 +71,30 @@ def tile(head_size: int, dtype: torch.dtype) -> int:
     return max(16, min(64, (16 << 10) // (max(16, triton.next_power_of_2(head_size)) * dtype.itemsize)))
 
 
-def rows_a_tile(rows: int, dtype: torch.dtype) -> int:
+def rows_a_tile(rows: int, precision: str) -> int:
     """(rollout, query head) pairs a tile of the prefix kernel, where a group has `rows` of them."""
-    return min(64 if dtype.itemsize == 2 else 32, max(16, triton.next_power_of_2(rows)))
+    return min(64 if precision == "tf32" else 32, max(16, triton.next_power_of_2(rows)))
 
 
 @triton.jit
-def _tile(acc, m, l, q, k_ptr, v_ptr, keys, end, scale, d, D: tl.constexpr, EXACT: tl.constexpr):
+def _tile(acc, m, l, q, k_ptr, v_ptr, keys, end, scale, d, D: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of keys into the running (sum, maximum, normaliser) of some query rows."""
     at = keys.to(tl.int64)[:, None] * D + d[None, :]
     here = (keys < end)[:, None] & (d < D)[None, :]
     k = tl.load(k_ptr + at, mask=here, other=0.0)
-    s = tl.dot(q, tl.trans(k), input_precision="tf32x3" if EXACT else "tf32") * scale
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     s = tl.where((keys < end)[None, :], s, float("-inf"))
     new = tl.maximum(m, tl.max(s, 1))
     safe = tl.where(new == float("-inf"), 0.0, new)
     p, shrink = tl.exp2(s - safe[:, None]), tl.exp2(m - safe)
     v = tl.load(v_ptr + at, mask=here, other=0.0)
-    acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3" if EXACT else "tf32")
+    acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     return acc, new, l * shrink + tl.sum(p, 1)
 
 
 @triton.jit
 def _decode_prefix(Q, K, V, lengths, offsets, order, ACC, M, L, scale, room, split, N, H: tl.constexpr, R: tl.constexpr,
-                   D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr):
+                   D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     """One split of one group's prefix under one key head, for BM of the group's (rollout, query head) pairs."""
     b, kh, s = tl.program_id(0), tl.program_id(1) % (H // R), tl.program_id(2)
     tile = tl.program_id(1) // (H // R)
@@ -108,7 +108,7 @@ def _decode_prefix(Q, K, V, lengths, offsets, order, ACC, M, L, scale, room, spl
     base = (b.to(tl.int64) * (H // R) + kh) * room * D
     end = tl.where(first < last, tl.minimum(length, (s + 1) * split), 0)  # nobody reads it: nothing to do
     for j in range(s * split, end, BN):
-        acc, m, l = _tile(acc, m, l, q, K + base, V + base, j + tl.arange(0, BN), end, scale, d, D, EXACT)
+        acc, m, l = _tile(acc, m, l, q, K + base, V + base, j + tl.arange(0, BN), end, scale, d, D, PRECISION)
     out = (s.to(tl.int64) * N + n) * H + h
     tl.store(ACC + out[:, None] * D + d[None, :], acc, mask=here)
     tl.store(M + out, m, mask=live)
@@ -117,7 +117,7 @@ def _decode_prefix(Q, K, V, lengths, offsets, order, ACC, M, L, scale, room, spl
 
 @triton.jit
 def _decode_suffix(Q, K, V, lengths, ACC, M, L, O, scale, room, splits, N, H: tl.constexpr, R: tl.constexpr,
-                   D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr):
+                   D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     """One rollout's own suffix under one key head, joined with the parts of its prefix."""
     n, kh = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lengths + n)
@@ -128,7 +128,7 @@ def _decode_suffix(Q, K, V, lengths, ACC, M, L, O, scale, room, splits, N, H: tl
     acc, m, l = tl.zeros([BM, BD], tl.float32), tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     base = (n * (H // R) + kh) * room * D
     for j in range(0, length, BN):
-        acc, m, l = _tile(acc, m, l, q, K + base, V + base, j + tl.arange(0, BN), length, scale, d, D, EXACT)
+        acc, m, l = _tile(acc, m, l, q, K + base, V + base, j + tl.arange(0, BN), length, scale, d, D, PRECISION)
     for s in range(0, splits):
         part = (s * N + n) * H + kh * R + r  # n is 64 bit
         other = tl.load(M + part, mask=r < R, other=float("-inf"))
@@ -150,9 +150,9 @@ def _decode(q: torch.Tensor, prefix_k: torch.Tensor, prefix_v: torch.Tensor, pre
     R, out = H // K, torch.empty_like(q)
     rows = most * R
     sizes = {"H": H, "R": R, "D": D, "BD": max(16, triton.next_power_of_2(D)), "BN": tile(D, q.dtype),
-             "EXACT": q.dtype == torch.float32, "num_warps": 4, "num_stages": 2}
+             "PRECISION": input_precision(q.dtype), "num_warps": 4, "num_stages": 2}
     scale = 1 / (math.sqrt(D) * math.log(2))
-    BM = rows_a_tile(rows, q.dtype)
+    BM = rows_a_tile(rows, sizes["PRECISION"])
     tiles = triton.cdiv(rows, BM)
     split, splits = _split(P, B * K * tiles, sizes["BN"], q.device)
     acc = q.new_empty(splits, N, H, D, dtype=torch.float32)

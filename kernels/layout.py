@@ -5,6 +5,7 @@ Legend: B groups, N suffixes, T packed tokens, P longest prefix, S longest suffi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -16,14 +17,31 @@ def before(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], counts.cumsum()]).astype(np.int64)
 
 
+def moved(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Arrays as tensors on `device`: on a card by one copy from pinned memory, which the host does not wait for."""
+    arrays = [np.ascontiguousarray(x) for x in arrays]
+    tensors = [torch.from_numpy(x) for x in arrays]
+    if device.type == "cpu":
+        return tensors
+    place = before(np.array([-(-x.nbytes // 16) * 16 for x in arrays])).tolist()  # kernels like multiples of 16 bytes
+    buffer = torch.empty(place[-1], dtype=torch.uint8, pin_memory=True)
+    for x, at in zip(arrays, place, strict=False):
+        buffer[at:at + x.nbytes] = torch.from_numpy(x.reshape(-1).view(np.uint8))
+    there = buffer.to(device, non_blocking=True)
+    return [there[at:at + x.nbytes].view(x.dtype).view(x.shape) for x, at in zip(tensors, place, strict=False)]
+
+
 class Layout:
     """Where the tokens of each group lie in a packed batch: group by group, its prefix, then its suffixes.
 
     prefix_lengths: B ints >= 0; suffix_lengths: N ints >= 1; group: N ints, ascending: the group of each suffix.
+    carry: arrays that go to the device in the same copy; as tensors they are in `carried`. The kernels read, as int32:
+    own_start, own_end (T): packed index where the own part of a token starts and ends, its suffix or, for a prefix
+    token, the prefix; group_range, three (B): start of each group, end of its prefix, end of the group.
     ValueError names the argument that does not fit.
     """
 
-    def __init__(self, prefix_lengths, suffix_lengths, group, device="cpu"):
+    def __init__(self, prefix_lengths, suffix_lengths, group, device="cpu", carry: Sequence[np.ndarray] = ()):
         prefix, suffix, group = (np.asarray(x, dtype=np.int64) for x in (prefix_lengths, suffix_lengths, group))
         if len(suffix) != len(group):
             raise ValueError(f"group: {len(group)} entries for {len(suffix)} suffixes")
@@ -40,16 +58,16 @@ class Layout:
         length, origin = np.concatenate([prefix, suffix]), np.concatenate([np.zeros_like(prefix), prefix[group]])
         order = (first * 2 + (length > 0)).argsort()  # an empty prefix shares its start with what follows
         shift = (origin - first)[order].repeat(length[order])
-        self._tiles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._host = start, prefix, suffix, group, first[order], length[order]
-        self._wanted = torch.device(device)
-        self.prefix_start, self.prefix_lengths = self._moved(start[:-1]), self._moved(prefix)  # (B)
-        self.suffix_start, self.suffix_lengths = self._moved(suffix_start), self._moved(suffix)  # (N)
-        self.group, self.positions = self._moved(group), self._moved(np.arange(self.total) + shift)  # (N), (T)
+        self._tiles: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._host = start, prefix, suffix, group, (first + length)[order].repeat(length[order])
+        ranges = [first[order].repeat(length[order]), self._host[4], start[:-1], start[:-1] + prefix, start[1:]]
+        (self.prefix_start, self.prefix_lengths,  # (B)
+         self.suffix_start, self.suffix_lengths, self.group,  # (N)
+         self.positions, self.own_start, self.own_end, *rest) = moved(  # (T)
+            [start[:-1], prefix, suffix_start, suffix, group, np.arange(self.total) + shift,
+             *(x.astype(np.int32) for x in ranges), *carry], torch.device(device))
+        self.group_range, self.carried = tuple(rest[:3]), rest[3:]
         self.device = self.positions.device  # where the tensors are: "cuda" alone is no device of a tensor
-
-    def _moved(self, x: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x)).to(self._wanted)
 
     @property
     def host_lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -61,43 +79,24 @@ class Layout:
         start, prefix = self._host[:2]
         return np.concatenate([np.arange(s, s + n - 1) for s, n in zip(start[:-1], prefix, strict=True)])
 
-    # ---- what the kernels read: int32, on the device -------------------------------------------------------------
-
-    def _part(self, values: np.ndarray) -> torch.Tensor:
-        """(B+N) values of prefixes and suffixes in packed order -> (T) int32 of their tokens."""
-        return self._moved(values.repeat(self._host[5]).astype(np.int32))
-
-    @cached_property
-    def own_start(self) -> torch.Tensor:
-        """(T) packed index where the own part of a token starts: its suffix, or the prefix for a prefix token."""
-        return self._part(self._host[4])
-
-    @cached_property
-    def own_end(self) -> torch.Tensor:
-        """(T) packed index after the last token of that part."""
-        return self._part(self._host[4] + self._host[5])
-
-    @cached_property
-    def group_range(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Three (B): packed index of each group's start, of the end of its prefix, and of its end."""
-        start, prefix = self._host[:2]
-        return tuple(self._moved(x.astype(np.int32)) for x in (start[:-1], start[:-1] + prefix, start[1:]))
-
-    def tiles(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def tiles(self, size: int, keys: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Every group in tiles of `size` tokens: first packed index and group of each, both (tiles) int32.
 
-        The last tiles of a group come first: as queries they have most keys to visit, and a card should not be left
-        with its longest work at the end.
+        The longest work comes first, so that a card is not left with it at the end. As queries the last tiles of a
+        group have most keys to visit; as keys its first ones have most queries, unless they lie in a suffix.
         """
-        if size not in self._tiles:
-            start = self._host[0]
+        if (size, keys) not in self._tiles:
+            start, prefix, *_, own_end = self._host
             count = -(-np.diff(start) // size)  # (B)
             group = np.arange(self.groups).repeat(count)
-            within = np.arange(len(group)) - before(count)[:-1].repeat(count)
-            order = np.argsort(-within, kind="stable")
-            first = start[:-1][group] + within * size
-            self._tiles[size] = tuple(self._moved(x[order].astype(np.int32)) for x in (first, group))
-        return self._tiles[size]
+            work = np.arange(len(group)) - before(count)[:-1].repeat(count)  # place in the group
+            first, end = start[:-1][group] + work * size, start[1:][group]
+            if keys:
+                own_end = own_end[np.minimum(first + size, end) - 1]
+                work = np.where(first < (start[:-1] + prefix)[group], end, own_end) - first
+            order = np.argsort(-work, kind="stable")
+            self._tiles[size, keys] = tuple(moved([x[order].astype(np.int32) for x in (first, group)], self.device))
+        return self._tiles[size, keys]
 
     # ---- what the references read: padded indices ----------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import multiprocessors, operator, shared_memory, tl, triton, use_triton
+from kernels import input_precision, multiprocessors, operator, shared_memory, tl, triton, use_triton
 
 # ---- Triton ------------------------------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ ROWS = 4096  # rows of such a block
 
 @triton.jit
 def _logits(X, W, rows, words, N, C, V, scale, BM: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
-            EXACT: tl.constexpr):
+            PRECISION: tl.constexpr):
     """One tile of z (BM,BV) in fp32."""
     z = tl.zeros([BM, BV], tl.float32)
     x = X + rows.to(tl.int64)[:, None] * C
@@ -54,13 +54,13 @@ def _logits(X, W, rows, words, N, C, V, scale, BM: tl.constexpr, BV: tl.constexp
         d = c + tl.arange(0, BC)[None, :]
         left = tl.load(x + d, mask=(rows < N)[:, None] & (d < C), other=0.0)
         right = tl.load(w + d, mask=(words < V)[:, None] & (d < C), other=0.0)
-        z = tl.dot(left, tl.trans(right), z, input_precision="tf32x3" if EXACT else "tf32")
+        z = tl.dot(left, tl.trans(right), z, input_precision=PRECISION)
     return z * scale
 
 
 @triton.jit
 def _forward(X, W, TARGET, MAX, SUM, MEAN, CHOSEN, N, C, V, share, scale, BM: tl.constexpr, BV: tl.constexpr,
-             BC: tl.constexpr, EXACT: tl.constexpr):
+             BC: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of rows over one share of the vocabulary. Outputs (shares,N): maximum, sum exp(z - maximum),
     sum exp(z - maximum) z, and the target's logit where this share holds it, else 0."""
     rows, s = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1)
@@ -70,7 +70,7 @@ def _forward(X, W, TARGET, MAX, SUM, MEAN, CHOSEN, N, C, V, share, scale, BM: tl
     end = tl.minimum(V, (s + 1) * share)
     for v in range(s * share, end, BV):
         words = v + tl.arange(0, BV)
-        z = _logits(X, W, rows, words, N, C, end, scale, BM, BV, BC, EXACT)
+        z = _logits(X, W, rows, words, N, C, end, scale, BM, BV, BC, PRECISION)
         here = (words < end)[None, :]
         chosen += tl.sum(tl.where((words[None, :] == target[:, None]) & here, z, 0.0), 1)
         new = tl.maximum(m, tl.max(tl.where(here, z, float("-inf")), 1))
@@ -87,11 +87,11 @@ def _forward(X, W, TARGET, MAX, SUM, MEAN, CHOSEN, N, C, V, share, scale, BM: tl
 
 @triton.jit
 def _logit_gradient(X, W, TARGET, LSE, ENTROPY, G_LOGPROB, G_ENTROPY, DZ, N, C, V, first, width, scale,
-                    BM: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr, EXACT: tl.constexpr):
+                    BM: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of dz / temperature: rows of this block x vocabulary entries first ... first + width. DZ (N,width)."""
     rows, column = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BV + tl.arange(0, BV)
     words = first + column
-    z = _logits(X, W, rows, words, N, C, V, scale, BM, BV, BC, EXACT)
+    z = _logits(X, W, rows, words, N, C, V, scale, BM, BV, BC, PRECISION)
     live = rows < N
     target = tl.load(TARGET + rows, mask=live, other=-1)
     logp = z - tl.load(LSE + rows, mask=live, other=0.0)[:, None]
@@ -109,16 +109,16 @@ def shared_bytes(tiles: Tiles, element: int) -> int:
     return (tiles.BM + tiles.BV) * tiles.BC * element * tiles.stages
 
 
-def choose(dtype: torch.dtype, limit: int) -> Tiles:
-    """The first tiles whose estimate fits `limit` bytes."""
+def choose(dtype: torch.dtype, precision: str, limit: int) -> Tiles:
+    """The first tiles whose estimate fits `limit` bytes; smaller ones where each product is three of TF32."""
     fitting = [t for t in TILES if shared_bytes(t, dtype.itemsize) <= limit]
-    return fitting[0] if dtype.itemsize == 2 else next(t for t in fitting if t.BM <= 64)  # three products of TF32 each
+    return fitting[0] if precision == "tf32" else next(t for t in fitting if t.BM <= 64)
 
 
 def _sizes(hidden) -> dict:
-    t = choose(hidden.dtype, shared_memory(hidden.device))
-    return {"BM": t.BM, "BV": t.BV, "BC": t.BC, "EXACT": hidden.dtype == torch.float32, "num_warps": t.warps,
-            "num_stages": t.stages}
+    precision = input_precision(hidden.dtype)
+    t = choose(hidden.dtype, precision, shared_memory(hidden.device))
+    return {"BM": t.BM, "BV": t.BV, "BC": t.BC, "PRECISION": precision, "num_warps": t.warps, "num_stages": t.stages}
 
 
 def _shares(rows: int, vocabulary: int, sizes: dict, device: torch.device) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from kernels.layout import Layout
@@ -14,21 +15,23 @@ from kernels.layout import Layout
 class Packed:
     """Rows [prefix | suffix 1 | ... ] back to back, and which tokens are scored.
 
-    ids (T); layout; source (M): packed index whose hidden state predicts each scored token; target (M); counts:
-    scored tokens of each suffix, in order.
+    ids (T); layout; source (M): packed index whose hidden state predicts each scored token; target (M); offsets (N+1):
+    ranges of scored tokens of the suffixes, in order; carried: what else went along.
     """
 
     ids: torch.Tensor
     layout: Layout
     source: torch.Tensor
     target: torch.Tensor
-    counts: list[int]
+    offsets: torch.Tensor
+    carried: list[torch.Tensor]
 
 
-def pack(rows, device="cpu") -> Packed:
+def pack(rows, device="cpu", carry: Sequence[np.ndarray] = ()) -> Packed:
     """rows: [(prefix ids, [(given ids, sampled ids), ...]), ...]. The sampled tokens are scored: who wrote a token
-    decides, never its text. The last one is predicted but never read."""
-    ids, prefix_lengths, suffix_lengths, group, source, target, counts = [], [], [], [], [], [], []
+    decides, never its text. The last one is predicted but never read. carry: arrays that go to the device, too: all of
+    it is one copy."""
+    ids, prefix_lengths, suffix_lengths, group, source, target, offsets = [], [], [], [], [], [], [0]
     for b, (prefix, suffixes) in enumerate(rows):
         ids += prefix
         prefix_lengths.append(len(prefix))
@@ -40,10 +43,11 @@ def pack(rows, device="cpu") -> Packed:
             ids += sampled[:-1]
             suffix_lengths.append(len(given) + len(sampled) - 1)
             group.append(b)
-            counts.append(len(sampled))
-    layout = Layout(prefix_lengths, suffix_lengths, group, device)
-    ids, source, target = (torch.tensor(x, dtype=torch.long, device=device) for x in (ids, source, target))
-    return Packed(ids, layout, source, target, counts)
+            offsets.append(len(target))
+    own = [np.array(x, np.int64) for x in (ids, source, target, offsets)]
+    layout = Layout(prefix_lengths, suffix_lengths, group, device, [*own, *carry])
+    ids, source, target, offsets, *carried = layout.carried
+    return Packed(ids, layout, source, target, offsets, carried)
 
 
 def bounded(rows, limit: int) -> Iterator[list]:

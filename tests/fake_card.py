@@ -12,14 +12,39 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import memtrain
 from data.weights import checkpoint, pretrained
 from data.world.steps import DemoSteps
-from kernels import attention, decode, draw, grpo, logprob
+from kernels import attention, decode, draw, grpo, input_precision, logprob
 from kernels.layout import Layout
 
 CUDA = torch.device("cuda", 0)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a host waits for: copies between it and the card, unless from pinned memory, and looks at values."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies, self.waits, self.pinned = 0, [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name in ("_to_copy", "copy_") and made.device != (source := args[name == "copy_"]).device:
+            self.copies += 1
+            asynchronous = args[2] if len(args) > 2 else (kwargs or {}).get("non_blocking")
+            if not asynchronous or source.untyped_storage()._cdata not in [
+                    x.untyped_storage()._cdata for x in self.pinned]:
+                self.waits.append(name)
+        if (kwargs or {}).get("pin_memory"):
+            self.pinned.append(made)
+        masks = name in ("index", "index_put_", "index_put") and any(
+            x is not None and x.dtype == torch.bool for x in args[1])
+        if masks or name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim"):
+            self.waits.append(name)
+        return made
 
 
 class Generators(TorchFunctionMode):
@@ -101,6 +126,17 @@ def own_policy(c) -> memtrain.Policy:
     return memtrain.Policy(c, CUDA)
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_tf32_reaches_the_kernels(cuda, tiny, wanted):
+    assert memtrain.parse(["--preset", "small"]).tf32
+    try:
+        own_policy(tiny("--tf32", str(wanted).lower()))
+        assert input_precision(torch.float32) == ("tf32" if wanted else "tf32x3")
+        assert input_precision(torch.bfloat16) == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def where(model: memtrain.Decoder) -> set[torch.device]:
     return {x.device for x in (*model.parameters(), *model.buffers())}
 
@@ -177,6 +213,21 @@ def test_a_grpo_step(cuda, tiny, tokenizer, fields):
     memtrain.accumulate(model, reference, c, batch, [0, 1, 2], 3, c.micro_tokens)  # what is read back says "broken"
     assert {p.grad.device for p in model.parameters() if p.requires_grad} == {CUDA}
     optimizer.step()
+
+
+@pytest.mark.parametrize("fields", [(), ("--lora-rank", "2")], ids=["all weights", "LoRA"])
+def test_a_micro_batch_is_copied_once_and_waited_for_never(cuda, tiny, fields):
+    c = tiny(*fields)
+    model = own_policy(c).model
+    turns = [memtrain.Turn(p, g, [7, 8, 9], [-1.0, -2.0, -3.0]) for p, g in PROMPTS]
+    batch = memtrain.Batch(turns, [0, 1, 2], [0.0, 1.0, 1.0], [0, 0, 0], [0, 0, 0], {})
+    reference = memtrain.reference_of(model, c)
+    with Waits() as seen:
+        memtrain.micro_loss(model, reference, c, batch, [0, 1, 2], [[0, 1], [2]], turns, 3)[0].backward()
+    assert not seen.waits and seen.copies <= 4, "the batch, and the tiles of three kernels"
+    with Waits() as seen:  # what is counted is seen
+        torch.tensor([1, 2], device=CUDA), torch.zeros(2).to(CUDA), torch.ones(2, device=CUDA).cpu()
+    assert len(seen.waits) == seen.copies == 3
 
 
 def test_a_step_of_the_base(cuda, tiny, tokenizer):

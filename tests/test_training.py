@@ -241,7 +241,7 @@ def test_who_wrote_a_token_decides_what_is_trained(agent, tiny):
              Turn(*prompts[2], [*text[:3], end], [])]
     packed, order = packed_of(turns)
     assert packed.target.tolist() == [token for i in order for token in turns[i].sampled]
-    assert packed.counts == [len(turns[i].sampled) for i in order]
+    assert packed.offsets.diff().tolist() == [len(turns[i].sampled) for i in order]
     ids, place = packed.ids.tolist(), 0
     for source, target, n in zip(*(iter(x) for x in _spans(packed)), strict=True):
         assert ids[source[0]] == assistant, "the first is predicted at the end of the prompt"
@@ -254,8 +254,8 @@ def test_who_wrote_a_token_decides_what_is_trained(agent, tiny):
 
 
 def _spans(packed):
-    sources, targets = packed.source.split(packed.counts), packed.target.split(packed.counts)
-    return [s.tolist() for s in sources], [t.tolist() for t in targets], packed.counts
+    counts = packed.offsets.diff().tolist()
+    return [s.tolist() for s in packed.source.split(counts)], [t.tolist() for t in packed.target.split(counts)], counts
 
 
 class Catch:

@@ -23,7 +23,8 @@ from kernels import attention, decode, draw, grpo, logprob
 
 GENERATIONS = {80: ("A100", 163), 86: ("3090", 99), 89: ("4090", 99), 90: ("H100", 227), 100: ("B200", 227),
                120: ("5090", 99)}  # compute capability: (a card, KB of shared memory that one block may use)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": (torch.bfloat16, "tf32"), "fp16": (torch.float16, "tf32"), "fp32": (torch.float32, "tf32x3"),
+          "tf32": (torch.float32, "tf32")}  # inputs, and how their products are taken
 HEAD_SIZES = (32, 64, 80, 96, 128)
 
 # Pointer types of kernel arguments that are not the inputs' dtype, and scalars that are not int32.
@@ -45,7 +46,7 @@ class Variant:
     kernel: object
     dtype: str
     head_size: int
-    constants: tuple[tuple[str, int], ...]
+    constants: tuple[tuple[str, int | str], ...]
     warps: int
     stages: int
 
@@ -74,24 +75,24 @@ def variants(limit: int, dtypes=tuple(DTYPES), head_sizes=HEAD_SIZES) -> list[Va
         found[Variant(name, kernel, dtype, head_size, tuple(constants.items()), warps, stages)] = None
 
     for dtype in dtypes:
-        exact = dtype == "fp32"
+        kind, precision = DTYPES[dtype]
         for D in head_sizes:
-            sizes = {"H": 14, "R": 2, "D": D, "BD": max(16, triton.next_power_of_2(D)), "EXACT": exact}
+            sizes = {"H": 14, "R": 2, "D": D, "BD": max(16, triton.next_power_of_2(D)), "PRECISION": precision}
             for kernel, table, resident in (("_forward", attention.FORWARD, 1),
                                             ("_backward_queries", attention.BACKWARD_QUERIES, 2),
                                             ("_backward_keys", attention.BACKWARD_KEYS, 2)):
-                t = attention.choose(table, D, DTYPES[dtype], limit, resident)
+                t = attention.choose(table, D, kind, precision, limit, resident)
                 add(f"attention{kernel}", getattr(attention, kernel), dtype, D, t.warps, t.stages, BM=t.BM, BN=t.BN,
                     **sizes)
-            for BM in sorted({decode.rows_a_tile(n, DTYPES[dtype]) for n in (8, 32, 128)}):
-                add("decode_prefix", decode._decode_prefix, dtype, D, 4, 2, BM=BM, BN=decode.tile(D, DTYPES[dtype]),
+            for BM in sorted({decode.rows_a_tile(n, precision) for n in (8, 32, 128)}):
+                add("decode_prefix", decode._decode_prefix, dtype, D, 4, 2, BM=BM, BN=decode.tile(D, kind),
                     **sizes)
-            add("decode_suffix", decode._decode_suffix, dtype, D, 4, 2, BM=16, BN=decode.tile(D, DTYPES[dtype]),
+            add("decode_suffix", decode._decode_suffix, dtype, D, 4, 2, BM=16, BN=decode.tile(D, kind),
                 **sizes)
-        t = logprob.choose(DTYPES[dtype], limit)
+        t = logprob.choose(kind, precision, limit)
         for kernel in ("_forward", "_logit_gradient"):
             add(f"logprob{kernel}", getattr(logprob, kernel), dtype, 0, t.warps, t.stages, BM=t.BM, BV=t.BV, BC=t.BC,
-                EXACT=exact)
+                PRECISION=precision)
     for past in (1, 0x3F800001):
         add("draw", draw._draw, "fp32", 0, draw.WARPS, 3, PAST=past, BLOCK=draw.BLOCK)
     for by_std in (False, True):
@@ -114,7 +115,7 @@ def signature(variant: Variant) -> dict[str, str]:
         elif variant.name.startswith(("logprob", "draw")) and name == "V":
             types[name] = "i32"
         elif name in INPUTS:
-            types[name] = "*" + variant.dtype
+            types[name] = "*" + variant.dtype.replace("tf32", "fp32")
         else:
             kinds = {"*fp32": FP32, "*i32": INT32, "*i64": INT64, "fp32": FLOATS, "i32": INTS}
             types[name] = next((kind for kind, names in kinds.items() if name in names), None) or _unknown(name)

@@ -539,7 +539,7 @@ def attention_launches(device: torch.device, H: int, K: int, D: int) -> dict[str
     return {"FORWARD": lambda t: attention._launch_forward(q, k, v, *layout.tiles(t.BM), own, *ranges),
             "BACKWARD_QUERIES": lambda t: attention._launch_queries(q, k, v, out, do, lse, *layout.tiles(t.BM), own,
                                                                     *ranges),
-            "BACKWARD_KEYS": lambda t: attention._launch_keys(q, k, v, do, lse, delta, *layout.tiles(t.BN), own,
+            "BACKWARD_KEYS": lambda t: attention._launch_keys(q, k, v, do, lse, delta, *layout.tiles(t.BN, True), own,
                                                               layout.own_end, *ranges[1:])}
 
 
@@ -550,7 +550,7 @@ def tiles(device: torch.device, result: Result, options) -> bool:
             kept, rows = dict(table), []
             for sizes in ATTENTION[name]:
                 t = attention.Tiles(*sizes)
-                table[64], table[128] = (t,), (t,)
+                table.update(dict.fromkeys(table, (t,)))
                 rows.append({"tiles": sizes} | attempt(partial(launch, t), device))
             table.update(kept)
             say(result, f"attention {name} bfloat16 D {D}", rows)
