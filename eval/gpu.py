@@ -56,7 +56,8 @@ SPREAD = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("x
 KERNELS = ("kernels/**/*.py", "eval/bench/gpu_steps.py")
 AGENT = (*KERNELS, "memtrain.py", "data/**/*.py", "eval/*.py")
 BENCH = (*AGENT, "eval/bench/*.py")
-TESTS = (*AGENT, "tests/test_triton.py", "tests/test_gpu.py", "tests/conftest.py", "tests/test_kernels.py")
+TESTS = (*AGENT, "tests/conftest.py", "tests/test_kernels.py", "tests/test_kernels_triton.py",
+         "tests/test_kernels_gpu.py")
 
 
 def own(name: str, seconds: float, text: str, sources: tuple[str, ...] = AGENT, cuda: bool = False) -> Step:
@@ -77,8 +78,9 @@ def tests(name: str, seconds: float, text: str, *chosen: str) -> Step:
 
 STEPS = (
     own("probe", 40, "card, versions, free memory, and the measured ceilings: matrix products and a copy", KERNELS),
-    tests("tests", 60, "the GPU tests: sampler, a GRPO step, LoRA, a tiny run to its report", "tests/test_gpu.py"),
-    tests("kernel-tests", 60, "the kernels' own tests", "tests/test_triton.py", *SPREAD, "-k",
+    tests("tests", 60, "the GPU tests: sampler, a GRPO step, LoRA, a tiny run to its report",
+          "tests/test_kernels_gpu.py"),
+    tests("kernel-tests", 60, "the kernels' own tests", "tests/test_kernels_triton.py", *SPREAD, "-k",
           "not broken and not six_generations"),
     own("kernels", 40, "every kernel against fp64 at the shapes of real models, forward and backward", KERNELS, True),
     own("parity", 40, "sampler with graphs = eager = CPU; sampled = scored; a GRPO gradient against fp64"),
@@ -91,7 +93,7 @@ STEPS = (
     own("small", 60, "60 steps of the preset small's base: seconds a step, loss"),
     bench("peers", 90, "a whole GRPO step beside TRL's", "trl", "--shape", "0.6b", "--repeats", "2", "--groups", "1"),
     own("tiles", 60, "other tile sizes of the kernels, timed: the fastest of each", KERNELS, True),
-    tests("mutants", 60, "kernels broken on purpose are noticed on the card too", "tests/test_triton.py",
+    tests("mutants", 60, "kernels broken on purpose are noticed on the card too", "tests/test_kernels_triton.py",
           *SPREAD, "-k", "broken"),
     own("run", 400, "the main command, python memtrain.py, from its first step to its report"),
     own("train", 3600, "preset small, base and MemTrain, as far as the time goes; its weights come back in parts"),

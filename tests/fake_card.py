@@ -1,8 +1,9 @@
 """The path that a GPU takes, tried without one: tensors that say they are on cuda:0, and have shapes but no data.
 
 FakeTensorMode refuses to mix devices as a card does; the kernels are operators with registered fakes, so that whole
-steps go through. What a fake can't show, values and launches, the interpreter (test_triton) and a card (test_gpu) show.
-test_fake_card.py runs this file in a process of its own, where PyTorch believes that it was built for CUDA.
+steps go through. What a fake can't show, values and launches, the interpreter (test_kernels_triton) and a card
+(test_kernels_gpu) show.
+test_kernels_fake_card.py runs this file in a process of its own, where PyTorch believes that it was built for CUDA.
 """
 
 import contextlib

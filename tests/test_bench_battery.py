@@ -74,7 +74,7 @@ def test_a_battery_goes_on_where_it_was_stopped(tmp_path):
 
 
 def test_a_killed_battery_leaves_a_whole_file(tmp_path):
-    code = ("import sys; sys.path.insert(0, {root!r}); from tests.test_battery import *; "
+    code = ("import sys; sys.path.insert(0, {root!r}); from tests.test_bench_battery import *; "
             "gpu.battery([GOOD, step('long', 'time.sleep(60)', seconds=60)], 'cpu', Path({out!r}), 2.0, [])")
     process = subprocess.Popen([sys.executable, "-c", code.format(root=str(gpu.ROOT), out=str(tmp_path))],
                                cwd=gpu.ROOT, stdout=subprocess.PIPE, text=True)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_corpus import DATA, FLASHRAG, HOTPOT, MUSIQUE, needs_data, refuses, write
+from test_text_corpus import DATA, FLASHRAG, HOTPOT, MUSIQUE, needs_data, refuses, write
 
 from data.text.benchmarks import FLASHRAG as HUB
 from data.text.benchmarks import REVISION, SPLITS, load_benchmarks

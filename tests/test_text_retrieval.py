@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import cpu_seconds
-from test_corpus import DATA, HOTPOT, needs_data, refuses, write
+from test_text_corpus import DATA, HOTPOT, needs_data, refuses, write
 
 from data import InputError
 from data.text import retrieval

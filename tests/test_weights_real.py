@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomise
-from test_cli import passages, questions, write
-from test_tokenizer import save, trained
+from test_memtrain_command import passages, questions, write
+from test_weights_tokenizer import save, trained
 
 from data.weights.loading import load_tokenizer
 from memtrain import main

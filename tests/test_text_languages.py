@@ -6,7 +6,7 @@ import json
 import random
 
 import pytest
-from test_corpus import HOTPOT, refuses, write
+from test_text_corpus import HOTPOT, refuses, write
 
 from data.problems import Data
 from data.tasks import around, masked_document, recall_target
