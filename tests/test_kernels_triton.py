@@ -401,7 +401,7 @@ def test_attention_at_high_precision(high, size):
 def test_a_broken_kernel_is_noticed(file, name, tmp_path, monkeypatch):
     broken = broken_kernel(file, *MUTANTS[file][name], tmp_path, monkeypatch)
     assert not AGREES[file](broken)
-    if file != "grpo":  # it has no products
+    if file in ("attention", "decode", "logprob"):  # which have products
         torch.set_float32_matmul_precision("high")
         try:
             assert not AGREES[file](broken), "the bound of TF32 is too wide"
