@@ -85,6 +85,19 @@ def test_sampled_logprobs_are_the_recomputed_ones(options, tiny, decoder, monkey
     assert (entropy > 0).all() and recorded.std() > 0.3, "not a uniform policy: that would hide mistakes"
 
 
+@pytest.mark.parametrize("options", [[], ["--lora-rank", "3", "--lora-alpha", "3"]], ids=["all weights", "LoRA"])
+def test_the_reference_is_scored_at_the_temperature(options, tiny, decoder):
+    """The KL at a stage's first step is 0 at any temperature: policy and reference are one, and scored alike."""
+    c = tiny("--temperature", "0.7", *options)
+    model = decoder(c, 9)
+    packed, _ = packed_of(sampled(model, c, 8, prompts_of(9)))
+    with torch.no_grad():
+        new, plain = score(model, packed, c.temperature)[0], score(model, packed)[0]
+    found = memtrain.reference_logprobs(model, memtrain.reference_of(model, c), packed, c)
+    torch.testing.assert_close(found, new, atol=1e-6, rtol=0)
+    assert (new - plain).abs().max() > 0.05
+
+
 def test_a_response_ends_with_its_first_stop_or_at_the_limit(tiny, decoder):
     turns = sampled(decoder(vocab=9), tiny(), 8, prompts_of(9))
     assert [(t.prefix, t.given) for t in turns] == prompts_of(9), "in the order of the prompts"
