@@ -128,10 +128,9 @@ class Data:
     def _hold_out(self, questions: Iterable[Question]) -> None:
         """Nothing that is trained on holds evidence of these questions of the evaluation: neither passages nor what
         comes with training questions. What that takes away is counted, passages in the run's header."""
-        questions, asked = list(questions), self.train_questions
-        self.train, out = without_evidence(self.train, questions)
+        evidence, asked = Evidence(questions), self.train_questions
+        self.train, out = without_evidence(self.train, evidence)
         self.kept_out += out
-        evidence = Evidence(questions)
         self.train_questions = [replace(q, distractors=tuple(p for p in q.distractors if p not in evidence))
                                 for q in asked if not evidence.of(q)]
         if lost := len(asked) - len(self.train_questions):

@@ -14,7 +14,7 @@ from data.prompts import Prompts
 from data.tasks import MASK, TARGET
 from data.text.corpus import Corpus, Passage, Question
 from data.text.entities import RuleFinder, occurs
-from data.text.evidence import without_evidence
+from data.text.evidence import Evidence, without_evidence
 from data.warmup import Reader, lines
 
 TOWNS = ("Arlem", "Brask", "Corvo", "Delmar", "Esker", "Fintry", "Gorst", "Halden", "Ister", "Jarrow")
@@ -83,9 +83,9 @@ def test_a_recall_names_what_its_memory_holds(reader, tokenizer):
 def test_evidence_of_evaluation_questions_is_kept_out_and_counted():
     corpus = Corpus([Passage("A", "one"), Passage("A", "two"), Passage("B", "three")], "c")
     asked = [Question("q", "Who?", ("x",), (Passage("A", "as the question file has it"),), (Passage("B", "other"),))]
-    kept, out = without_evidence(corpus, asked)
+    kept, out = without_evidence(corpus, Evidence(asked))
     assert [p.title for p in kept.passages] == ["B"] and out == 2
-    assert without_evidence(corpus, []) == (corpus, 0)
+    assert without_evidence(corpus, Evidence([])) == (corpus, 0)
 
 
 def test_a_warm_up_is_what_later_stages_start_from(model, lottery, monkeypatch, capsys, folder):  # noqa: F811

@@ -42,9 +42,8 @@ def _sentences(passage: Passage) -> list[Words]:
     return [compared(s) for s in SENTENCE_END.split(passage.text) if count(s) >= LONG]
 
 
-def without_evidence(corpus: Corpus, questions: Iterable[Question]) -> tuple[Corpus, int]:
-    """(the corpus without passages that hold evidence of `questions`, how many those are). InputError if all do."""
-    evidence = Evidence(questions)
+def without_evidence(corpus: Corpus, evidence: Evidence) -> tuple[Corpus, int]:
+    """(the corpus without passages that hold this evidence, how many those are). InputError if all do."""
     kept = [p for p in corpus.passages if p not in evidence]
     out = len(corpus) - len(kept)
     if not kept:
