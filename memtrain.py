@@ -22,8 +22,6 @@ Differences from the paper, each with its reason, are listed in eval/README.md. 
 
     python memtrain.py                                   the whole paper in miniature (preset nano, two CPU cores)
     python memtrain.py --seeds 0,1,2 --ablations --scaling    with every arm of its ablations, and one report of all
-    python memtrain.py --stages base --run mybase        train the stand-in for the instruct model anew
-    python memtrain.py --corpus FILE --questions FILE --train-questions FILE --run real
     python memtrain.py plan --preset qwen3-4b            its memory, tokens, hours; nothing is downloaded or run
     python memtrain.py --help                            every field of the configuration
 
@@ -61,6 +59,7 @@ from data.config import (
     kind_of,
     lengths_of,
     parse,
+    processes,
     refusal,
     rope_scaling,
 )
@@ -92,13 +91,7 @@ from data.problems import Data
 from data.prompts import FULL, MASK_PROBLEM, SHORT, Prompts
 from data.run import ranks
 from data.run.folder import Interrupt, Log, RunFolder, Stopped, deaf
-from data.search import (
-    CORRECTION,
-    Action,
-    SearchProblem,
-    observation,
-    split_response,
-)
+from data.search import CORRECTION, Action, SearchProblem, observation, split_response
 from data.tasks import Problem, cut_middle, recall_target, recall_then, sections
 from data.text.retrieval import Retriever
 from data.weights.checkpoint import load_checkpoint, save_checkpoint
@@ -565,7 +558,7 @@ def collect(agent: Agent, data: Data, stage: str, step: int) -> Batch:
         for n, (i, *_) in enumerate(probes):
             share = float(np.mean(hits[n * c.recall_group:(n + 1) * c.recall_group]))
             rewards[i] += c.recall_weight * share
-            group += [c.documents + n] * c.recall_group
+            group += [c.documents * (1 + c.group * ranks.RANK) + n] * c.recall_group  # unlike those of other ranks
             document += [document[i]] * c.recall_group
         entry += range(len(rollouts), len(rollouts) + len(recalled))
         turns += recalled
@@ -586,6 +579,16 @@ def with_signal(batch: Batch) -> set[int]:
     for g, r in zip(batch.group, batch.rewards, strict=True):
         by_group.setdefault(g, set()).add(r)
     return {g for g, values in by_group.items() if len(values) > 1}
+
+
+def shared(batch: Batch, groups: set[int]) -> Batch:
+    """The rewards of all ranks and the turns of `groups`, at every rank: an update is dealt out evenly, whoever sampled
+    what it learns from."""
+    first = sum(ranks.gather([len(batch.rewards)])[:ranks.RANK])
+    turns = ranks.gather([(t, first + e) for t, e in zip(batch.turns, batch.entry, strict=True)
+                          if batch.group[e] in groups])
+    return Batch([t for t, _ in turns], [e for _, e in turns],
+                 *map(ranks.gather, (batch.rewards, batch.group, batch.document)), batch.stats)
 
 
 def micro_batches(turns: Sequence[Turn], limit: int) -> Iterator[list[list[int]]]:
@@ -634,13 +637,13 @@ def micro_loss(model: Decoder, reference: Reference, c: Config, batch: Batch, en
 
 def accumulate(model: Decoder, reference: Reference, c: Config, batch: Batch, chosen: Sequence[int],
                interactions: float, limit: int) -> tuple[dict[str, float], float]:
-    """Adds the gradient of the chosen turns' part of the objective, micro-batch by micro-batch. Returns SUMS by name
-    with `trained`, the packed tokens, and the largest mismatch. interactions: the number of turns that the objective
-    is a mean of."""
+    """Adds this rank's share of the gradient of the objective over the chosen turns, micro-batch by micro-batch.
+    Returns SUMS by name with `trained`, the packed tokens, and the largest mismatch. interactions: the number of turns
+    that the objective is a mean of."""
     turns, entry = [batch.turns[i] for i in chosen], [batch.entry[i] for i in chosen]
     total = torch.zeros(len(SUMS), dtype=torch.float64, device=model.embed.device)
     largest, trained = total.new_zeros(()), 0
-    for micro in micro_batches(turns, limit):
+    for micro in list(micro_batches(turns, limit))[ranks.RANK::ranks.WORLD]:
         loss, sums, most, tokens = micro_loss(model, reference, c, batch, entry, micro, turns, interactions)
         loss.backward()
         total += sums
@@ -651,14 +654,13 @@ def accumulate(model: Decoder, reference: Reference, c: Config, batch: Batch, ch
 
 def update(model: Decoder, reference: Reference, optimizer, c: Config, batch: Batch,
            entries: set[int]) -> dict[str, float]:
-    """One optimiser step on the turns of the given reward entries, those of all ranks together. Micro-batches never
-    change the gradient; if memory runs out, they are halved, once."""
+    """One optimiser step on the turns of the given reward entries. Micro-batches never change the gradient; if memory
+    runs out, they are halved, once."""
     chosen = [i for i, e in enumerate(batch.entry) if e in entries]
     device = model.embed.device
-    interactions = int(ranks.total([len(chosen)], device)[0])
     while True:
         try:
-            total, largest = accumulate(model, reference, c, batch, chosen, interactions,
+            total, largest = accumulate(model, reference, c, batch, chosen, len(chosen),
                                         int(c.micro_tokens * model.share))
             break
         except torch.OutOfMemoryError:
@@ -1006,21 +1008,21 @@ def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
     batch = collect(run.agent, run.data, kind, step)
     prompts = int(ranks.total([sampler.prompt_tokens - before], run.device)[0])
     sampled = time.perf_counter() - began
-    signal_ = with_signal(batch)
+    signal_, groups = with_signal(batch), len(set(batch.group))
+    batch = shared(batch, signal_)
     for g in optimizer.param_groups:
         g["lr"] = c.lr * min(1.0, (step + 1) / max(1, c.warmup))
     rows = []
     for first in range(0, c.documents, c.update_documents):
-        entries = {e for e, (g, d) in enumerate(zip(batch.group, batch.document, strict=True))
-                   if g in signal_ and first <= d < first + c.update_documents}
-        if ranks.total([len(entries)], run.device)[0]:
+        entries = {e for e in batch.entry if first <= batch.document[e] < first + c.update_documents}
+        if entries:
             rows.append(update(run.model, reference, optimizer, c, batch, entries))
     synchronise(run.device)
     seconds = time.perf_counter() - began
     mean = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]} if rows else {}
     mean |= {k: v for k, v in rows[0].items() if "mismatch" in k} if rows else {}  # later ones have moved on purpose
     mean["tokens_trained"] = sum(r["tokens_trained"] for r in rows)
-    signals, groups = ranks.total([len(signal_), len(set(batch.group))], run.device)
+    signals, groups = ranks.total([len(signal_), groups], run.device)
     speed = mean["tokens_trained"] / max(1e-9, seconds - sampled)
     return {"step": step, "seconds": seconds, "seconds_sampling": sampled,
             "tokens_prompts": prompts} | batch.stats | mean | {
@@ -1060,7 +1062,7 @@ def run_stages(run: Run) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
+    own, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
     try:
         if argv and argv[0] in COMMANDS:
             given = {"read": (Policy.of, Agent), "gates": (Policy.of, Agent, recall_probe), "export": (Policy.of,)}
@@ -1068,18 +1070,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         c = parse(argv)
         if is_study(c):
             return commands.study(argv)
-        torch.set_num_threads(c.threads or os.cpu_count() or 1)
-        if c.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
-            torch.use_deterministic_algorithms(True)
-        run = Run(c)
-        try:
-            if ranks.FIRST:
-                header(run, score)
-            run_stages(run)
-        finally:
-            if ranks.FIRST:
-                run.log.close()
+        with ranks.together(processes(c, torch.cuda.is_available()) if own else 1):
+            torch.set_num_threads(c.threads or max(1, (os.cpu_count() or 1) // ranks.WORLD))
+            if c.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+                torch.use_deterministic_algorithms(True)
+            run = Run(c)
+            try:
+                if ranks.FIRST:
+                    header(run, score)
+                run_stages(run)
+            finally:
+                if ranks.FIRST:
+                    run.log.close()
     except torch.OutOfMemoryError as e:
         return refusal(InputError(str(e).partition("\n")[0]), argv)
     except InputError as e:
@@ -1087,8 +1090,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Stopped, KeyboardInterrupt):
         print(f"stopped; continue with: {command()}", file=sys.stderr)
         return 130
-    finally:
-        ranks.leave()
     return 0
 
 

@@ -121,7 +121,9 @@ class Config:
     init: str = option("", "run", "checkpoint instead of the shipped base, which the base stage trains on from; with "
                        "--model the folder of a PEFT adapter")
     device: str = option("auto", "run", "auto, cpu or cuda")
-    threads: int = option(0, "run", "CPU threads; 0: all cores")
+    threads: int = option(0, "run", "CPU threads of a process; 0: all cores, shared out among the processes")
+    processes: int = option(0, "run", "that share the run on this machine; 0: on a CPU one a core, up to "
+                                      "four, for our own models without --threads, else one. On GPUs torchrun does it")
     deterministic: bool = option(False, "run", "on a GPU: only operations that give the same result every time, or an "
                                                "error; slower. On a CPU every run is")
     tf32: bool = option(False, "run", "on a GPU: float32 products with ten bits of mantissa (bfloat16 has seven), "
@@ -324,8 +326,9 @@ COMMANDS = ("plan", "read", "export", "gates")  # besides training and evaluatio
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths, and one
 # that ran out of memory goes on in smaller batches.
-FREE_FIELDS = {"stages", "wandb", "debug", "threads", "device", "run", "preset", "eval_lengths", "eval_systems",
-               "world", "changing", "lora_merge", "recompute", "micro_tokens", "sample_rows", "cache_gb"} | set(STUDY)
+FREE_FIELDS = {"stages", "wandb", "debug", "threads", "processes", "device", "run", "preset", "eval_lengths",
+               "eval_systems", "world", "changing", "lora_merge", "recompute", "micro_tokens", "sample_rows",
+               "cache_gb"} | set(STUDY)
 
 
 class CommandParser(StrictParser):
@@ -449,6 +452,14 @@ def lengths_of(config: Config) -> list[int]:
     return lengths
 
 
+def processes(c: Config, cuda: bool) -> int:
+    """How many processes share this run on one machine. cuda: whether there is a GPU."""
+    alone = (cuda and c.device != "cpu") or c.threads or c.model or c.stages == "report" or os.name != "posix"
+    if c.processes or alone:
+        return c.processes or 1
+    return max(n for n in range(1, min(4, os.cpu_count() or 1) + 1) if c.update_documents % n == 0)
+
+
 def is_study(c: Config) -> bool:
     """Whether a command asks for several runs and one report."""
     return any(getattr(c, name) for name in STUDY)
@@ -537,7 +548,7 @@ def check(c: Config) -> None:
         refuse(not getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be above 0")
     for name in ("memtrain_steps", "memagent_steps", "mem1_steps", "base_searches", "base_timelines", "recall_group",
                  "recall_weight", "kl", "lora_rank", "related",
-                 "eval_masked", "warmup", "threads", "base_copy_steps", "base_steps", "vocab"):
+                 "eval_masked", "warmup", "threads", "processes", "base_copy_steps", "base_steps", "vocab"):
         refuse(getattr(c, name) < 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
     refuse(c.documents % c.update_documents > 0,
            f"--update-documents {c.update_documents}: must divide --documents {c.documents}")
@@ -570,7 +581,7 @@ def check(c: Config) -> None:
     refuse(bool(c.model and c.init) and not c.lora_rank,
            f"--init {c.init}: beside --model it is an adapter; give its --lora-rank, too")
     rope_scaling(c)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = max(c.processes, int(os.environ.get("WORLD_SIZE", "1")))
     refuse(c.update_documents % world > 0,
            f"--update-documents {c.update_documents}: must be a multiple of the {world} processes that share them")
     refuse(max(kept_steps(c), default=0) > max(c.memagent_steps, c.mem1_steps),

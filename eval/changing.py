@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from data.world.timeline import Changing
 from eval.longqa import long_qa_row
-from eval.memory import Book, Memories
+from eval.memory import Book, Kept, reading, shown
 from eval.metrics import exact_match
 
 SHOWN = 4  # documents of the viewer: the first ones whose fact has changed
@@ -29,15 +29,9 @@ def changing_row(agent, system: str, seed: int, length: int, problems: Sequence[
                   "distance": "".join(str(min(n.bit_length(), 9)) for n in sections)}
 
 
-def keep_for_viewer(memories: Memories, system: str, length: int, problems: Sequence[Changing], read: Sequence) -> None:
-    """Writes how `system` read the first documents whose fact has changed to readings.json."""
+def changing_readings(agent, length: int, problems: Sequence[Changing], read: Sequence) -> list[Kept]:
+    """What readings.json keeps: the first documents whose fact has changed."""
     chosen = [i for i, p in enumerate(problems) if p.stale][:SHOWN]
-    if length != memories.shown:
-        return
-    for i in chosen:
-        p, decode = problems[i], memories.agent.tokenizer.decode
-        book = Book(p, "changing", length, [decode(s) for s in memories.agent.sections(p)], frozenset(),
-                    shown=list(p.current), outdated=list(p.outdated))
-        memories.keep(book, system, {"memories": [decode(m).strip() for m in read[i].memories],
-                                     "answer": read[i].answer, "correct": int(exact_match(read[i].answer, p.answers))})
-    memories.save()
+    books = [Book(problems[i], "changing", length, [agent.tokenizer.decode(s) for s in agent.sections(problems[i])],
+                  frozenset(), shown=list(problems[i].current), outdated=list(problems[i].outdated)) for i in chosen]
+    return [(shown(book), reading(agent, read[i])) for i, book in zip(chosen, books, strict=True)]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from data.config import kind_of
+from data.run import ranks
 from data.run.terminal import printable
 from eval.plan import packed_tokens, refuse_too_large, work
 from eval.stage import commit
@@ -29,9 +30,10 @@ def header(run, score: Callable) -> None:
         print("note: --deterministic samples without captured graphs, which is slower")
     if commit() == "unknown":
         print("note: no git checkout here: results will not say which commit they are of")
+    threads = f"{torch.get_num_threads()} threads" + f" in each of {ranks.WORLD} processes" * (ranks.WORLD > 1)
     print(printable(
           f"memtrain {commit()}  preset {c.preset}  run {run.folder.path}  seed {c.seed}  stages {c.stages}\n"
-          f"  device   {run.device} ({torch.get_num_threads()} threads), kernels: {kernels_in_use(run.device)}\n"
+          f"  device   {run.device} ({threads}), kernels: {kernels_in_use(run.device)}\n"
           f"  model    {parameters / 1e6:.2f} M parameters, {run.tokenizer.size} tokens"
           f"{f', LoRA rank {c.lora_rank}' if c.lora_rank else ''}\n"
           f"  corpus   {data.train.name}: {len(data.train)} passages to train on, {len(data.held_out)} held out"
@@ -74,4 +76,4 @@ def estimate(run, score: Callable) -> tuple[float, int]:
         spent.append(time.perf_counter() - began)
     run.model.zero_grad(set_to_none=True)
     rate = packed.layout.total / min(spent)  # tokens/s forward and backward
-    return sum(work(c).values()) / rate / 60, packed_tokens(c, "memtrain")
+    return sum(work(c).values()) / rate / 60 / ranks.WORLD, packed_tokens(c, "memtrain")

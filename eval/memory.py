@@ -30,7 +30,6 @@ from data.tasks import MASK, Problem
 from data.text.corpus import SENTENCE_END
 from data.text.entities import APOSTROPHE, HYPHEN, occurs
 from data.world.miniwiki import RELATIONS, Fact, MiniWorld
-from eval.metrics import exact_match
 from eval.report.results import load_readings
 
 FURTHER = 8  # k = 0 .. 7
@@ -237,7 +236,8 @@ def chosen_lengths(lengths: Sequence[int]) -> tuple[int, int]:
 class Memories:
     """What an evaluation keeps of its readings: rows of results.json and readings.json beside it.
 
-    rows: those that results.json has so far. Length 0 stands for the held-out masked documents.
+    rows: those that results.json has so far. Length 0 stands for the held-out masked documents. A system is measured by
+    `note`, on any rank, and what is kept of it written by `keep`, on the first.
     InputError where readings.json is none, or is of other documents.
     """
 
@@ -265,10 +265,11 @@ class Memories:
         kept = sum(d["task"] == task and d["length"] == sections and system in d["systems"] for d in self.documents)
         return (row or length not in (0, self.measured)) and kept >= self.counts.get(length, 0)
 
-    def note(self, system: str, length: int, problems: Sequence[Problem], rollouts: Sequence) -> dict[str, dict]:
-        """Writes what readings.json keeps of these rollouts; {"memory": the row} where this length is measured."""
+    def note(self, system: str, length: int, problems: Sequence[Problem],
+             rollouts: Sequence) -> tuple[dict[str, dict], list[Kept]]:
+        """{"memory": the row} where this length is measured, and what readings.json keeps of these rollouts."""
         if not rollouts or self.has(system, length):
-            return {}
+            return {}, []
         task, sections = self._task(length)
         count = self.counts.get(length, 0)
         measured = length in (0, self.measured)
@@ -279,13 +280,10 @@ class Memories:
             tally = tally or Tally("entities" if book.phrases is None else "facts")
             if measured:
                 tally.add(book, memories, sum(map(len, rollout.memories)), self.data.finder)
-        if count:
-            for book, rollout, memories in zip(self.books[length][:count], rollouts, texts, strict=False):
-                self.keep(book, system, {"memories": memories, "answer": rollout.answer,
-                                         "correct": int(exact_match(rollout.answer, book.problem.answers))})
-            self.save()
+        kept = [(shown(book), reading(self.agent, rollout))
+                for book, rollout in zip(self.books[length][:count], rollouts, strict=False)]
         row = {"system": system, "seed": self.seed, "task": task, "length": sections}
-        return {"memory": row | tally.row()} if measured else {}
+        return {"memory": row | tally.row()} if measured else {}, kept
 
     def _books(self, problems: Sequence[Problem], length: int) -> Iterator[Book]:
         data, world = self.data, self.data.held_out_world
@@ -299,18 +297,30 @@ class Memories:
             facts = world.question_facts(i)[1] if world else ()
             yield question_book(p, sections, length, data.finder, gold, facts, phrases)
 
-    def save(self) -> None:
-        write_json(self.path, {"format": 1, "documents": self.documents})
+    def keep(self, system: str, kept: Sequence[Kept]) -> None:
+        """Writes how `system` read documents to readings.json."""
+        for new, read in kept:
+            same = [d for d in self.documents if all(d[k] == new[k] for k in ("id", "task", "length"))]
+            if not same:
+                self.documents.append(new | {"systems": {}})
+            elif same[0]["sections"] != new["sections"]:
+                raise InputError(f"{self.path}: document {new['id']} has another text than this run reads; delete the "
+                                 f"file to have it written anew")
+            (same or self.documents[-1:])[0]["systems"][system] = read
+        if kept:
+            write_json(self.path, {"format": 1, "documents": self.documents})
 
-    def keep(self, book: Book, system: str, reading: dict) -> None:
-        p = book.problem
-        new = {"id": p.id, "task": book.task, "length": book.length, "kind": p.kind, "question": p.question,
-               "answers": list(p.answers), "sections": [s.strip() for s in book.sections], "gold": book.shown,
-               "marks": book.marks} | ({"outdated": book.outdated} if book.outdated else {})
-        same = [d for d in self.documents if all(d[k] == new[k] for k in ("id", "task", "length"))]
-        if not same:
-            self.documents.append(new | {"systems": {}})
-        elif same[0]["sections"] != new["sections"]:
-            raise InputError(f"{self.path}: document {p.id} has another text than this run reads; delete the file to "
-                             f"have it written anew")
-        (same or self.documents[-1:])[0]["systems"][system] = reading
+
+Kept = tuple[dict, dict]  # a document of readings.json, and how it was read
+
+
+def shown(book: Book) -> dict:
+    p = book.problem
+    return {"id": p.id, "task": book.task, "length": book.length, "kind": p.kind, "question": p.question,
+            "answers": list(p.answers), "sections": [s.strip() for s in book.sections], "gold": book.shown,
+            "marks": book.marks} | ({"outdated": book.outdated} if book.outdated else {})
+
+
+def reading(agent, rollout) -> dict:
+    return {"memories": [agent.tokenizer.decode(m).strip() for m in rollout.memories], "answer": rollout.answer,
+            "correct": int(rollout.correct)}

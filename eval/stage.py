@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from data import InputError
 from data.config import readers, searchers, systems_of
+from data.run import ranks
 from data.run.files import read_json, write_json
-from eval.changing import changing_row, keep_for_viewer
+from eval.changing import changing_readings, changing_row
 from eval.gpu import commit
 from eval.longqa import held_out_rows, long_qa_row
 from eval.memory import Memories
@@ -34,7 +35,7 @@ def environment(run) -> dict:
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
     return {"commit": commit(), "date": f"{datetime.now():%Y-%m-%d}", "device": gpu or "cpu", "cpu": cpu,
-            "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "threads": torch.get_num_threads() * ranks.WORLD, "torch": torch.__version__,
             "python": ".".join(map(str, sys.version_info[:3])), "kernels": kernels_in_use(run.device),
             "command": command()}
 
@@ -50,58 +51,75 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     run: folder, configuration, data and the agent as evaluated (memtrain.Run). recall_probe: draws a recall prompt
     as training does. Returns whether the evaluation is complete; False where it was interrupted after a row.
     """
-    c, results = run.c, Results(run)
-    systems = systems_of(c)
+    results = Results(run) if ranks.FIRST else None
+    memories = Memories(run, lengths, results.value["memory"] if results else [])
+    jobs = pending(run, lengths, results, memories) if results else []
+    weights = ""
+
+    def measure(job):
+        nonlocal weights
+        if weights != (wanted := weights_of(job[0])):
+            run.load(wanted)
+            weights = wanted
+        return rows_of(run, *job, memories, recall_probe)
+
+    # the bar counts sections read, and turns of search for as many: that is what takes the time
+    bar = tqdm(total=sum(effort(run, *j) for j in jobs), desc="eval", unit="section", disable=not ranks.FIRST)
+    for (system, job), (rows, kept) in ranks.deal(jobs, measure, lambda: run.interrupt.asked):
+        bar.set_postfix_str(f"{system} {job}")
+        memories.keep(system, kept)
+        results.add(**rows)
+        bar.update(effort(run, system, job))
+    bar.close()
+    if run.interrupt.asked:
+        return False
+    if results:
+        results.finish()
+    return True
+
+
+def weights_of(system: str) -> str:
+    return system.split("-")[0]
+
+
+def pending(run, lengths: Sequence[int], results: Results, memories: Memories) -> list[tuple]:
+    """(system, job) of all that is not measured yet. job: as in `Results.has`. One process goes from system to system;
+    of several each takes the largest that is left."""
+    c, systems = run.c, systems_of(run.c)
     trained = [s for s in systems if s not in ("base", "base-one-window") and run.folder.finished(s)]
     jobs = [(s, n) for s in [*readers(trained), "base-one-window"] for n in lengths]
     jobs += [(s, 0) for s in readers(trained) if c.eval_masked and "@" not in s]
     jobs += [(s, name) for s in searchers(trained) for name in run.data.benchmarks]
     jobs += [(s, ChangingLength(n)) for s in readers(trained) for n in lengths if c.changing]
-    memories = Memories(run, lengths, results.value["memory"])
     wanted = c.eval_systems.split(",") if c.eval_systems else systems
     jobs = [j for j in jobs if j[0] in wanted and not (results.has(*j) and memories.has(*j))]
-    # the bar counts sections read, and turns of search for as many: that is what takes the time
-    bar = tqdm(total=sum(effort(run, *j) for j in jobs), desc="eval", unit="section")
-    loaded = None
-    for system, job in sorted(jobs, key=lambda j: (j[0].split("-")[0], str(j[1]).rjust(3))):
-        if loaded != (weights := system.split("-")[0]):
-            run.load(weights)
-            loaded = weights
-        bar.set_postfix_str(f"{system} {job}")
-        if isinstance(job, str):
-            results.add(search_qa=search_row(run.evaluated, run.data.retriever(), system, c.seed,
-                                             run.data.benchmarks[job]))
-        elif isinstance(job, ChangingLength):
-            problems, read = [run.data.changing_question(i, job) for i in range(c.eval_questions)], []
-            row = changing_row(run.evaluated, system, c.seed, int(job), problems, read)
-            keep_for_viewer(memories, system, int(job), problems, read)
-            results.add(changing=row)
-        else:
-            results.add(**reading_rows(run, system, job, memories, recall_probe))
-        bar.update(effort(run, system, job))
-        if run.interrupt.asked:
-            bar.close()
-            return False
-    bar.close()
-    results.finish()
-    return True
+    if ranks.WORLD > 1:
+        return sorted(jobs, key=lambda j: -effort(run, *j))
+    return sorted(jobs, key=lambda j: (weights_of(j[0]), str(j[1]).rjust(3)))
 
 
 class ChangingLength(int):
     """A length in sections of documents in which facts change, as a job."""
 
 
-def reading_rows(run, system: str, length: int, memories: Memories, recall_probe) -> dict[str, dict]:
-    """Rows of results.json on questions about documents of `length` sections; 0: on held-out masked documents."""
-    c, rollouts = run.c, []
-    if length:
-        problems = [run.data.evaluation_question(i, length) for i in range(len(run.data.questions))]
-        rows = {"long_qa": long_qa_row(run.evaluated, system, c.seed, length, problems, rollouts)}
+def rows_of(run, system: str, job: int | str, memories: Memories, recall_probe) -> tuple[dict[str, dict], list]:
+    """Rows of results.json, by section, and what readings.json keeps."""
+    c, agent, rollouts = run.c, run.evaluated, []
+    if isinstance(job, str):
+        return {"search_qa": search_row(agent, run.data.retriever(), system, c.seed, run.data.benchmarks[job])}, []
+    if isinstance(job, ChangingLength):
+        problems = [run.data.changing_question(i, job) for i in range(c.eval_questions)]
+        row = changing_row(agent, system, c.seed, int(job), problems, rollouts)
+        return {"changing": row}, changing_readings(agent, int(job), problems, rollouts) * (job == memories.shown)
+    if job:
+        problems = [run.data.evaluation_question(i, job) for i in range(len(run.data.questions))]
+        rows = {"long_qa": long_qa_row(agent, system, c.seed, job, problems, rollouts)}
     else:
         problems = [run.data.masked_problem(i, held_out=True) for i in range(c.eval_masked)]
-        recall, masked = held_out_rows(run.evaluated, system, c.seed, problems, run.data.finder, recall_probe, rollouts)
+        recall, masked = held_out_rows(agent, system, c.seed, problems, run.data.finder, recall_probe, rollouts)
         rows = {"masked": masked, "recall": recall}
-    return rows | memories.note(system, length, problems, rollouts)
+    memory, kept = memories.note(system, job, problems, rollouts)
+    return rows | memory, kept
 
 
 def effort(run, system: str, job: int | str) -> int:
@@ -167,4 +185,7 @@ class Results:
                                "reward_first": float(np.mean(rewards[:few])) if rewards else None,
                                "reward_last": float(np.mean(rewards[-few:])) if rewards else None})
         self.value["stages"] = stages
+        for section, names in ONCE.items():  # several processes add them in no order
+            self.value[section].sort(key=lambda r, names=names: (
+                weights_of(r["system"]), [str(r.get(k)).rjust(3) for k in names], r["system"]))
         write_json(self.path, self.value)

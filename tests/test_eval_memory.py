@@ -171,7 +171,7 @@ def stand_in(tmp_path, agent):
     problem = Problem(question.id, question.question, question.answers, (question.gold[0].rendered,), HOSTILE)
     sections = len(list(a.sections(problem)))
     memories = [a.tokenizer.encode(f"{HOSTILE} {i}") for i in range(sections)]
-    rollout = types.SimpleNamespace(memories=memories, answer=HOSTILE)
+    rollout = memtrain.Rollout(problem, [], [], memories, HOSTILE)
 
     def build(rows=()):
         return Memories(run, [4], rows), [problem], [rollout]
@@ -181,7 +181,8 @@ def stand_in(tmp_path, agent):
 def test_hostile_text_survives(stand_in, tmp_path):
     memories, problems, rollouts = stand_in()
     assert not memories.has("base", 4)
-    rows = memories.note("base", 4, problems, rollouts)
+    rows, kept = memories.note("base", 4, problems, rollouts)
+    memories.keep("base", kept)
     assert rows["memory"]["n"] == 1 and rows["memory"]["task"] == "question" and rows["memory"]["length"] == 4
     text = (tmp_path / "readings.json").read_bytes()
     assert text.isascii() and b"\0" not in text and b"\x1b" not in text
@@ -197,14 +198,18 @@ def test_hostile_text_survives(stand_in, tmp_path):
 
 def test_a_second_evaluation_adds_what_is_missing(stand_in, tmp_path):
     memories, problems, rollouts = stand_in()
-    rows = [memories.note("base", 4, problems, rollouts)["memory"]]
+    row, kept = memories.note("base", 4, problems, rollouts)
+    memories.keep("base", kept)
+    rows = [row["memory"]]
     memories, *_ = stand_in(rows)  # as a new process finds it
     assert memories.has("base", 4) and memories.has("base-one-window", 4) and not memories.has("memtrain", 4)
-    assert memories.note("base", 4, problems, rollouts) == {}
+    assert memories.note("base", 4, problems, rollouts) == ({}, [])
     memories, *_ = stand_in([*rows, rows[0] | {"system": "memtrain"}])
     assert not memories.has("memtrain", 4), "its row is there, its reading is not"
     memories, *_ = stand_in(rows)
-    assert memories.note("memtrain", 4, problems, rollouts)["memory"]["system"] == "memtrain"
+    row, kept = memories.note("memtrain", 4, problems, rollouts)
+    assert row["memory"]["system"] == "memtrain"
+    memories.keep("memtrain", kept)
     (document,) = load_readings(tmp_path / "readings.json")
     assert list(document["systems"]) == ["base", "memtrain"]
     (tmp_path / "readings.json").unlink()
@@ -214,14 +219,14 @@ def test_a_second_evaluation_adds_what_is_missing(stand_in, tmp_path):
 
 def test_readings_of_other_documents_are_refused(stand_in, tmp_path):
     memories, problems, rollouts = stand_in()
-    memories.note("base", 4, problems, rollouts)
+    memories.keep("base", memories.note("base", 4, problems, rollouts)[1])
     path = tmp_path / "readings.json"
     value = json.loads(path.read_text())
     value["documents"][0]["sections"][0] = "another text"
     path.write_text(json.dumps(value))
     memories, *_ = stand_in()
     with pytest.raises(InputError, match=r"readings\.json: document .* another text.*delete"):
-        memories.note("memtrain", 4, problems, rollouts)
+        memories.keep("memtrain", memories.note("memtrain", 4, problems, rollouts)[1])
     assert json.loads(path.read_text()) == value, "what was there is intact"
 
 

@@ -6,8 +6,6 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import zlib
 from itertools import chain
 from pathlib import Path
@@ -907,47 +905,3 @@ def test_training_and_evaluation_share_no_document(reading):
     assert not train & {q.question for q in data.questions}
     lengths = [data.evaluation_question(0, n) for n in (1, 2)]
     assert isinstance(lengths[0], Problem) and lengths[0].question == lengths[1].question
-
-
-# ---- more than one process
-
-RANKS = """
-import sys, zlib
-sys.path.insert(0, sys.argv.pop(1))
-import memtrain
-memtrain.Agent.boxed = lambda self, turn: self.tokenizer.decode(turn.sampled)
-memtrain.exact_match = lambda text, answers: float(zlib.crc32(text.encode()) % 2)
-import eval.header
-eval.header.estimate = lambda *_: (0.0, 0)
-sys.exit(memtrain.main())
-"""
-
-
-def test_two_processes_train_what_one_does(tmp_path, base_checkpoint):
-    """torchrun on two gloo processes: the same global batch, so the same weights; one metrics file."""
-    script, root = tmp_path / "ranks.py", str(Path(memtrain.__file__).parent)
-    script.write_text(RANKS)
-    command = [str(script), root, *TINY, "--stages", "base,memtrain", "--memtrain-steps", "5", "--base-steps", "2"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]  # or --run were its own
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for name, start in (("one", []), ("two", launcher)):
-        folder = tmp_path / name
-        folder.mkdir()
-        done = subprocess.run([sys.executable, *start, *command, "--run", "t"], cwd=folder, env=environment,
-                              capture_output=True, text=True, timeout=170, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-    for stage in ("base", "memtrain"):
-        one, two = (load_file(tmp_path / n / "runs/t" / stage / "checkpoint.safetensors") for n in ("one", "two"))
-        start = load_file(tmp_path / "one/runs/t/base/checkpoint.safetensors")
-        assert one.keys() == two.keys()
-        for key, tensor in one.items():
-            torch.testing.assert_close(two[key], tensor, atol=1e-6, rtol=1e-5, msg=key)
-        assert stage == "base" or any((start[k] - one[k]).abs().max() > 1e-4 for k in one), "it has to learn"
-    rows = [[json.loads(line) for line in (tmp_path / n / "runs/t/metrics.jsonl").read_text().splitlines()]
-            for n in ("one", "two")]
-    assert len(rows[0]) == len(rows[1]) == 9
-    for a, b in zip(*rows, strict=True):
-        assert a.keys() == b.keys()
-        for key in a.keys() - {"stage", "seconds", "seconds_sampling", "tokens_per_s", "tokens", "tokens_trained",
-                               "tokens_prompts"}:  # each process prefills what all documents share
-            assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-6), (key, a[key], b[key])

@@ -1,32 +1,105 @@
-"""The processes that torchrun started: who this one is, and sums over all of them.
+"""The processes that share a run: who this one is, sums over all of them, work dealt out to them.
 
-Alone, without torchrun, everything here is the identity. There is no engine behind it: documents are dealt out,
-gradients are summed, rank 0 writes.
+torchrun started them, or `start` did, on a CPU, of which a small model keeps one core busy. Alone, everything here is
+the identity. There is no engine behind it: documents, micro-batches and evaluations are dealt out, gradients are
+summed, rank 0 writes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from data import InputError
+
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 FIRST = RANK == 0
+STORE: dist.Store | None = None  # what all ranks read and write
+STARTED: list[tuple[subprocess.Popen, Any]] = []  # the other ranks, where this process started them; what they said
+PATIENCE = timedelta(days=7)  # a rank may have much to do before it meets the others
+LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # nobody else can connect, and no name of the machine has to resolve
+
+
+def start(count: int) -> None:
+    """Starts this very command `count` - 1 times more, as the other ranks. They write nothing, and end when this
+    process does, however it ends."""
+    global WORLD, STORE
+    if count == 1 or WORLD > 1:
+        return
+    STORE = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+    if sys.platform in LOOPBACK:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])
+    environment = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORE.port),
+                                "MEMTRAIN_FOLLOWS": "1"}
+    for rank in range(1, count):
+        said = tempfile.TemporaryFile()  # noqa: SIM115 (read when the process has ended)
+        STARTED.append((subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment | {"RANK": str(rank)},
+                                         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said), said))
+    WORLD = count
+
+
+@contextmanager
+def together(count: int) -> Iterator[None]:
+    """A run of `count` ranks on this machine, or of those that torchrun started. InputError where one is lost."""
+    try:
+        start(count)
+        yield
+    except RuntimeError:  # what a rank meets whose neighbour is gone
+        if why := lost(patience=1):
+            raise InputError(why) from None
+        raise
+    finally:
+        leave()
+
+
+def _follow() -> None:
+    """Ends this process with the one that started it, which holds the other end of standard input."""
+    os.read(0, 1)  # not through sys.stdin, whose lock a forked process would wait for
+    os._exit(1)
+
+
+if os.environ.pop("MEMTRAIN_FOLLOWS", None):
+    threading.Thread(target=_follow, daemon=True).start()
+
+
+def lost(patience: float = 0.0) -> str:
+    """What became of a rank that `start` started and that has failed; '' where none has, within so many seconds."""
+    for rank, (process, said) in enumerate(STARTED, 1):
+        with suppress(subprocess.TimeoutExpired):
+            if process.wait(patience):
+                said.seek(0)
+                (*_, last) = said.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+                return f"process {rank} of {WORLD} ended with exit code {process.returncode}: {last}"
+    return ""
 
 
 def join(device: torch.device) -> None:
-    """Meets the other processes. A wait may be long: rank 0 evaluates alone."""
+    """Meets the other processes."""
+    global STORE
     if WORLD > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=7))
+        STORE = STORE or next(dist.rendezvous("env://", RANK, WORLD, timeout=PATIENCE))[0]
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, store=STORE, rank=RANK,
+                                world_size=WORLD)
 
 
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+    for process, _ in STARTED:
+        process.stdin.close()
+        process.wait()
 
 
 def wait() -> None:
@@ -65,3 +138,40 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             dist.all_reduce(p.grad)
+
+
+def gather(values: list) -> list:
+    """The values of all ranks, those of rank 0 first."""
+    if WORLD == 1:
+        return values
+    parts: list[list] = [[]] * WORLD
+    dist.all_gather_object(parts, values)
+    return [v for part in parts for v in part]
+
+
+def deal(jobs: Sequence, work: Callable, stop: Callable[[], bool]) -> Iterator[tuple]:
+    """(job, work(job)) of each of the jobs of rank 0, at rank 0, as they are done, whichever rank did them; the others
+    work, and yield nothing. Nothing new is begun once stop() says so. Once in the life of a run."""
+    if WORLD == 1:
+        yield from ((job, work(job)) for job in jobs if not stop())
+        return
+    if FIRST:
+        STORE.set("jobs", pickle.dumps(jobs))
+    jobs = pickle.loads(STORE.get("jobs"))
+    waited = list(range(len(jobs)))  # for the results of these
+    while not stop() and (i := STORE.add("taken", 1) - 1) < len(jobs):
+        STORE.set(f"result {i}", pickle.dumps(work(jobs[i])))
+        if FIRST:
+            yield from _results(jobs, waited)
+    while FIRST and waited and not stop():
+        if why := lost():
+            raise InputError(why)
+        time.sleep(0.05)
+        yield from _results(jobs, waited)
+
+
+def _results(jobs: Sequence, waited: list[int]) -> Iterator[tuple]:
+    for i in [i for i in waited if STORE.check([f"result {i}"])]:
+        waited.remove(i)
+        yield jobs[i], pickle.loads(STORE.get(f"result {i}"))
+        STORE.delete_key(f"result {i}")
