@@ -104,7 +104,7 @@ from eval.stage import command, commit, earlier_results, evaluate
 from eval.watch import signs, watch
 from kernels import synchronise, use_triton
 from kernels.attention import memory_attention
-from kernels.grpo import grpo_loss
+from kernels.grpo import linear_grpo_loss
 from kernels.layout import moved
 from kernels.logprob import linear_logprob
 from kernels.packing import Packed, bounded, group_by_prefix, pack
@@ -313,13 +313,15 @@ class Decoder(nn.Module):
 # ---- Scoring -----------------------------------------------------------------------------------------------------
 
 
+def states(model: Decoder, packed: Packed) -> torch.Tensor:
+    """Hidden states that predict the scored tokens of a packed batch: (M,C)."""
+    return model(packed.ids, packed.layout.positions,
+                 lambda layer, q, k, v: memory_attention(q, k, v, packed.layout), packed.source)
+
+
 def score(model: Decoder, packed: Packed, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy of every scored token of a packed batch: (M,), (M,)."""
-    def attend(layer, q, k, v):
-        return memory_attention(q, k, v, packed.layout)
-
-    hidden = model(packed.ids, packed.layout.positions, attend, packed.source)  # (M,C)
-    return linear_logprob(hidden, model.head, packed.target, temperature)
+    return linear_logprob(states(model, packed), model.head, packed.target, temperature)
 
 
 # ---- The memory loop ---------------------------------------------------------------------------------------------
@@ -622,12 +624,12 @@ def micro_loss(model: Decoder, reference: Reference, c: Config, batch: Batch, en
         np.array([x for i in order for x in turns[i].logprobs]), np.array(batch.rewards, np.float64),
         np.array(batch.group), np.array([entry[i] for i in order])])
     old, rewards, group, rollout = packed.carried
-    new, entropy = score(model, packed, c.temperature)
-    ref, old = reference_logprobs(model, reference, packed, c) if c.kl else None, old.to(new.dtype)
-    loss, stats = grpo_loss(new, old, ref, rewards, group, rollout, packed.offsets, interactions, c.eps_low,
-                            c.eps_high, c.kl, c.divide_by_std)
+    ref = reference_logprobs(model, reference, packed, c) if c.kl else None
+    loss, stats, new, entropy = linear_grpo_loss(
+        states(model, packed), model.head, packed.target, old, ref, rewards, group, rollout, packed.offsets,
+        interactions, c.eps_low, c.eps_high, c.kl, c.divide_by_std, c.temperature)
     with torch.no_grad():
-        gap = (new - old).abs()
+        gap = (new - old.to(new.dtype)).abs()
         stats |= {"entropy": entropy.sum(), "loss": loss, "mismatch": gap.sum(),
                   "outside": (gap > math.log(1.25)).sum(),  # log 1.25 = -log 0.8
                   "broken": ~(torch.isfinite(new).all() & torch.isfinite(old).all())}  # clipping can hide an inf

@@ -257,7 +257,8 @@ def test_the_operators_and_their_fakes_agree():
     """torch.library's own check, where the kernels run: interpreted, or on a card."""
     names = {f"{module.__name__.rpartition('.')[2]}_{name}" for module, names in (
         (attention, ("launch_forward", "launch_queries", "launch_keys")), (decode, ("decode",)), (draw, ("launch",)),
-        (logprob, ("launch_forward", "launch_backward")), (grpo, ("launch_advantages", "launch_loss")))
+        (logprob, ("launch_forward", "launch_backward")), (grpo, ("launch_advantages", "launch_loss",
+                                                                                 "launch_sweep")))
         for name in names}
     for name in names:
         assert hasattr(torch.ops.memtrain, name), name

@@ -18,7 +18,7 @@ from eval.bench import peers as bench_peers
 from eval.bench import plain
 from eval.bench import table as bench_table
 from eval.bench import threads as bench_threads
-from kernels.grpo import grpo_loss
+from kernels.grpo import linear_grpo_loss
 
 TINY = ["--width", "32", "--layers", "2", "--heads", "2", "--key-heads", "1", "--head-size", "16", "--hidden", "48",
         "--people", "60", "--passages", "4", "--related", "2", "--section", "48", "--memory", "8", "--response", "10",
@@ -360,7 +360,7 @@ def test_another_objective_is_found(tmp_path, monkeypatch):
         pytest.importorskip(library)
     options = SimpleNamespace(shape="tiny", vocabulary=1024, group=4, groups=2, prompt=20, response=5, repeats=1,
                               lora_rank=0, trl_batch=8)
-    monkeypatch.setattr(memtrain, "grpo_loss", lambda *a: grpo_loss(*a[:8], 0.19, *a[9:]))
+    monkeypatch.setattr(memtrain, "linear_grpo_loss", lambda *a: linear_grpo_loss(*a[:10], 0.19, *a[11:]))
     result = bench_peers.run_trl(options, tmp_path, torch.device("cpu"), lambda d: None, lambda d: 0.0)
     assert not bench_peers.same_step(result) and "DIFFERENT" in bench_peers.trl_table(result)
 

@@ -9,13 +9,16 @@ import os
 import random
 import subprocess
 import sys
+from collections import defaultdict
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch.profiler import profile
 
 from kernels import attention, decode, draw, grpo, input_precision, logprob, use_triton
 from kernels.decode import Members
@@ -305,6 +308,119 @@ def test_grpo_long_sequences_many_groups_and_exact_ties():
     assert float(stats["zero_advantage"]) >= int(offsets[1])
 
 
+# ---- GRPO from hidden states ---------------------------------------------------------------------------------------
+
+
+def linear_case(kl=True, vocabulary=203, dtype=torch.float32, temperature=0.7):
+    """Arguments of linear_grpo_loss, and the same in fp64: `case` around the log-probs of random hidden states, whose
+    targets reach both ends of the vocabulary."""
+    new, _, ref, *rest = case(kl)
+    rest[2:4] = rest[2][:6], rest[3][:7]  # six sequences: the interpreter takes its time
+    new = new[:rest[3][-1]]
+    tensors = randn(len(new), 24, dtype=dtype), randn(vocabulary, 24, dtype=dtype, scale=0.25)
+    target = torch.randint(vocabulary, (len(new),))
+    target[:2] = torch.tensor([0, vocabulary - 1])
+    new = exact_logprob(tensors[0][1], tensors[1][1], target, temperature)[0].detach()
+    step = 0.4 * torch.randn_like(new)
+    step[((step.exp() - 0.9).abs() < 0.02) | ((step.exp() - 1.3).abs() < 0.02)] = 0  # else TF32 could change sides
+    step[0], step[rest[3][3]] = 0.5, -0.5
+    given = [(new - step).float(), None if ref is None else (new + 0.3 * torch.randn_like(new)).float(), *rest]
+    exact = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in given]
+    given = [x.to(DEVICE) if torch.is_tensor(x) else x for x in given]
+    return ([*(x for x, _ in tensors), target.to(DEVICE), *given], [*(x for _, x in tensors), target, *exact])
+
+
+def linear_grpo_agrees(module, kl=True, divide_by_std=False, vocabulary=203, dtype=torch.float32,
+                       temperature=0.7) -> bool:
+    """Several chunks of rows, several steps a row, and the last of each mostly empty."""
+    given, exact = linear_case(kl, vocabulary, dtype, temperature)
+    with mock.patch.multiple(module, BUFFER=7 * vocabulary, LOGITS=128):
+        loss, stats, *mine = module.linear_grpo_loss(*given, divide_by_std, temperature)
+    true = exact_logprob(*exact[:3], temperature)
+    truth = plain_loss(true[0], *exact[3:], divide_by_std)
+    _, expected = grpo.grpo_loss_reference(true[0], *exact[3:], divide_by_std)
+    good = set(stats) == set(expected) and all(close(stats[k], expected[k].double()) for k in expected)
+    good &= close(loss.detach(), truth.detach(), least=0.1)
+    good &= all(close(a, b, torch.float32, 3, least=0.1) for a, b in zip(mine, true, strict=True))
+    gradients = torch.autograd.grad(3 * loss, given[:2]), torch.autograd.grad(3 * truth, exact[:2])
+    return good and all(close(a, b, dtype, 3, least=1e-2) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(("kl", "divide_by_std", "vocabulary", "dtype"), [
+    (True, False, 203, torch.float32), (False, True, 128, torch.float32), (True, True, 2, torch.float32),
+    (False, False, 203, torch.bfloat16), (True, True, 128, torch.bfloat16)], ids=str)
+def test_linear_grpo_equals_log_probs_and_a_plain_loop(kl, divide_by_std, vocabulary, dtype):
+    assert linear_grpo_agrees(grpo, kl, divide_by_std, vocabulary, dtype)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_linear_grpo_at_other_temperatures_and_whole(temperature):
+    assert linear_grpo_agrees(grpo, temperature=temperature)
+    given, _ = linear_case(temperature=temperature)
+    new, entropy = logprob.linear_logprob(*given[:3], temperature)
+    loss, stats = grpo.grpo_loss(new, *given[3:])
+    one, diagnostics, *other = grpo.linear_grpo_loss(*given, False, temperature)  # 2^25 logits at a time
+    pairs = [(one, loss), *zip(other, (new, entropy), strict=True), *((diagnostics[k], stats[k]) for k in stats)]
+    pairs += zip(torch.autograd.grad(one, given[:2]), torch.autograd.grad(loss, given[:2]), strict=True)
+    assert all(close(a, b.detach().double().cpu(), factor=3, least=0.1) for a, b in pairs)
+    with torch.no_grad():  # no gradient, no logits
+        again = grpo.linear_grpo_loss(*given, False, temperature)
+    assert torch.equal(again[0], loss) and torch.equal(again[2], new) and not again[2].requires_grad
+
+
+def test_linear_grpo_of_a_frozen_head_of_nothing_and_twice():
+    given, _ = linear_case()
+    given[1] = given[1].detach()
+    loss = grpo.linear_grpo_loss(*given)[0]
+    loss.backward(retain_graph=True)
+    assert given[0].grad.any() and given[1].grad is None
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    for offsets, rollout in (([0], []), ([0, 0, 0], [1, 0])):
+        hidden, head = randn(0, 24)[0], randn(11, 24)[0]
+        ids = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+        loss, stats, new, _ = grpo.linear_grpo_loss(
+            hidden, head, ids, new := ids.float(), None, given[5], given[6],
+            *(torch.tensor(x, dtype=torch.int64, device=DEVICE) for x in (rollout, offsets)), 3)
+        loss.backward()
+        assert not loss and not stats["tokens"] and not len(new) and not head.grad.any()
+
+
+def test_linear_grpo_shows_what_is_broken():
+    """A NaN or an inf in a row is that row's alone; so is a target outside the vocabulary, where no look is taken."""
+    given, _ = linear_case()
+    with torch.no_grad():
+        given[0][3], given[0][5] = torch.nan, torch.inf
+    seen = grpo.linear_grpo_loss(*given, False, 0.7)[2]
+    assert (~seen.isfinite()).nonzero()[:, 0].tolist() == [3, 5]
+    given, _ = linear_case()
+    given[2][2] = 203
+    advantages = torch.zeros(len(given[5]), device=DEVICE)
+    rest = *given[:5], advantages, *given[7:9], 15.0, 0.1, 0.3, 0.05, 1.0
+    assert grpo._LinearGrpoLoss.apply(*rest)[2].isnan().nonzero()[:, 0].tolist() == [2]
+
+
+@pytest.mark.parametrize(("file", "kernel", "last"), [("grpo", "_sweep", "        del z, dz"),
+                                                      ("logprob", "_logit_gradient", "            del dz")])
+def test_no_more_logits_are_held_than_said(file, kernel, last, tmp_path, monkeypatch):
+    """The allocator's peak beyond what is returned, over eight chunks; one that outlives the next is noticed. Without
+    the kernel: the interpreter holds on to what it was given."""
+    hidden, head, target, zeros = torch.randn(64, 1), torch.randn(4096, 1), torch.arange(64), torch.zeros(64)
+    ids = torch.tensor([0, 64])
+    arguments = {"grpo": (target, zeros, None, zeros[:1], ids[:1], ids, 1.0, 0.2, 0.2, 0.0, 1.0, True, True),
+                 "logprob": (target, *[zeros] * 4, 1.0, True, True)}[file]
+    most = 4 * 8 * 4096 + 40_000
+    for module, bound in ((sys.modules[f"kernels.{file}"], (4 * 8 * 4096, most)),
+                          (broken_kernel(file, last, last.replace("del", "#"), tmp_path, monkeypatch), (most, 1e9))):
+        monkeypatch.setattr(module, "BUFFER", 8 * 4096)
+        monkeypatch.setattr(module, "ROWS", 8, raising=False)
+        monkeypatch.setattr(module, kernel, defaultdict(lambda: lambda *_, **__: None))
+        with profile(profile_memory=True) as seen:
+            getattr(module, {"grpo": "_launch_sweep", "logprob": "_launch_backward"}[file])(hidden, head, *arguments)
+        sizes = [e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+        assert bound[0] <= max(np.cumsum(sizes)) <= bound[1]
+
+
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
 
@@ -377,19 +493,30 @@ MUTANTS = {
         "KL pushes away": ("objective -= beta * kl", "objective += beta * kl"),
         "KL gradient dropped": ("gradient -= beta * (1 - tl.exp(delta))", "gradient -= 0.0"),
         "clipped gradient flows": ("tl.where(ratio * a <= clipped * a, ratio * a, 0.0)", "ratio * a"),
-        "no length normalisation": ("(tl.maximum(count, 1.0) * interactions)", "interactions"),
+        "no length normalisation": ("(tl.maximum((end - start).to(tl.float32), 1.0) * interactions)", "interactions"),
         "no baseline": ("advantage = reward - least - mean", "advantage = reward - least"),
+        "sweep: off-target gradient dropped": ("1.0, 0.0) - tl.exp(z - lse))", "1.0, 0.0))"),
+        "sweep: gradient without temperature": ("-weight * gradient * scale", "-weight * gradient"),
+        "sweep: end of the vocabulary unmasked": ('other=float("-inf")) * scale', "other=0.0) * scale"),
+        "sweep: sum not rescaled": ("l = l * shrink", "l = l"),
+        "sweep: entropy of the wrong sign": ("lse - e / l", "lse + e / l"),
+        "sweep: target of the neighbour row": ("tl.load(TARGET + t)", "tl.load(TARGET + t // 2)"),
+        "sweep: first token to the sequence before": ("right=True) - 1", "right=False).sub(1).clamp(min=0)"),
+        "sweep: 16-bit gradients read past their place": ("[:, :V]  # in", "[:, -V:]  # in"),
+        "sweep: gradient of the head from the last rows": ("d_head.addmm_(dz.T, x)", "d_head = dz.T @ x"),
+        "sweep: gradient of the loss ignored": ("d.mul_(g_loss)", "d"),
     },
 }
 AGREES = {"attention": lambda m: attention_agrees(m, Layout([150, 20], [40, 9, 70, 3], [0, 0, 1, 1])),
-          "decode": lambda m: decode_agrees(m, (4, 3, 5)), "grpo": lambda m: grpo_agrees(m), "draw": draw_agrees,
+          "decode": lambda m: decode_agrees(m, (4, 3, 5)), "draw": draw_agrees,
+          "grpo": lambda m: all([grpo_agrees(m), linear_grpo_agrees(m), linear_grpo_agrees(m, dtype=torch.bfloat16)]),
           # the last tile of a share mostly empty, and two tiles a share
           "logprob": lambda m: logprob_agrees(m, vocabulary=520, temperature=1.7) and logprob_agrees(
               m, vocabulary=2500, temperature=0.7)}
 
 
 def test_each_precision_keeps_its_bound(high):
-    assert all(AGREES[file](sys.modules[f"kernels.{file}"]) for file in ("attention", "decode", "logprob"))
+    assert all(AGREES[file](sys.modules[f"kernels.{file}"]) for file in ("attention", "decode", "logprob", "grpo"))
 
 
 @pytest.mark.parametrize("size", [64, 128])

@@ -29,13 +29,13 @@ HEAD_SIZES = (32, 64, 80, 96, 128)
 
 # Pointer types of kernel arguments that are not the inputs' dtype, and scalars that are not int32.
 FP32 = {"LSE", "DELTA", "ACC", "M", "L", "MAX", "SUM", "MEAN", "CHOSEN", "ENTROPY", "G_LOGPROB", "G_ENTROPY", "NEW",
-        "OLD", "REF", "ADVANTAGE", "GRADIENT", "PARTS", "LOGP"}
+        "OLD", "REF", "ADVANTAGE", "GRADIENT", "PARTS", "LOGP", "LOGPROB", "Z"}
 INT32 = {"tile_start", "tile_group", "own_start", "own_end", "group_start", "prefix_end", "group_end", "offsets",
          "order"}
-INT64 = {"TARGET", "GROUP", "ROLLOUT", "OFFSETS", "lengths", "DRAWN"}
+INT64 = {"TARGET", "GROUP", "ROLLOUT", "OFFSETS", "SEQUENCE", "lengths", "DRAWN"}
 FLOATS = {"scale", "interactions", "low", "high", "beta", "top_p"}
 INPUTS = {"Q", "K", "V", "O", "DO", "DQ", "DK", "DV", "X", "W", "DZ"}
-INTS = {"room", "split", "splits", "N", "C", "V", "S", "share", "first", "width"}
+INTS = {"room", "split", "splits", "N", "C", "V", "S", "share", "first", "width", "pitch"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ def variants(limit: int, dtypes=tuple(DTYPES), head_sizes=HEAD_SIZES) -> list[Va
         add("grpo_advantages", grpo._advantages, "fp32", 0, 4, 1, BY_STD=by_std, BLOCK=grpo.ROLLOUTS)
     for has_ref in (False, True):
         add("grpo_loss", grpo._loss, "fp32", 0, 4, 1, HAS_REF=has_ref, BLOCK=grpo.TOKENS)
+        for dtype in sorted({d.replace("tf32", "fp32") for d in dtypes}):
+            add("grpo_sweep", grpo._sweep, dtype, 0, grpo.WARPS, 3, HAS_REF=has_ref, BLOCK=grpo.LOGITS)
     return list(found)
 
 
@@ -112,7 +114,7 @@ def signature(variant: Variant) -> dict[str, str]:
             types[name] = {"REWARD": "*fp64", "OUT": "*fp32"}[name]
         elif variant.name == "draw" and name == "U":
             types[name] = "*fp64"
-        elif variant.name.startswith(("logprob", "draw")) and name == "V":
+        elif variant.name.startswith(("logprob", "draw", "grpo")) and name == "V":
             types[name] = "i32"
         elif name in INPUTS:
             types[name] = "*" + variant.dtype.replace("tf32", "fp32")
