@@ -473,11 +473,10 @@ def memory(c, vocab: int) -> dict[str, dict[str, float]]:
         phases["sampling"] = stays | merged | {PROMPTS: max(prompts, rows * vocab * DRAW)}
         passes = [training(step(c, kind), c.micro_tokens) for kind in kinds]
         kept, work = activations(c, max(p.most for p in passes), max(p.most_scored for p in passes))
-        # kernels.logprob: a block of dz, two of sums
-        head = (1 << 25) * e + 2 * 4096 * c.width * 4.0
+        head = (1 << 25) * 4.0  # kernels.grpo: a chunk of logits in fp32, and their gradients in its place
         work = max(work, 4.0 * trained - kept)  # AdamW's temporaries come when activations are gone
         phases["training"] = stays | {"gradients": 4.0 * trained, "activations kept": kept,
-                                      "one block at work": work, "logits gradient": head}
+                                      "one block at work": work, "logits": head}
     if "base" in stages:
         p = demonstrated(c)
         p = dataclasses.replace(p, most=max(p.most, min(COPIED, c.micro_tokens)))
@@ -486,6 +485,7 @@ def memory(c, vocab: int) -> dict[str, dict[str, float]]:
         phases["base"] = always | {
             "moments of Muon and AdamW": 4.0 * hidden + 8.0 * (base - hidden), "gradients": 4.0 * base,
             "activations kept": kept, "one block at work": max(work_, 4.0 * base - kept),
+            # kernels.logprob: a block of dz, two of sums
             "logits gradient": (1 << 25) * e + 2 * 4096 * c.width * 4.0}
     if "eval" in stages:
         systems = [x for s in ("base", "base-one-window") for x in evaluation(c, s)]
@@ -554,17 +554,17 @@ def forward_flops(c, vocab: int, p: Passes, adapters: bool, head: int) -> dict[s
             "attention": 4.0 * c.layers * c.heads * c.head_size * p.pairs, "head": 2.0 * c.width * vocab * head}
 
 
-def training_flops(c, vocab: int, p: Passes) -> float:
+def training_flops(c, vocab: int, p: Passes, one_sweep: bool = True) -> float:
     """Forward and backward. A frozen weight has one product in the backward pass (the input's gradient), a trained one
-    two; attention has seven against the forward's two (both kernels compute the scores again), the head two or three
-    (logits again). Recomputation is one more forward of the blocks, less a last product of which nothing is kept; the
-    reference one more of everything."""
+    two; attention has seven against the forward's two (both kernels compute the scores again); the head, where it does
+    not go with the GRPO loss in `one_sweep`, computes its logits again. Recomputation is one more forward of the
+    blocks, less a last product of which nothing is kept; the reference one more of everything."""
     f, again = forward_flops(c, vocab, p, True, p.scored), bool(c.recompute)
     frozen = bool(c.lora_rank)
     total = f["weights"] * (1 + again + (1 if frozen else 2)) + f["adapters"] * (1 + again + 2)
     if again and "down" not in adapter_sizes(c):
         total -= 2.0 * c.width * c.hidden * (p.tokens * (c.layers - 1) + p.scored)
-    total += f["attention"] * (1 + again + 3.5) + f["head"] * (1 + (2 if frozen else 3))
+    total += f["attention"] * (1 + again + 3.5) + f["head"] * (3 - frozen + (not one_sweep))
     if c.kl:
         total += f["weights"] + f["attention"] + f["head"]
     return total
@@ -609,7 +609,7 @@ def base_stage(c, vocab: int, card: Card, mfu: float) -> dict:
     """The row of `stages` for the base: its demonstrations are made on the CPU, beside the training."""
     copied = Passes(1, COPIED, COPIED * 6 // 10, 64 * _pairs(32, 32, 1))
     own = dataclasses.replace(c, kl=0.0)
-    flops = [training_flops(own, vocab, p) for p in (demonstrated(c), copied)]
+    flops = [training_flops(own, vocab, p, False) for p in (demonstrated(c), copied)]
     learn = [x / (rate(c, card) * 1e12 * mfu) for x in flops]
     make = demonstrated(c).tokens * DEMONSTRATE / WORKERS
     total = c.base_steps * max(learn[0], make) + c.base_copy_steps * learn[1]
@@ -625,7 +625,7 @@ def stages(c, vocab: int, card: Card, mfu: float) -> list[dict]:
     if "base" in c.stages.split(","):
         rows.append(base_stage(c, vocab, card, mfu))
     if "warmup" in c.stages.split(","):
-        flops = training_flops(dataclasses.replace(c, kl=0.0), vocab, warmed(c))
+        flops = training_flops(dataclasses.replace(c, kl=0.0), vocab, warmed(c), False)
         learn = flops / (rate(c, card) * 1e12 * mfu)
         rows.append({"stage": "warmup", "steps": c.demo_steps, "sample_seconds": 0.0, "train_seconds": learn,
                      "flops": flops, "sample_rows": 0, "hours": c.demo_steps * learn / 3600})

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
+from kernels import use_triton
 from kernels.attention import memory_attention
 from kernels.decode import Members, memory_decode
 from kernels.draw import draw
-from kernels.grpo import grpo_loss
+from kernels.grpo import grpo_loss, linear_grpo_loss
 from kernels.layout import Layout
 from kernels.logprob import linear_logprob
 
@@ -120,9 +121,13 @@ class Ragged:
         mean = self.rewards.new_zeros(self.sequences // 8).index_add(0, self.group, self.rewards) / 8
         return self.rewards - mean[self.group]  # (S)
 
+    @property
+    def arguments(self) -> tuple:
+        return (self.old, self.ref, self.rewards, self.group, self.rollout, self.offsets, self.sequences, 0.2, 0.2,
+                1e-3)
+
     def ours(self, new):
-        return grpo_loss(new, self.old, self.ref, self.rewards, self.group, self.rollout, self.offsets,
-                         self.sequences, 0.2, 0.2, 1e-3)[0]
+        return grpo_loss(new, *self.arguments)[0]
 
     def naive(self, new):
         n, o, r = (self.padded(x) for x in (new, self.old, self.ref))
@@ -150,10 +155,12 @@ def loss_case(device, sequences: int, tokens: int, compiled: bool) -> Case:
     return Case("GRPO loss", f"{sequences} sequences, {N:,} tokens", peers, 20.0 * N, 16.0 * N, torch.float32)
 
 
-def head_and_loss_case(device, dtype, sequences: int, tokens: int, C: int, V: int) -> Case:
-    """From hidden states to the GRPO loss in one go, as liger-kernel has it; gradients of hidden states and head."""
+def head_and_loss_case(device, dtype, sequences: int, tokens: int, C: int, V: int, trained: bool = True) -> Case:
+    """From hidden states to the GRPO loss in one go, as liger-kernel has it; gradients of hidden states and, where it
+    is `trained`, of the head."""
     ragged = Ragged(device, sequences, tokens)
-    hidden, weight = leaves = _leaves(device, dtype, (ragged.total, C), (V, C))
+    hidden, weight = _leaves(device, dtype, (ragged.total, C), (V, C))
+    leaves = [hidden, weight.requires_grad_(trained)][:1 + trained]
     target = torch.randint(V, (ragged.total,), device=device)
     with torch.no_grad():
         weight *= C**-0.5
@@ -163,8 +170,12 @@ def head_and_loss_case(device, dtype, sequences: int, tokens: int, C: int, V: in
         logp = (hidden @ weight.T).float().log_softmax(-1)
         return ragged.naive(logp.gather(-1, target[:, None])[:, 0])
 
-    peers = {"memtrain": lambda: _gradients(lambda: ragged.ours(linear_logprob(hidden, weight, target)[0]), leaves),
-             "full logits": lambda: _gradients(naive, leaves)}
+    peers = {"memtrain": lambda: _gradients(lambda: linear_grpo_loss(hidden, weight, target, *ragged.arguments)[0],
+                                            leaves)}
+    if use_triton(device, dtype):  # elsewhere they are the same
+        peers["memtrain, two passes"] = lambda: _gradients(
+            lambda: ragged.ours(linear_logprob(hidden, weight, target)[0]), leaves)
+    peers["full logits"] = lambda: _gradients(naive, leaves)
     if installed("liger_kernel"):
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
         from liger_kernel.transformers.grpo_loss import triton_grpo_loss
@@ -185,8 +196,9 @@ def head_and_loss_case(device, dtype, sequences: int, tokens: int, C: int, V: in
         if device.type == "cuda":
             peers["liger, logits"] = lambda: _gradients(kernel, leaves)
     N, size = ragged.total, hidden.element_size()
-    return Case("log-prob and loss", f"{sequences} sequences, {N:,} tokens, C {C}, V {V:,}", peers, 8.0 * N * C * V,
-                2.0 * size * (N * C + V * C), dtype)
+    frozen = "" if trained else ", frozen head"
+    return Case("log-prob and loss", f"{sequences} sequences, {N:,} tokens, C {C}, V {V:,}{frozen}", peers,
+                (4.0 + 2 * trained) * N * C * V, size * (2.0 * N * C + (1 + trained) * V * C), dtype)
 
 
 def attention_case(device, dtype, groups: int, prefix: int, G: int, suffix: tuple[int, int], H: int, K: int,
@@ -291,7 +303,7 @@ def cases(device: torch.device) -> list[Callable[[], Case]]:
             *(lambda N=N, p=p: draw_case(device, N, 151_936, p) for N in (16, 256) for p in (1.0, 0.95))]
     for C, H, K in ((1024, 16, 8), (2560, 32, 8)):  # Qwen3-0.6B, Qwen3-4B
         made += [lambda C=C: logprob_case(device, h, 4096, C, 151_936, True),
-                 lambda C=C: head_and_loss_case(device, h, 16, 256, C, 151_936),
+                 *(lambda C=C, t=t: head_and_loss_case(device, h, 16, 256, C, 151_936, t) for t in (True, False)),
                  lambda H=H, K=K: attention_case(device, h, 4, 5320, 8, (1024, 1524), H, K, 128),
                  lambda H=H, K=K: decode_case(device, h, 64, 5320, 8, 1200, H, K, 128)]
     return made
