@@ -311,7 +311,7 @@ def test_grpo_loss_equals_a_plain_loop(kl, divide_by_std):
 BREAKS = {  # each a plausible slip; the comparison above must notice it
     "clip sides swapped": ("ratio.clamp(1 - eps_low, 1 + eps_high)", "ratio.clamp(1 - eps_high, 1 + eps_low)"),
     "KL pushes away": ("objective - beta * kl", "objective + beta * kl"),
-    "KL of the wrong direction": ("delta = ref - new", "delta = new - ref"),
+    "KL of the wrong direction": ("delta = ref - new\n        kl = delta", "delta = new - ref\n        kl = delta"),
     "no length normalisation": ("lengths.to(new.dtype) * interactions", "torch.ones_like(lengths) * interactions"),
     "maximum for minimum": ("torch.minimum(", "torch.maximum("),
     "no baseline": ("shifted - mean[group]", "shifted"),
