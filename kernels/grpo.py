@@ -146,7 +146,7 @@ def _sweep(Z, DZ, TARGET, OLD, REF, SEQUENCE, ADVANTAGE, ROLLOUT, OFFSETS, LOGPR
         top = tl.maximum(m, tl.max(z))
         p, shrink = tl.exp(z - top), tl.exp(m - top)
         l = l * shrink + tl.sum(p)
-        e = e * shrink + tl.sum(tl.where(words < V, p * z, 0.0))
+        e = e * shrink + tl.sum(p * tl.where(words < V, z, 0.0))
         m = top
     lse = m + tl.log(l)
     new = chosen - lse

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch.profiler import profile
 
+import memtrain
 from kernels import attention, decode, draw, grpo, input_precision, logprob, use_triton
 from kernels.decode import Members
 from kernels.layout import Layout
@@ -401,6 +402,28 @@ def test_linear_grpo_shows_what_is_broken():
     advantages = torch.zeros(len(given[5]), device=DEVICE)
     rest = *given[:5], advantages, *given[7:9], 15.0, 0.1, 0.3, 0.05, 1.0
     assert grpo._LinearGrpoLoss.apply(*rest)[2].isnan().nonzero()[:, 0].tolist() == [2]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there test_kernels_gpu.py has a whole step")
+@pytest.mark.parametrize("fields", [("--tied", "true"), ("--lora-rank", "2", "--temperature", "0.7")],
+                         ids=["tied", "LoRA"])
+def test_a_micro_batch_is_that_of_the_references(fields, tiny, decoder, monkeypatch):
+    """Loss, sums and the gradient of every parameter; a tied head's is the embedding's, too."""
+    c, found = tiny("--kl", "0.1", *fields), []
+    model = decoder(c, 29)
+    reference = memtrain.reference_of(model, c)
+    with torch.no_grad():  # else the ratio is 1 and the KL 0
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p) * p.requires_grad
+    turns = [memtrain.Turn(p, [3, 4], [7, 8, 9], [-3.0, -3.5, -2.5]) for p in ([5, 6], [5, 6], [7])]
+    batch = memtrain.Batch(turns, [0, 1, 2], [0.0, 1.0, 0.5], [0, 0, 0], [0, 0, 0], {})
+    for side in ("triton", "torch"):
+        monkeypatch.setenv("MEMTRAIN_KERNELS", side)
+        loss, sums, *_ = memtrain.micro_loss(model, reference, c, batch, [0, 1, 2], [[0, 1], [2]], turns, 3)
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        found.append([loss.detach(), sums, *torch.autograd.grad(loss, wanted)])
+    assert sum(bool(x.any()) for x in found[1]) > len(wanted) / 2
+    assert all(close(a, b.double(), factor=10) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(("file", "kernel", "last"), [("grpo", "_sweep", "        del z, dz"),
