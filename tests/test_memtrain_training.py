@@ -349,18 +349,18 @@ def test_recomputing_activations_changes_nothing_but_the_memory(lora, tiny, deco
 
 def test_out_of_memory_halves_the_micro_batches_once(decoder, reading, monkeypatch):
     a, _, batch = reading
-    entries, score_, limits = set(batch.entry), memtrain.score, []
+    entries, states, limits = set(batch.entry), memtrain.states, []
     model = decoder(dataclasses.replace(a.c, kl=0.0), a.tokenizer.size)
     caught, c = Catch(model), dataclasses.replace(a.c, kl=0.0, micro_tokens=2000)
     update(model, None, caught, c, batch, entries)
 
-    def too_much(model, packed, *rest):
+    def too_much(model, packed):
         limits.append(packed.layout.total)
         if packed.layout.total > limit:
             raise torch.OutOfMemoryError
-        return score_(model, packed, *rest)
+        return states(model, packed)
 
-    monkeypatch.setattr(memtrain, "score", too_much)
+    monkeypatch.setattr(memtrain, "states", too_much)
     limit = 1000
     row = update(model, None, caught, c, batch, entries)
     close(caught.steps[-1], caught.steps[0], 2e-6)
