@@ -1,4 +1,5 @@
-"""The three operations that dominate the method: linear_logprob, grpo_loss, memory_attention (and memory_decode).
+"""The three operations that dominate the method: linear_logprob, grpo_loss, memory_attention (and memory_decode);
+linear_grpo_loss is the first two in one sweep.
 
 Every file holds a Triton kernel and, beside it, the PyTorch reference with the same signature. One place decides
 which of them runs: the kernel on CUDA, the reference elsewhere; MEMTRAIN_KERNELS=torch or =triton forces a side
