@@ -25,6 +25,7 @@ from data import InputError
 from data.config import PRESETS
 from data.world.steps import DemoSteps
 from eval import plan
+from kernels import fused
 from kernels.cache import Cache
 from memtrain import Agent, Decoder, Sampler, Turn, main, micro_batches, pack, parse
 
@@ -252,6 +253,7 @@ def attend(_, q, k, v):
 @pytest.fixture
 def as_cuda(monkeypatch):
     monkeypatch.setattr(memtrain.RMSNorm, "forward", lambda self, x: Norm.apply(x, self.weight))
+    monkeypatch.setattr(fused, "use_triton", lambda *_: True)  # whose operators know what they give
 
 
 T, M = 4096, 1500
@@ -297,7 +299,7 @@ def test_a_prompts_activations_are_what_is_alive_at_the_worst_moment(name, merge
         m.adapted = not merged
     with torch.no_grad(), Live(model) as live:
         model(*inputs()[:2], attend, inputs()[2])
-    assert plan.forward_bytes(c, T, not merged) == pytest.approx(live.peak, rel=0.05)
+    assert plan.forward_bytes(c, T) == pytest.approx(live.peak, rel=0.05)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
