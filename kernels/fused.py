@@ -336,10 +336,11 @@ def norm_rope(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary, norms, 
     q (T,H,D), k and v (T,K,D), each head contiguous; rotary: cosine and sine, (T,1,D/2) float32; norms: weights (D)
     of queries and keys, or None: no norm. slots: keys and values (T,K,S,D), rows and places (T) int64, where one token
     of each row is decoded; its key and value then go to their place of the cache, in the same launch, and no keys
-    come back. A place past the end is for rows whose result means nothing.
+    come back. A place past the end is for rows whose result means nothing. ValueError names what is not contiguous.
     """
     if not use_triton(q.device, q.dtype):
         return norm_rope_reference(q, k, v, rotary, norms, eps, slots)
+    _check(q=q, k=k, v=v)
     weights = norms or (None, None)
     if slots is None:
         return _NormRope.apply(q, k, v, *rotary, *weights, eps)
@@ -348,8 +349,18 @@ def norm_rope(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary, norms, 
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up: (T,F), rows contiguous -> (T,F). Differentiable in both."""
-    return _SwiGLU.apply(gate, up) if use_triton(gate.device, gate.dtype) else swiglu_reference(gate, up)
+    """silu(gate) * up: (T,F), each row contiguous -> (T,F). Differentiable in both. ValueError as norm_rope."""
+    if not use_triton(gate.device, gate.dtype):
+        return swiglu_reference(gate, up)
+    _check(gate=gate, up=up)
+    return _SwiGLU.apply(gate, up)
+
+
+def _check(**tensors: torch.Tensor) -> None:
+    for name, x in tensors.items():
+        if x.stride()[1:] != x[:1].contiguous().stride()[1:]:
+            raise ValueError(f"{name}: strides {x.stride()} of {tuple(x.shape)}, expected the numbers of a token one "
+                             f"behind the other")
 
 
 # ---- PyTorch references ------------------------------------------------------------------------------------------

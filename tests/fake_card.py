@@ -244,7 +244,7 @@ def in_bf16(model: memtrain.Decoder) -> None:
                                                                                   "bfloat16")],
                          ids=["own", "as Qwen2", "LoRA in bf16"])
 def test_eleven_launches_a_layer_and_decoded_token(cuda, tiny, fields, monkeypatch):
-    """Before they were fused, 33 to 42, by this count (kernels/README.md)."""
+    """Before some were fused, 31 to 35 by the same count; see kernels/README.md."""
     names = []
     for layers in (2, 3):
         c = tiny(*fields, "--layers", str(layers))

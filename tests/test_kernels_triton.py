@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import memtrain
 from kernels import attention, decode, draw, fused, grpo, input_precision, logprob, use_triton
 from kernels.decode import Members
 from kernels.layout import Layout
@@ -415,6 +417,38 @@ def swiglu_agrees(module, tokens=5, width=1300, dtype=torch.float32) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_swiglu(tokens, width, dtype):
     assert swiglu_agrees(fused, tokens, width, dtype)
+
+
+def test_what_is_not_contiguous_is_refused():
+    x = torch.zeros(3, 16, 2, device=DEVICE).transpose(1, 2)
+    with pytest.raises(ValueError, match=r"k: strides"):
+        fused.norm_rope(x.contiguous(), x, x, (x, x), None, 1e-6)
+    with pytest.raises(ValueError, match=r"gate: strides"):
+        fused.swiglu(x[:, 0].T, x[:, 0].T)
+
+
+@pytest.mark.parametrize("fields", [(), ("--qk-norm", "false", "--bias", "true"), ("--lora-rank", "2", "--lora-merge",
+                                                                                  "false")],
+                         ids=["own", "as Qwen2", "LoRA apart"])
+def test_a_decoder_samples_and_learns_with_kernels_as_without(fields, tiny, decoder, monkeypatch):
+    """Products of several layers in one, keys and values written to their slots, and all gradients."""
+    c = replace(tiny(*fields), top_p=1e-9)
+    model, prompts = decoder(c, 61).to(DEVICE), [([*range(20)], [3, 4]), ([*range(20)], [5]), ([*range(9)], [6, 7, 8])]
+
+    def results():
+        turns = memtrain.Sampler(model, 16)(c, prompts, [("kernels", i) for i in range(3)], 3, (1,))
+        packed = memtrain.pack([(prompts[0][0], [(t.given, t.sampled) for t in turns[:2]])], DEVICE)
+        gradients = torch.autograd.grad(memtrain.score(model, packed)[0].sum(),
+                                        [p for p in model.parameters() if p.requires_grad])
+        return [t.sampled for t in turns], torch.tensor([x for t in turns for x in t.logprobs]), gradients
+
+    tokens, logprobs, gradients = results()
+    assert model.blocks[0].v.weight.storage_offset() == model.blocks[0].q.weight.numel() + (
+        model.blocks[0].k.weight.numel()), "they were not taken together"
+    monkeypatch.setenv("MEMTRAIN_KERNELS", "torch")
+    expected = results()
+    assert tokens == expected[0] and close(logprobs, expected[1].double(), least=1.0)
+    assert all(close(a, b.double().cpu(), factor=3, least=0.1) for a, b in zip(gradients, expected[2], strict=True))
 
 
 def test_frozen_norms_get_no_gradient():
