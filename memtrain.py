@@ -43,6 +43,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data import InputError
@@ -104,8 +105,9 @@ from eval.stage import command, commit, earlier_results, evaluate
 from eval.watch import signs, watch
 from kernels import synchronise, use_triton
 from kernels.attention import memory_attention
-from kernels.fused import add_norm, joined, norm_rope, products, swiglu
+from kernels.fused import add_norm, norm_rope, swiglu
 from kernels.grpo import grpo_loss
+from kernels.joined import joined, products
 from kernels.layout import moved
 from kernels.logprob import linear_logprob
 from kernels.packing import Packed, bounded, group_by_prefix, pack
@@ -271,8 +273,7 @@ class Decoder(nn.Module):
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Adapters added to the weights, for sampling, and one product for several layers where the kernels run;
-        afterwards the very same weights as before."""
+        """For sampling: adapters added to the weights, products taken together; afterwards the very same weights."""
         layers = self.adapted() if self.c.lora_merge else []
         kept = [m.weight.data.clone() for m in layers]
         for m in layers:  # in place: captured graphs know the weights by address
@@ -293,7 +294,7 @@ class Decoder(nn.Module):
     def forward(self, ids, positions, attend, wanted=None, slots=None):
         """ids, positions (T) -> hidden (T,C), or (M,C) of the tokens `wanted` (M): the last block does without the
         others. attend(layer, q, k, v) -> (T,H,D) decides who sees whom: it is memory_attention in training, fills
-        the cache in prefill and reads it in decoding. slots: of each layer, where new keys and values go before."""
+        the cache in prefill and reads it in decoding. slots: of each layer, where new keys and values go first."""
         angle = positions[:, None].float() * self.inverse_frequency  # (T,D/2)
         rotary = angle.cos()[:, None], angle.sin()[:, None]
         x = F.embedding(ids, self.embed)
@@ -301,8 +302,7 @@ class Decoder(nn.Module):
             x = self.embed_norm(x)
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
-            arguments = x, rotary, lambda q, k, v, layer=layer: attend(layer, q, k, v), wanted if last else None
-            arguments += (slots and slots[layer],)
+            arguments = x, rotary, partial(attend, layer), wanted if last else None, slots and slots[layer]
             if self.c.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:

@@ -10,15 +10,10 @@
 Backward passes keep the inputs alone and compute the rest again. dw has one owner for every share of the tokens, whose
 parts are added up afterwards: deterministic. Bytes: every operand once.
 
-Beside them: the products of several layers with one input, as one product while nothing is trained.
-
 Legend: T tokens, C width, F hidden width, H query heads, K key heads, D head size, S room of a suffix cache.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -390,49 +385,3 @@ def rotate(x, rotary):
 
 def swiglu_reference(gate, up):
     return F.silu(gate) * up
-
-
-# ---- Several layers, one input -----------------------------------------------------------------------------------
-
-
-def products(x: torch.Tensor, layers: Sequence) -> list[torch.Tensor]:
-    """[layer(x) for layer in layers], by one product within `joined`. x (T,C)."""
-    if layers[0].joint is None:
-        return [layer(x) for layer in layers]
-    parts = F.linear(x, *layers[0].joint).split([len(layer.weight) for layer in layers], 1)
-    return [layer.adapt(y, x) for layer, y in zip(layers, parts, strict=True)]
-
-
-@contextmanager
-def joined(groups: Iterable[Sequence]) -> Iterator[None]:
-    """Within it `products` takes one product for the layers of each group, where the kernels run; on a CPU, where that
-    would round otherwise, nothing changes. For no gradient: what is multiplied is not the parameters.
-
-    Their weights (and biases) are moved one behind the other in memory and stay the parameters that they are: who
-    loads, trains or copies them need not know, and what lies apart afterwards is moved again. So captured graphs find
-    them where they were.
-    """
-    groups = [g for g in groups if use_triton(g[0].weight.device, g[0].weight.dtype)]
-    for layers in groups:
-        layers[0].joint = [_together([getattr(layer, kind) for layer in layers]) for kind in ("weight", "bias")]
-    try:
-        yield
-    finally:
-        for layers in groups:
-            layers[0].joint = None
-
-
-@torch.no_grad()
-def _together(parts: Sequence[torch.nn.Parameter | None]) -> torch.Tensor | None:
-    """The parts as one tensor, of whose storage they are views from now on."""
-    first, end = parts[0], 0
-    if first is None:
-        return None
-    for p in parts:
-        if p.untyped_storage()._cdata != first.untyped_storage()._cdata or p.storage_offset() != end:
-            whole = torch.cat([x.data for x in parts])
-            for x, view in zip(parts, whole.split([len(x) for x in parts]), strict=True):
-                x.data = view
-            return whole
-        end += p.numel()
-    return first.data.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())

@@ -23,7 +23,7 @@ from data.run.files import write_json
 from data.run.folder import Interrupt
 from data.tasks import Problem
 from data.text.entities import occurs
-from kernels import fused
+from kernels import joined
 from kernels.cache import Cache
 from kernels.grpo import grpo_loss
 from memtrain import Batch, Sampler, Turn, collect, micro_batches, pack, score, update, with_signal
@@ -648,7 +648,7 @@ def test_lora(tiny, decoder, tokenizer, base_checkpoint, reading, monkeypatch):
                                                                                   "false")], ids=str)
 def test_layers_of_one_input_are_one_product_while_sampling(fields, tiny, decoder, tokenizer, monkeypatch, tmp_path):
     """As on a card. The parameters stay what they are, for whoever copies, moves, saves or loads them."""
-    monkeypatch.setattr(fused, "use_triton", lambda *_: True)
+    monkeypatch.setattr(joined, "use_triton", lambda *_: True)
     model = decoder(tiny(*fields), tokenizer.size)
     before, x = {n: p.detach().clone() for n, p in model.named_parameters()}, torch.randn(5, model.c.width)
 
@@ -656,7 +656,7 @@ def test_layers_of_one_input_are_one_product_while_sampling(fields, tiny, decode
         with torch.no_grad(), model.merged():
             for layers in ((b.q, b.k, b.v) if i else (b.gate, b.up) for b in model.blocks for i in range(2)):
                 assert layers[0].joint[0].data_ptr() == layers[0].weight.data_ptr()
-                for a, m in zip(fused.products(x, layers), layers, strict=True):
+                for a, m in zip(joined.products(x, layers), layers, strict=True):
                     torch.testing.assert_close(a, m(x), atol=1e-5, rtol=1e-5)
         assert not any(m.joint for m in model.modules() if isinstance(m, memtrain.Linear))
         return [p.data_ptr() for p in model.parameters()]
