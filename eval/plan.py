@@ -37,7 +37,7 @@ CONTEXT = 0.5 * GB  # CUDA's context, compiled kernels and the libraries' worksp
 MFU = 0.35  # share of the peak in prefill and training: assumed, usual for LoRA with recomputation on one card
 BANDWIDTH_SHARE = 0.6  # of the peak, in decoding: assumed
 LAUNCH = 3e-6  # seconds that a kernel takes at least, in a captured decoding step: assumed
-KERNELS = 26, 40  # of a block in a decoding step, and outside the blocks: counted in memtrain.Block and Sampler, about
+KERNELS = 11, 40  # of a block in a decoding step, as tests/fake_card.py counts; outside the blocks, about
 DEMONSTRATE = 22e-6  # seconds on one core to make a token of demonstrations: 16 to 26, measured on a shared AMD EPYC
 START = 30 / 3600  # hours until a run of a study is at work: libraries, data, kernels compiled, graphs: assumed
 WORKERS = 8  # processes that make them beside a GPU, as in memtrain.train_base
@@ -397,14 +397,14 @@ def saved(c) -> tuple[float, float]:
     """Bytes that autograd keeps of one block, (per packed token, per token that goes on behind the attention).
 
     One after the other, on CUDA: the block's input, its norm and norm's factor, queries and keys before their norm,
-    queries, keys, values, output and log-sum-exp of the attention; then the stream, its norm, gate, its SiLU, up, and
-    their product; and what each adapter's A gives.
+    queries, keys, values, output and log-sum-exp of the attention; then the stream, its norm, gate, up, and their
+    product; and what each adapter's A gives.
     """
     query, key, e = c.heads * c.head_size, c.key_heads * c.head_size, element(c)
     few = set(adapter_sizes(c))
     first = e * (c.width * (1 + adapted(c, "q", "k", "v")) + (query + key) * c.qk_norm + 2 * query + 2 * key)
-    first += 4 * (1 + c.heads + (c.heads + c.key_heads) * c.qk_norm) + e * c.lora_rank * len(few & set("qkv"))
-    second = e * (c.width * (1 + adapted(c, "gate", "up")) + c.hidden * (3 + adapted(c, "down"))) + 4
+    first += 4 * (1 + c.heads) + e * c.lora_rank * len(few & set("qkv"))
+    second = e * (c.width * (1 + adapted(c, "gate", "up")) + c.hidden * (2 + adapted(c, "down")))
     second += e * c.lora_rank * len(few - set("qkv"))
     return first, second
 
@@ -427,16 +427,15 @@ def activations(c, tokens: int, scored: int) -> tuple[float, float]:
         kept = tokens * (c.layers * first + (c.layers - 1) * second) + scored * second
         work = 0.0
     if c.kl:  # the reference is scored while all of this is kept
-        work = max(work, forward_bytes(c, tokens, True))
+        work = max(work, forward_bytes(c, tokens))
     return kept + ends, work
 
 
-def forward_bytes(c, tokens: int, adapters: bool) -> float:
+def forward_bytes(c, tokens: int) -> float:
     """Peak of a pass that keeps nothing: in the MLP, beside the stream, what the attention left behind, and three of
-    the wide tensors; a fourth where adapters are added apart."""
+    the wide tensors."""
     query, key = c.heads * c.head_size, c.key_heads * c.head_size
-    wide = 3 + bool(adapters and c.lora_rank)
-    return tokens * (element(c) * (3 * c.width + 2 * query + 2 * key + wide * c.hidden) + 4 * c.head_size + 24)
+    return tokens * (element(c) * (3 * c.width + 2 * query + 2 * key + 3 * c.hidden) + 4 * c.head_size + 24)
 
 
 DRAW = 20  # bytes a logit at the worst moment of sampling.draw: log-probs in fp32, probabilities and their sum in fp64
@@ -469,7 +468,7 @@ def memory(c, vocab: int) -> dict[str, dict[str, float]]:
                           "captured decoding steps": graphs}
         if c.kl and not c.lora_rank:
             stays["reference model"] = 4.0 * base
-        prompts = forward_bytes(c, prefill(c, calls, made).most, not c.lora_merge)
+        prompts = forward_bytes(c, prefill(c, calls, made).most)
         phases["sampling"] = stays | merged | {PROMPTS: max(prompts, rows * vocab * DRAW)}
         passes = [training(step(c, kind), c.micro_tokens) for kind in kinds]
         kept, work = activations(c, max(p.most for p in passes), max(p.most_scored for p in passes))
@@ -493,7 +492,7 @@ def memory(c, vocab: int) -> dict[str, dict[str, float]]:
         made = slots(c, calls + systems)
         rows = max(m[0] for m in made[len(calls):])
         nucleus = (DRAW_NUCLEUS if c.eval_top_p < 1 else DRAW) * vocab
-        prompts = forward_bytes(c, prefill(c, systems, made[len(calls):]).most, not c.lora_merge)
+        prompts = forward_bytes(c, prefill(c, systems, made[len(calls):]).most)
         phases["evaluation"] = always | merged | {
             "KV cache": cache_bytes(c, made), "captured decoding steps": max(graphs, rows * nucleus),
             PROMPTS: max(prompts, rows * nucleus)}

@@ -275,12 +275,14 @@ def test_peers_of_the_kernels_compute_the_same():
     made = [bench_kernels.logprob_case(cpu, f, 20, 8, 50, False), bench_kernels.loss_case(cpu, 16, 5, False),
             bench_kernels.head_and_loss_case(cpu, f, 16, 5, 8, 50),
             bench_kernels.attention_case(cpu, f, 2, 7, 3, (2, 5), 4, 2, 8),
-            bench_kernels.decode_case(cpu, f, 2, 7, 3, 4, 4, 2, 8)]
+            bench_kernels.decode_case(cpu, f, 2, 7, 3, 4, 4, 2, 8),
+            *(bench_kernels.fused_case(cpu, f, name, 5, 8, 4, 2, 8, False) for name in ("add_norm", "norm_rope",
+                                                                                        "swiglu"))]
     rows = [r for case in made for r in bench_kernels.measure(case, cpu, 2, lambda work: 1.0, (1e9, 1e9))]
-    assert len(rows) == 11 and all(r.deviation < 1e-4 for r in rows), rows
-    assert all(0 < r.fastest <= r.seconds <= r.slowest and r.compute_share > 0 for r in rows)
+    assert len(rows) == 17 and all(r.deviation < 1e-4 for r in rows), rows
+    assert all(0 < r.fastest <= r.seconds <= r.slowest and r.compute_share + r.copy_share > 0 for r in rows)
     text = bench_kernels.table(rows, {"float32": (1e9, 1e9)}, 2)
-    assert all(r.by in text for r in rows) and text.count("memtrain") == 5
+    assert all(r.by in text for r in rows) and text.count("memtrain") == 8
 
 
 def test_kernel_benchmarks_refuse_what_they_do_not_know(capsys):

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from torch.profiler import profile
 
 import memtrain
-from kernels import attention, decode, draw, grpo, input_precision, logprob, use_triton
+from kernels import attention, decode, draw, fused, grpo, input_precision, logprob, use_triton
 from kernels.decode import Members
 from kernels.layout import Layout
 from tests.test_kernels import case, exact_logprob, plain_loss, reference_attention
@@ -470,6 +471,136 @@ def test_draws_are_those_of_the_reference(top_p):
     assert draw.draw(none, none[:, 0].double(), top_p).shape == (0,)
 
 
+# ---- between the products of a block --------------------------------------------------------------------------------
+
+
+def gradients_agree(mine, true, leaves, dtype, least=0.1) -> bool:
+    """Outputs, and gradients of all `leaves`, each with its fp64 twin."""
+    weights = [torch.randn(y.shape).to(dtype) for y in true]
+    inputs, doubles = [a for a, _ in leaves], [b for _, b in leaves]
+    found = torch.autograd.grad(mine, inputs, [w.to(DEVICE) for w in weights])
+    wanted = torch.autograd.grad(true, doubles, [w.double() for w in weights])
+    return all(close(a, b, dtype, least=least) for a, b in zip((*mine, *found), (*true, *wanted), strict=True))
+
+
+def plain_norm(x, weight, eps):
+    return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def plain_rope(x, angle):
+    """As complex numbers: halves are turned by angle (T,D/2)."""
+    turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def add_norm_agrees(module, tokens=40, width=40, dtype=torch.float32) -> bool:
+    x, y, w = leaves = [randn(*shape, dtype=dtype) for shape in ((tokens, width), (tokens, width), (width,))]
+    truth = (x[1] + y[1]).detach().to(dtype).double().requires_grad_()  # rounded, as what follows will see it
+    mine = module.add_norm(x[0], y[0], w[0], 0.1)
+    of, true = [torch.randn(tokens, width).to(dtype) for _ in range(2)], (truth, plain_norm(truth, w[1], 0.1))
+    found = torch.autograd.grad(mine, [a for a, _ in leaves], [g.to(DEVICE) for g in of])
+    dx, dw = torch.autograd.grad(true, (truth, w[1]), [g.double() for g in of])
+    return all(close(a, b, dtype, 2) for a, b in zip((*mine, *found), (*true, dx, dx, dw), strict=True))
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (40, 40), (3, 128), (2, 2560), (0, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_add_and_norm(tokens, width, dtype):
+    assert add_norm_agrees(fused, tokens, width, dtype)
+
+
+def norm_rope_agrees(module, heads=4, key_heads=2, size=32, dtype=torch.float32, normed=True, tokens=50) -> bool:
+    """Trained; and decoded, out of one matrix, into a cache whose other places stay what they were."""
+    counts = heads, key_heads, key_heads
+    q, k, v = (randn(tokens, n, size, dtype=dtype) for n in counts)
+    norms = [randn(size, dtype=dtype) for _ in range(2)] if normed else []
+    angle = (100 * torch.rand(tokens, size // 2)).double()
+    rotary = [x.float()[:, None].to(DEVICE) for x in (angle.cos(), angle.sin())]
+    weights = tuple(w for w, _ in norms) or None
+    mine = module.norm_rope(q[0], k[0], v[0], rotary, weights, 0.1)
+    true = [plain_rope(plain_norm(x, norms[i][1], 0.1) if normed else x, angle) for i, (_, x) in enumerate((q, k))]
+    good = gradients_agree(mine, true, [q, k, *norms], dtype)
+    together = torch.cat([x[0].detach().flatten(1) for x in (q, k, v)], 1)
+    parts = [x.unflatten(1, (n, size)) for n, x in zip(
+        counts, together.split([n * size for n in counts], 1), strict=True)]
+    places, cached = torch.randint(5, (tokens,)), torch.full((2, tokens, key_heads, 5, size), 7.0, dtype=dtype)
+    cached, rows = cached.to(DEVICE), torch.arange(tokens)
+    places[3:4] = 5  # a row that is not in use, and has run out of its slot
+    alone = module.norm_rope(*parts, rotary, weights, 0.1, (*cached, rows.to(DEVICE), places.to(DEVICE)))
+    used = places < 5
+    expected = torch.full(cached.shape, 7.0).double()
+    for to, x in zip(expected, (true[1], v[1]), strict=True):
+        to[rows[used], :, places[used]] = x[used].detach()
+    return good and alone[1] is None and torch.equal(alone[0], mine[0]) and close(cached, expected, dtype)
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(1, 1, 16), (4, 4, 32), (14, 2, 64), (7, 1, 80), (3, 1, 128)])
+@pytest.mark.parametrize("normed", [True, False], ids=["QK-norm", "RoPE alone"])
+def test_norm_and_rope(heads, key_heads, size, normed):
+    assert norm_rope_agrees(fused, heads, key_heads, size, normed=normed)
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(0, torch.float32), (1, torch.bfloat16), (16, torch.float16),
+                                               (33, torch.bfloat16)], ids=str)
+def test_norm_and_rope_of_few_and_many_tokens(tokens, dtype):
+    assert norm_rope_agrees(fused, dtype=dtype, tokens=tokens)
+
+
+def swiglu_agrees(module, tokens=5, width=1300, dtype=torch.float32) -> bool:
+    """Out of one matrix too."""
+    gate, up = leaves = [randn(tokens, width, dtype=dtype, scale=2) for _ in range(2)]
+    mine, true = module.swiglu(gate[0], up[0]), gate[1] * gate[1].sigmoid() * up[1]
+    both = torch.cat([gate[0], up[0]], 1).detach().split(width, 1)
+    return gradients_agree([mine], [true], leaves, dtype) and torch.equal(module.swiglu(*both), mine)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (7, 40), (2, 1025), (0, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_swiglu(tokens, width, dtype):
+    assert swiglu_agrees(fused, tokens, width, dtype)
+
+
+def test_what_is_not_contiguous_is_refused():
+    x = torch.zeros(3, 16, 2, device=DEVICE).transpose(1, 2)
+    with pytest.raises(ValueError, match=r"k: strides"):
+        fused.norm_rope(x.contiguous(), x, x, (x, x), None, 1e-6)
+    with pytest.raises(ValueError, match=r"gate: strides"):
+        fused.swiglu(x[:, 0].T, x[:, 0].T)
+
+
+@pytest.mark.parametrize("fields", [(), ("--qk-norm", "false", "--bias", "true"), ("--lora-rank", "2", "--lora-merge",
+                                                                                  "false")],
+                         ids=["own", "as Qwen2", "LoRA apart"])
+def test_a_decoder_samples_and_learns_with_kernels_as_without(fields, tiny, decoder, monkeypatch):
+    """Products of several layers in one, keys and values written to their slots, and all gradients."""
+    c = replace(tiny(*fields), top_p=1e-9)
+    model, prompts = decoder(c, 61).to(DEVICE), [([*range(20)], [3, 4]), ([*range(20)], [5]), ([*range(9)], [6, 7, 8])]
+
+    def results():
+        turns = memtrain.Sampler(model, 16)(c, prompts, [("kernels", i) for i in range(3)], 3, (1,))
+        packed = memtrain.pack([(prompts[0][0], [(t.given, t.sampled) for t in turns[:2]])], DEVICE)
+        gradients = torch.autograd.grad(memtrain.score(model, packed)[0].sum(),
+                                        [p for p in model.parameters() if p.requires_grad])
+        return [t.sampled for t in turns], torch.tensor([x for t in turns for x in t.logprobs]), gradients
+
+    tokens, logprobs, gradients = results()
+    assert model.blocks[0].v.weight.storage_offset() == model.blocks[0].q.weight.numel() + (
+        model.blocks[0].k.weight.numel()), "they were not taken together"
+    monkeypatch.setenv("MEMTRAIN_KERNELS", "torch")
+    expected = results()
+    assert tokens == expected[0] and close(logprobs, expected[1].double(), least=1.0)
+    assert all(close(a, b.double().cpu(), factor=3, least=0.1) for a, b in zip(gradients, expected[2], strict=True))
+
+
+def test_frozen_norms_get_no_gradient():
+    x, w = randn(6, 2, 16)[0], torch.ones(16, device=DEVICE)
+    rotary = [torch.ones(6, 1, 8, device=DEVICE)] * 2
+    queries, keys = fused.norm_rope(x, x, x, rotary, (w, w), 1e-6)
+    total, out = fused.add_norm(x.flatten(1), x.flatten(1), torch.ones(32, device=DEVICE), 1e-6)
+    (queries.sum() + keys.sum() + total.sum() + out.sum()).backward()
+    assert x.grad.isfinite().all() and w.grad is None
+
+
 # ---- broken on purpose ---------------------------------------------------------------------------------------------
 
 MUTANTS = {
@@ -514,6 +645,27 @@ MUTANTS = {
         "blocks not cumulated": ("before + tl.cumsum(p, 0)", "tl.cumsum(p, 0)"),
         "no nucleus": (">= top_p", ">= 2 * top_p"),
     },
+    "fused": {
+        "one addend normalised": ("+ tl.load(Y + at, mask=here, other=0.0).to(tl.float32)\n", "\n"),
+        "mean over the padded row": ("(s * tl.rsqrt(tl.sum(s * s) / C", "(s * tl.rsqrt(tl.sum(s * s) / BLOCK"),
+        "no eps": ("/ C + eps) * w)", "/ C) * w)"),
+        "gradient past the norm alone": ("n * (tl.sum(w * g * n) / C)", "n * 0.0"),
+        "gradient of the sum dropped": ("tl.load(DTOTAL + at, mask=here, other=0.0).to(tl.float32) + r", "r"),
+        "norm's gradient of the last token": ("        dw += g * n", "        dw = g * n"),
+        "turned the other way": ("a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin"),
+        "gradient not turned back": ("ga * cos + gb * sin, gb * cos - ga * sin",
+                                     "ga * cos - gb * sin, gb * cos + ga * sin"),
+        "one half normalised": ("(tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D", "tl.sum(a * a, 1) / D"),
+        "head's gradient past the norm alone": ("r * (wa * ga - a * mean)", "r * (wa * ga)"),
+        "head's gradient of the last tokens": ("        da += pa", "        da = pa"),
+        "keys normed as queries": ("d[None, :], WK, cos", "d[None, :], WQ, cos"),
+        "a place too far": ("* room + place) * D", "* room + place + 1) * D"),
+        "past the end of a slot": ("here & (place < room)", "here"),
+        "values of the first key head": ("V, rows * v_row + h * D", "V, rows * v_row"),
+        "gate's rows as if alone": ("GATE + row * gate_row + c", "GATE + row * width + c"),
+        "sigmoid for silu": ("(g * tl.sigmoid(g) * u)", "(tl.sigmoid(g) * u)"),
+        "slope of silu": ("(1 + g * (1 - s))", "1.0"),
+    },
     "grpo": {
         "clip sides swapped": ("tl.maximum(ratio, 1 - low), 1 + high)", "tl.maximum(ratio, 1 - high), 1 + low)"),
         "KL pushes away": ("objective -= beta * kl", "objective += beta * kl"),
@@ -536,6 +688,7 @@ MUTANTS = {
 AGREES = {"attention": lambda m: attention_agrees(m, Layout([150, 20], [40, 9, 70, 3], [0, 0, 1, 1])),
           "decode": lambda m: decode_agrees(m, (4, 3, 5)), "draw": draw_agrees,
           "grpo": lambda m: all(f(m) for f in (grpo_agrees, linear_grpo_agrees, in_bf16)),
+          "fused": lambda m: swiglu_agrees(m) and add_norm_agrees(m) and norm_rope_agrees(m),
           # the last tile of a share mostly empty, and two tiles a share
           "logprob": lambda m: logprob_agrees(m, vocabulary=520, temperature=1.7) and logprob_agrees(
               m, vocabulary=2500, temperature=0.7)}

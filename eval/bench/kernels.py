@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
-from kernels import use_triton
+from kernels import fused, use_triton
 from kernels.attention import memory_attention
 from kernels.decode import Members, memory_decode
 from kernels.draw import draw
@@ -286,6 +286,29 @@ def draw_case(device, N: int, V: int, top_p: float) -> Case:
     return Case("draw", f"N {N}, V {V:,}, top_p {top_p}", peers, 0.0, 4.0 * N * V, torch.float32)
 
 
+def fused_case(device, dtype, name: str, T: int, C: int, H: int, K: int, D: int, compiled: bool) -> Case:
+    """What lies between the products of a block of width C, with 3 C hidden; peers: each operation alone."""
+    angle = torch.rand(T, 1, D // 2, device=device)
+    rotary = angle.cos(), angle.sin()
+    shapes, numbers, call = {
+        "add_norm": (((T, C), (T, C), (C,)), 8 * T * C, lambda f, x, y, w: f(x, y, w, 1e-6)),
+        "norm_rope": (((T, H, D), (T, K, D), (D,), (D,)), 5 * T * (H + K) * D,
+                      lambda f, q, k, *w: f(q, k, k, rotary, w, 1e-6)),
+        "swiglu": (((T, 3 * C), (T, 3 * C)), 24 * T * C, lambda f, gate, up: (f(gate, up),))}[name]
+    leaves = _leaves(device, dtype, *shapes)
+
+    def peer(function):
+        out = call(function, *leaves)
+        return out[0].detach(), *torch.autograd.grad(out, leaves, [y.detach() for y in out])
+
+    plain = getattr(fused, f"{name}_reference")
+    functions = {"memtrain": getattr(fused, name), "PyTorch": plain}
+    if compiled:
+        functions["PyTorch, torch.compile"] = torch.compile(plain)
+    return Case(name, f"T {T:,}, C {C}, H {H}, K {K}, D {D}", {by: lambda f=f: peer(f) for by, f in functions.items()},
+                0.0, float(leaves[0].element_size() * numbers), dtype)
+
+
 def cases(device: torch.device) -> list[Callable[[], Case]]:
     """What is measured where: nano shapes and one real vocabulary on a CPU; the paper's shapes on a GPU."""
     if device.type == "cpu":
@@ -305,7 +328,9 @@ def cases(device: torch.device) -> list[Callable[[], Case]]:
         made += [lambda C=C: logprob_case(device, h, 4096, C, 151_936, True),
                  *(lambda C=C, t=t: head_and_loss_case(device, h, 16, 256, C, 151_936, t) for t in (True, False)),
                  lambda H=H, K=K: attention_case(device, h, 4, 5320, 8, (1024, 1524), H, K, 128),
-                 lambda H=H, K=K: decode_case(device, h, 64, 5320, 8, 1200, H, K, 128)]
+                 lambda H=H, K=K: decode_case(device, h, 64, 5320, 8, 1200, H, K, 128),
+                 *(lambda name=name, C=C, H=H, K=K: fused_case(device, h, name, 16_384, C, H, K, 128, True)
+                   for name in ("add_norm", "norm_rope", "swiglu"))]
     return made
 
 
