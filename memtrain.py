@@ -1051,12 +1051,10 @@ def run_stages(run: Run) -> None:
                 train_policy(run, f"memtrain+{stage}", "memtrain")
         elif stage in ("memtrain+memagent", "memtrain+mem1"):
             train_policy(run, stage, "memtrain")
-        elif not ranks.FIRST:
-            continue
         elif stage == "eval":
             if not evaluate(run, lengths_of(run.c), recall_probe):
                 raise Stopped
-        elif stage == "report":
+        elif stage == "report" and ranks.FIRST:
             report(run)
 
 

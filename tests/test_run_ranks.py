@@ -25,8 +25,14 @@ sys.path.insert(0, sys.argv.pop(1))
 import memtrain
 memtrain.Agent.boxed = lambda self, turn: self.tokenizer.decode(turn.sampled)
 memtrain.exact_match = lambda text, answers: float(zlib.crc32(text.encode()) % 2)
-import eval.header
+import eval.header, eval.stage
 eval.header.estimate = lambda *_: (0.0, 0)
+rows_of = eval.stage.rows_of
+def noted(run, system, job, *rest):
+    with open(f"rank{memtrain.ranks.RANK}", "a") as file:
+        print(system, job, file=file)
+    return rows_of(run, system, job, *rest)
+eval.stage.rows_of = noted
 sys.exit(memtrain.main())
 """
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]  # or --run were its own
@@ -61,6 +67,8 @@ def test_two_processes_do_what_one_does(tmp_path):
             assert a.keys() == b.keys()
             for key in a.keys() - MOVED - {"stage"}:  # each process prefills what all documents share
                 assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-6), (key, a[key], b[key])
+    done = [(tmp_path / "two" / f"rank{r}").read_text().splitlines() for r in (0, 1)]
+    assert all(done) and sorted(done[0] + done[1]) == sorted((tmp_path / "one/rank0").read_text().splitlines())
     results = [json.loads((run / "results.json").read_text()) for run in (one, others[0])]
     for section in ("long_qa", "masked", "recall", "memory"):
         assert results[0][section] == results[1][section] != []
