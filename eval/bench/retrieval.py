@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from data.text.corpus import Corpus
 from data.text.retrieval import INDEX, Retriever
+from eval.bench.measure import columns, seconds
 
 QUERIES, QUERY_WORDS = 200, 12
 BATCHES = (1, 8, 64)
-STEPS = ("build", "fingerprint", "build and keep", "load")
+CPU = torch.device("cpu")
 
 
 def queries_of(corpus: Corpus) -> list[str]:
@@ -29,66 +30,39 @@ def queries_of(corpus: Corpus) -> list[str]:
 
 
 def run(corpus: Corpus, queries: Sequence[str], repeats: int) -> dict:
-    """Seconds of building and loading, once a repeat; milliseconds a query, as `spread` has them, by batch size."""
+    """Seconds of building and loading, once a repeat; milliseconds a query by batch size."""
     import bm25s  # noqa: F401  its import is no part of the first build
 
-    rows: dict[str, list[float]] = {name: [] for name in STEPS}
+    rows: dict[str, list[float]] = {"build": [], "fingerprint": [], "build and keep": [], "load": []}
     times: dict[int, list[float]] = {size: [] for size in BATCHES}
     for _ in tqdm(range(repeats), "retrieval", unit="repeat"):
-        built, loaded, megabytes = index_once(Corpus(corpus.passages, corpus.name), rows)
-        found = built.search(queries)
-        for size, values in times.items():
-            if search_once(loaded, queries, size, values) != found:
+        with tempfile.TemporaryDirectory() as place:
+            folder, fresh, made = Path(place, "index"), Corpus(corpus.passages, corpus.name), []
+            steps = (lambda c=fresh: Retriever(c), lambda c=fresh: c.fingerprint,
+                     *[lambda c=fresh, f=folder: Retriever(c, f)] * 2)
+            for spent, step in zip(rows.values(), steps, strict=True):
+                spent.append(seconds(lambda step=step, made=made: made.append(step()), CPU))
+            megabytes = (folder / INDEX).stat().st_size / 1e6
+        for size, spent in times.items():
+            found = []
+            for start in range(0, len(queries), size):
+                some = queries[start:start + size]
+                took = seconds(lambda some=some, found=found, r=made[-1]: found.extend(r.search(some)), CPU)
+                spent.append(1e3 * took / len(some))
+            if found != made[0].search(queries):
                 raise AssertionError(f"searching by {size} in the index read back finds something else than at once")
+    ms = {str(size): {"median": statistics.median(spent), "p90": sorted(spent)[-(-9 * len(spent) // 10) - 1],
+                      "max": max(spent)} for size, spent in times.items()}
     return {"corpus": corpus.name, "passages": len(corpus), "queries": len(queries), "repeats": repeats,
-            "index_mb": megabytes, "seconds": rows, "ms": {str(size): spread(values) for size, values in times.items()}}
-
-
-def index_once(corpus: Corpus, rows: dict[str, list[float]]) -> tuple[Retriever, Retriever, float]:
-    """Appends the seconds of each of STEPS. Returns the index built, the one read back, and its MB on the disk."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place, "index")
-        steps = (lambda: Retriever(corpus), lambda: corpus.fingerprint, lambda: Retriever(corpus, folder),
-                 lambda: Retriever(corpus, folder))
-        made = []
-        for name, step in zip(STEPS, steps, strict=True):
-            seconds, value = timed(step)
-            rows[name].append(seconds)
-            made.append(value)
-        return made[0], made[-1], (folder / INDEX).stat().st_size / 1e6
-
-
-def search_once(retriever: Retriever, queries: Sequence[str], size: int, times: list[float]) -> list[list[int]]:
-    """What is found for all queries, `size` of them at a time; appends the milliseconds a query of each batch."""
-    found: list[list[int]] = []
-    for start in range(0, len(queries), size):
-        some = queries[start:start + size]
-        seconds, new = timed(lambda some=some: retriever.search(some))
-        times.append(1e3 * seconds / len(some))
-        found += new
-    return found
-
-
-def timed(work: Callable):
-    """(seconds, value) of work()."""
-    began = time.perf_counter()
-    value = work()
-    return time.perf_counter() - began, value
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    ranked = sorted(values)
-    return {"median": statistics.median(ranked), "p90": ranked[-(-9 * len(ranked) // 10) - 1], "max": ranked[-1]}
+            "index_mb": megabytes, "seconds": rows, "ms": ms}
 
 
 def table(result: dict) -> str:
-    lines = [f"{result['corpus']}: {result['passages']:,} passages, index of {result['index_mb']:.1f} MB, "
-             f"{result['queries']} queries, {result['repeats']} repeats\n",
-             f"{'seconds':24s}{'min':>10s}{'median':>10s}{'max':>10s}"]
-    for name, values in result["seconds"].items():
-        lines.append(f"{name:24s}{min(values):10.3f}{statistics.median(values):10.3f}{max(values):10.3f}")
-    lines.append(f"\n{'ms a query':24s}{'median':>10s}{'p90':>10s}{'max':>10s}")
-    for width, figures in result["ms"].items():
-        name = "alone" if width == "1" else f"in batches of {width}"
-        lines.append(f"{name:24s}" + "".join(f"{figures[f]:10.2f}" for f in ("median", "p90", "max")))
-    return "\n".join(lines)
+    lines = [["seconds", "min", "median", "max"]]
+    lines += [[name, *(f"{f(values):.3f}" for f in (min, statistics.median, max))]
+              for name, values in result["seconds"].items()]
+    ms = [["ms a query", "median", "p90", "max"]]
+    ms += [["alone" if width == "1" else f"in batches of {width}", *(f"{figures[f]:.2f}" for f in ms[0][1:])]
+           for width, figures in result["ms"].items()]
+    return (f"{result['corpus']}: {result['passages']:,} passages, index of {result['index_mb']:.1f} MB, "
+            f"{result['queries']} queries, {result['repeats']} repeats\n\n{columns(lines)}\n\n{columns(ms)}")

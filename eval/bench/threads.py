@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from data import InputError
 from data.run.threads import CHOSEN, SPINS
+from eval.bench.measure import columns
 
 PROGRAM = Path(__file__).parents[2] / "memtrain.py"
 WAYS = {"300,000 looks, the default": {"GOMP_SPINCOUNT": "300000"}, f"{int(SPINS):,} looks, ours": {},
@@ -86,10 +87,8 @@ def _machine() -> float:
 
 
 def table(rows: Sequence[dict], limit: float) -> str:
-    lines = [f"{'':44s}{'seconds':>10s}{'CPU seconds':>13s}{'others':>9s}"]
-    for r in rows:
-        seconds = f"> {limit:.0f}" if r["seconds"] is None else f"{r['seconds']:.1f}"
-        name = r["way"] + (", beside one" if r["beside"] else "")
-        lines.append(f"{name:44s}{seconds:>10s}{r['cpu_seconds']:13.1f}{r['others']:9.0%}")
-    return "\n".join([*lines, "\nseconds: the steps alone; CPU seconds: the process with its start; others: share of "
-                              "all cores that processes\nbeside these took"])
+    lines = [["", "seconds", "CPU seconds", "others"]]
+    lines += [[r["way"] + ", beside one" * r["beside"], f"> {limit:.0f}" if r["seconds"] is None else
+               f"{r['seconds']:.1f}", f"{r['cpu_seconds']:.1f}", f"{r['others']:.0%}"] for r in rows]
+    return (f"{columns(lines)}\nseconds: the steps alone; CPU seconds: the process with its start; others: share of "
+            f"all cores that processes beside these took")
