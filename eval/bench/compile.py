@@ -19,7 +19,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from eval.bench.measure import columns
+from data.run.terminal import columns
 from kernels import attention, decode, draw, grpo, logprob
 
 GENERATIONS = {80: ("A100", 163), 86: ("3090", 99), 89: ("4090", 99), 90: ("H100", 227), 100: ("B200", 227),

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
-from eval.bench.measure import columns, extra_mb, seconds
+from data.run.terminal import columns
+from eval.bench.measure import extra_mb, seconds
 from kernels.attention import memory_attention
 from kernels.decode import Members, memory_decode
 from kernels.draw import draw

@@ -52,11 +52,11 @@ import memtrain
 from data import InputError
 from data.config import STUDY, as_evaluated, dashes
 from data.run.files import output, replacing, write_json, writing
-from data.run.terminal import StrictParser, one_line
+from data.run.terminal import StrictParser, columns, one_line
 from data.text.corpus import load_passages, load_questions
 from data.world.miniwiki import MiniWorld
 from eval.bench import plain
-from eval.bench.measure import Capture, columns, extra_mb, forget_peak, peak_mb, seconds
+from eval.bench.measure import Capture, extra_mb, forget_peak, peak_mb, seconds
 from eval.longqa import long_qa_row
 from eval.stage import environment
 

@@ -1,4 +1,4 @@
-"""What every benchmark needs: seconds, peak memory, the gradient of an update, a table for a terminal."""
+"""What every benchmark needs: seconds, peak memory, the gradient of an update."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,10 +61,3 @@ class Capture:
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p in self.parameters.values():
             p.grad = None
-
-
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines of a table: the first column on the left, figures on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(
-        row[1:], widths[1:], strict=True))]).rstrip() for row in rows)

@@ -37,9 +37,10 @@ from tqdm import tqdm
 
 import memtrain
 from data import InputError
+from data.run.terminal import columns
 from data.weights.pretrained import adapter_names, load_weights, published
 from eval.bench.kernels import ceilings
-from eval.bench.measure import Capture, columns, forget_peak, peak_mb, seconds
+from eval.bench.measure import Capture, forget_peak, peak_mb, seconds
 from kernels import synchronise
 
 SHAPES = {  # transformers' names; trl: defaults of that benchmark

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data.run.terminal import columns
 from data.text.corpus import Corpus
 from data.text.retrieval import INDEX, Retriever
-from eval.bench.measure import columns, seconds
+from eval.bench.measure import seconds
 
 QUERIES, QUERY_WORDS = 200, 12
 BATCHES = (1, 8, 64)

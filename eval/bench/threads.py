@@ -19,8 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import InputError
+from data.run.terminal import columns
 from data.run.threads import CHOSEN, SPINS
-from eval.bench.measure import columns
 
 PROGRAM = Path(__file__).parents[2] / "memtrain.py"
 WAYS = {"300,000 looks, the default": {"GOMP_SPINCOUNT": "300000"}, f"{int(SPINS):,} looks, ours": {},
