@@ -19,7 +19,6 @@ from data.text.corpus import Corpus, Passage, load_passages, load_questions
 from data.text.dense import Dense, encoder, retriever_of
 from data.text.retrieval import INDEX, LONGEST_QUERY, Retriever
 from eval import retrieval as judge
-from eval.bench import main as bench
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["iron", "mill", "river", "boat", "old", "bridge", "stone", "tower", "gate", "hat", "felt", "wheel"]
@@ -410,15 +409,6 @@ def test_bad_arguments(argv, says, folder, capsys):
     said = capsys.readouterr()
     assert said.err.startswith("retrieval: ") and says in said.err and said.err.count("\n") == 1 and not said.out
     assert contents(folder) == before and not (ROOT / "data" / "new").exists()
-
-
-def test_bench_command(tmp_path, capsys):
-    out = tmp_path / "r.json"
-    assert bench.main(["retrieval", "--people", "60", "--repeats", "1", "--out", str(out)]) == 0
-    printed, result = capsys.readouterr().out, json.loads(out.read_text())
-    assert result["passages"] > 100 and result["queries"] == 200 and set(result["ms"]) == {"1", "8", "64"}
-    assert all(0 < f["median"] <= f["p90"] <= f["max"] for f in result["ms"].values())
-    assert all(len(v) == 1 and v[0] > 0 for v in result["seconds"].values()) and "in batches of 64" in printed
 
 
 @needs_data

@@ -380,7 +380,8 @@ def main_command(device: torch.device, result: Result, options, *argv: str) -> b
         return code == 0
 
 
-SHORT = ("--people", "60", "--documents", "2", "--update-documents", "2", "--group", "3", "--recall-group", "2")
+SHORT = ("--people", "60", "--passages", "12", "--related", "3", "--documents", "2", "--update-documents", "2",
+         "--group", "3", "--recall-group", "2")
 
 
 def nano(device: torch.device, result: Result, options) -> bool:

@@ -1,31 +1,7 @@
-"""Benchmarks. Each prints a table and, with --out FILE, writes the same figures as JSON.
+"""Benchmarks: `python -m eval.bench NAME [options]`, and without a name what there is.
 
-    python -m eval.bench step [--repeats 3] [--out FILE] [any field of memtrain.Config]
-        one GRPO step of MemTrain, by memtrain.py and by the plain implementation in eval/bench/plain.py: seconds,
-        tokens through the model, memory; that both sampled the same tokens and have the same loss and gradient
-    python -m eval.bench kernels [--repeats 5] [--device cpu|cuda] [--out FILE]
-        each kernel beside peers that compute the same: seconds, extra memory, share of the measured ceilings
-    python -m eval.bench compile [--out FILE]
-        every kernel compiled for six GPU generations, without a GPU: shared memory, registers, spills
-    python -m eval.bench documents [--tokenizer FILE] [--repeats 50] [--out FILE] [any field of memtrain.Config]
-        masked documents of --corpus, built one after the other: milliseconds, tokens, passages, memory
-    python -m eval.bench retrieval [--repeats 5] [--out FILE] [any field of memtrain.Config]
-        BM25 over --corpus: seconds to build the index and to read it back; milliseconds a query of --questions
-    python -m eval.bench sample [--repeats 5] [--shape tiny|0.6b] [--device cpu|cuda] [--out FILE]
-        tokens/s of our sampler beside transformers' generate, on the same random Qwen3; share of the bandwidth limit
-    python -m eval.bench trl [--repeats 5] [--shape tiny|0.6b] [--device cpu|cuda] [--out FILE]
-        a whole GRPO step beside TRL's GRPOTrainer: seconds, peak memory; that both have the same loss and gradient
-    python -m eval.bench threads [--steps 2] [--limit 120] [--out FILE] [any field of memtrain.Config]
-        training steps on --threads threads (default: all cores) under OpenMP's ways to wait and ours, alone and beside
-        one busy process: wall and CPU seconds, and the share of the cores that other processes took meanwhile
-    python -m eval.bench length [--read-mb 1,4,16] [--out FILE] [any field of memtrain.Config]
-        the evaluation of --eval-questions questions at each of --eval-lengths (default: 32 at 1,4,16,64), each in a
-        process of its own and on one thread: peak memory, CPU seconds by its tokens
-    python -m eval.bench all --to DIR [--repeats 3] [--device cpu|cuda] [--threads N]
-        kernels, step, sample and trl; DIR/table.md has each beside its peers, with its share of the ceilings
-
-It measures memtrain.py from outside, so it imports it; nothing imports this file. A whole run is measured by
-`/usr/bin/time -v python memtrain.py`.
+Each prints a table and, with --out FILE, writes the same figures as JSON. It measures memtrain.py from outside, so it
+imports it; nothing imports this file. A whole run is measured by `/usr/bin/time -v python memtrain.py`.
 """
 
 from __future__ import annotations
@@ -53,7 +29,6 @@ from data import InputError
 from data.config import STUDY, as_evaluated, dashes
 from data.run.files import output, replacing, write_json, writing
 from data.run.terminal import StrictParser, columns, one_line
-from data.text.corpus import load_passages, load_questions
 from data.world.miniwiki import MiniWorld
 from eval.bench import plain
 from eval.bench.measure import Capture, extra_mb, forget_peak, peak_mb, seconds
@@ -273,7 +248,9 @@ def load_weights(c: memtrain.Config, model: memtrain.Decoder, tokenizer) -> str:
 
 
 def step(argv: Sequence[str]) -> int:
-    parser = Parser("step", "one GRPO step of MemTrain by memtrain.py and by eval/bench/plain.py", {
+    """One GRPO step of MemTrain, by memtrain.py and by eval/bench/plain.py: seconds, tokens, memory; that both sample
+    the same tokens and have the same loss and gradient."""
+    parser = Parser(step, {
         "repeats": (3, "timed repeats"), "plain_train_rows": (plain.TRAIN_ROWS, "rows of the plain side's training"),
         "plain_sample_rows": (plain.SAMPLE_ROWS, "rows of the plain side's sampling")})
     options, fields = parser.read(argv, "stages", "run", "update-documents")
@@ -293,11 +270,10 @@ def step(argv: Sequence[str]) -> int:
 
 
 def kernels(argv: Sequence[str]) -> int:
+    """Each kernel beside peers that compute the same: seconds, extra memory, share of the measured ceilings."""
     from eval.bench import kernels as bench_kernels
 
-    parser = Parser("kernels", "each kernel beside peers that compute the same", {"repeats": (5, "timed repeats")},
-                    own=True)
-    options, _ = parser.read(argv)
+    options, _ = Parser(kernels, {"repeats": (5, "timed repeats")}, own=True).read(argv)
     for rows, limits in bench_kernels.run(options.device, options.repeats):
         result = {"rows": [asdict(r) for r in rows], "ceilings": limits}
         if options.out:
@@ -307,9 +283,10 @@ def kernels(argv: Sequence[str]) -> int:
 
 
 def compile_kernels(argv: Sequence[str]) -> int:
+    """Every kernel compiled for six GPU generations, without a GPU: shared memory, registers, spills."""
     from eval.bench import compile as bench_compile  # needs Triton, and kernels that are not interpreted
 
-    options, _ = Parser("compile", "every kernel compiled for six GPU generations", own=True).read(argv)
+    options, _ = Parser(compile_kernels, own=True).read(argv)
     rows = bench_compile.build_all()
     finish("compile", argv, options.out, torch.device("cpu"), {"kernels": [asdict(r) for r in rows]},
            bench_compile.compile_table(rows))
@@ -339,18 +316,20 @@ def peer(parser: Parser, argv: Sequence[str], packages: Sequence[str], run: Call
 
 
 def sample(argv: Sequence[str]) -> int:
+    """Tokens/s of our sampler beside transformers' generate, on the same random Qwen3; share of the bandwidth limit."""
     from eval.bench import peers as bench_peers
 
-    parser = Parser("sample", "tokens/s of our sampler beside transformers' generate", PEERS | {
+    parser = Parser(sample, PEERS | {
         "prompt": (640, "tokens of a prompt"), "response": (64, "new tokens of a row")}, own=True)
     return peer(parser, argv, ["transformers"], bench_peers.run_sample, bench_peers.sample_table,
                 bench_peers.same_sampling)
 
 
 def trl(argv: Sequence[str]) -> int:
+    """A whole GRPO step beside TRL's GRPOTrainer: seconds, peak memory; that both have the same loss and gradient."""
     from eval.bench import peers as bench_peers
 
-    parser = Parser("trl", "a whole GRPO step beside TRL's GRPOTrainer", PEERS | {
+    parser = Parser(trl, PEERS | {
         "prompt": (None, "tokens of a prompt"), "response": (None, "tokens of a completion"),
         "trl_batch": (None, "rows of TRL's micro-batches")}, own=True)
     parser.add_argument("--lora-rank", type=int, help="rank of the adapters; 0 trains all weights (default: the "
@@ -359,12 +338,12 @@ def trl(argv: Sequence[str]) -> int:
                 bench_peers.same_step)
 
 
-# ---- documents, retrieval: of a corpus -------------------------------------------------------------------------------
+# ---- documents: of a corpus ------------------------------------------------------------------------------------------
 
 
 def documents(argv: Sequence[str]) -> int:
-    parser = Parser("documents", "masked documents of a corpus, built one after the other",
-                    {"repeats": (50, "how many documents")})
+    """Masked documents of --corpus, built one after the other: milliseconds, tokens, passages, memory."""
+    parser = Parser(documents, {"repeats": (50, "how many documents")})
     parser.add_argument("--tokenizer", type=Path, help=".tiktoken file to count with (default: the nano preset's)")
     options, fields = parser.read(argv, "stages", "run")
     c = memtrain.parse(["--stages", "memtrain", *fields])
@@ -393,29 +372,15 @@ def documents(argv: Sequence[str]) -> int:
     return 0
 
 
-def retrieval(argv: Sequence[str]) -> int:
-    from eval.bench import retrieval as bench_retrieval
-
-    parser = Parser("retrieval", "BM25 over a corpus: building, loading, searching",
-                    {"repeats": (5, "how often each is timed")})
-    options, fields = parser.read(argv, "stages", "run")
-    c = memtrain.parse(["--stages", "memtrain", *fields])
-    corpus = MiniWorld(c.people, 0, "train").corpus() if c.corpus == "miniworld" else load_passages(c.corpus)
-    queries = ([q.question for q in load_questions(c.questions)] if c.questions
-               else bench_retrieval.queries_of(corpus))
-    result = bench_retrieval.run(corpus, queries, options.repeats)
-    finish("retrieval", argv, options.out, torch.device("cpu"), result, bench_retrieval.table(result))
-    return 0
-
-
 # ---- threads: ways to wait ------------------------------------------------------------------------------------------
 
 
 def threads(argv: Sequence[str]) -> int:
+    """Training steps on --threads threads (default: all cores) under OpenMP's ways to wait and ours, alone and beside
+    one busy process: wall and CPU seconds."""
     from eval.bench import threads as bench_threads
 
-    parser = Parser("threads", "training steps under several ways to wait, alone and beside one busy process",
-                    {"steps": (2, "how many"), "limit": (120, "seconds after which one is given up")})
+    parser = Parser(threads, {"steps": (2, "how many"), "limit": (120, "seconds after which one is given up")})
     options, fields = parser.read(argv, "stages", "run", "memtrain-steps", "device")
     c = memtrain.parse(fields)
     count = c.threads or os.cpu_count() or 1
@@ -429,7 +394,9 @@ def threads(argv: Sequence[str]) -> int:
 
 
 def length(argv: Sequence[str]) -> int:
-    parser = Parser("length", "evaluation at growing lengths: peak memory, and time by the document's tokens")
+    """The evaluation of --eval-questions questions at each of --eval-lengths (default: 32 at 1,4,16,64), each in a
+    process of its own and on one thread: peak memory, CPU seconds by its tokens."""
+    parser = Parser(length)
     parser.add_argument("--read-mb", default="1,4,16", metavar="MB", help="sizes of the text that `python memtrain.py "
                         "read` reads, ascending; 0: none (default: 1,4,16)")
     parser.add_argument("--only", type=int, default=0, help=argparse.SUPPRESS)  # measure this length, here; for itself
@@ -538,9 +505,10 @@ def costs(rows: Sequence[dict], size: str, first: dict, unit: str) -> str:
 
 
 def everything(argv: Sequence[str]) -> int:
+    """kernels, step, sample and trl; DIR/table.md has each beside its peers, with its share of the ceilings."""
     from eval.bench import table as bench_table
 
-    parser = Parser("all", "kernels, step, sample and trl in one table", {"repeats": (3, "timed repeats")}, own=True)
+    parser = Parser(everything, {"repeats": (3, "timed repeats")}, own=True)
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where the table and all figures go")
     options, _ = parser.read(argv)
     out = output(options.to, "--to")
@@ -558,10 +526,11 @@ class Parser(StrictParser):
     """Options of one benchmark: --out, and whole numbers of at least 1, {name: (default, text)}. own: --device and
     --threads, and nothing else; otherwise what it does not know goes to memtrain's command line, which is strict."""
 
-    def __init__(self, name: str, text: str, numbers: dict[str, tuple[int | None, str]] | None = None,
-                 own: bool = False):
-        super().__init__(prog=f"python -m eval.bench {name}", description=text, allow_abbrev=False, epilog=None if own
-                         else "Any other option is a field of the configuration: python memtrain.py --help")
+    def __init__(self, command: Callable, numbers: dict[str, tuple[int | None, str]] | None = None, own: bool = False):
+        name = next(name for name, known in COMMANDS.items() if known is command)
+        super().__init__(prog=f"python -m eval.bench {name}", description=command.__doc__, allow_abbrev=False,
+                         epilog=None if own else "Any other option is a field of the configuration: python memtrain.py "
+                                                 "--help")
         self.name, self.numbers, self.own = name, numbers or {}, own
         self.add_argument("--out", type=Path, help="also write the figures there, as JSON")
         for number, (default, what) in self.numbers.items():
@@ -608,14 +577,14 @@ def finish(name: str, argv: Sequence[str], out: Path | None, device, result: dic
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": step, "kernels": kernels, "compile": compile_kernels,
                                                         "sample": sample, "trl": trl, "documents": documents,
-                                                        "retrieval": retrieval, "threads": threads, "length": length,
-                                                        "all": everything}
+                                                        "threads": threads, "length": length, "all": everything}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
+        print("\n".join(f"    {name:10s} {' '.join(command.__doc__.split())}" for name, command in COMMANDS.items()))
         return 0 if argv else 2
     try:
         if argv[0] not in COMMANDS:
