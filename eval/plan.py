@@ -446,18 +446,20 @@ PROMPTS = "prompts' activations, or logits"
 @cache
 def memory(c, vocab: int) -> dict[str, dict[str, float]]:
     """Bytes by part for each phase: sampling, training, base, evaluation (those that --stages has)."""
-    e, (base, extra) = element(c), parameters(c, vocab)
-    trained = extra or base
-    stages, kinds = c.stages.split(","), kinds_of(c)
-    always = {"weights": base * e, "CUDA context (allowance)": CONTEXT}
-    if extra:
-        always["adapters"] = 4.0 * extra
-    own = projections(c)
+    e, (base, extra), own = element(c), parameters(c, vocab), projections(c)
+    trained, stages, kinds = extra or base, c.stages.split(","), kinds_of(c)
+    always = {"weights": base * e, "CUDA context (allowance)": CONTEXT} | ({"adapters": 4.0 * extra} if extra else {})
     copied = [math.prod(own[n]) for n in adapter_sizes(c)] if c.lora_merge else []
     merged = {"second copy of adapted weights": e * c.layers * sum(copied) + 8.0 * max(copied)} if copied else {}
-    calls = [x for kind in kinds for x in step(c, kind)]
+    calls, graphs = [x for kind in kinds for x in step(c, kind)], 0.0
     phases: dict[str, dict[str, float]] = {}
-    graphs = 0.0
+
+    def learning(c, most: int, scored: int, weights: float) -> dict[str, float]:
+        kept, work = activations(c, most, scored)
+        # AdamW's temporaries come when activations are gone; kernels.logprob: a block of dz, two of sums
+        return {"gradients": 4.0 * weights, "activations kept": kept, "one block at work": max(
+            work, 4.0 * weights - kept), "logits gradient": (1 << 25) * e + 2 * 4096 * c.width * 4.0}
+
     if calls:
         made = slots(c, calls)
         rows = max(m[0] for m in made)
@@ -467,33 +469,24 @@ def memory(c, vocab: int) -> dict[str, dict[str, float]]:
         if c.kl and not c.lora_rank:
             stays["reference model"] = 4.0 * base
         prompts = forward_bytes(c, prefill(c, calls, made).most, not c.lora_merge)
-        phases["sampling"] = stays | merged | {PROMPTS: max(prompts, rows * vocab * DRAW)}
+        phases["sampling"] = stays | merged | {PROMPTS: max(prompts, graphs)}
         passes = [training(step(c, kind), c.micro_tokens) for kind in kinds]
-        kept, work = activations(c, max(p.most for p in passes), max(p.most_scored for p in passes))
-        # kernels.logprob: a block of dz, two of sums
-        head = (1 << 25) * e + 2 * 4096 * c.width * 4.0
-        work = max(work, 4.0 * trained - kept)  # AdamW's temporaries come when activations are gone
-        phases["training"] = stays | {"gradients": 4.0 * trained, "activations kept": kept,
-                                      "one block at work": work, "logits gradient": head}
+        phases["training"] = stays | learning(c, max(p.most for p in passes), max(p.most_scored for p in passes),
+                                              trained)
     if "base" in stages:
-        p = demonstrated(c)
-        p = dataclasses.replace(p, most=max(p.most, min(COPIED, c.micro_tokens)))
-        kept, work_ = activations(dataclasses.replace(c, kl=0.0), p.most, max(p.most_scored, p.most * 6 // 10))
-        hidden = c.layers * sum(math.prod(x) for x in own.values())
-        phases["base"] = always | {
-            "moments of Muon and AdamW": 4.0 * hidden + 8.0 * (base - hidden), "gradients": 4.0 * base,
-            "activations kept": kept, "one block at work": max(work_, 4.0 * base - kept),
-            "logits gradient": (1 << 25) * e + 2 * 4096 * c.width * 4.0}
+        p, hidden = demonstrated(c), c.layers * sum(math.prod(x) for x in own.values())
+        most = max(p.most, min(COPIED, c.micro_tokens))
+        phases["base"] = always | {"moments of Muon and AdamW": 4.0 * hidden + 8.0 * (base - hidden)} | learning(
+            dataclasses.replace(c, kl=0.0), most, max(p.most_scored, most * 6 // 10), base)
     if "eval" in stages:
         systems = [x for s in ("base", "base-one-window") for x in evaluation(c, s)]
         systems += searches(c) if searched(c) else []
         made = slots(c, calls + systems)
-        rows = max(m[0] for m in made[len(calls):])
-        nucleus = (DRAW_NUCLEUS if c.eval_top_p < 1 else DRAW) * vocab
+        drawn = (DRAW_NUCLEUS if c.eval_top_p < 1 else DRAW) * vocab * max(m[0] for m in made[len(calls):])
         prompts = forward_bytes(c, prefill(c, systems, made[len(calls):]).most, not c.lora_merge)
         phases["evaluation"] = always | merged | {
-            "KV cache": cache_bytes(c, made), "captured decoding steps": max(graphs, rows * nucleus),
-            PROMPTS: max(prompts, rows * nucleus)}
+            "KV cache": cache_bytes(c, made), "captured decoding steps": max(graphs, drawn),
+            PROMPTS: max(prompts, drawn)}
     return phases or {"start": always}
 
 
