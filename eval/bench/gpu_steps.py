@@ -381,7 +381,7 @@ def main_command(device: torch.device, result: Result, options, *argv: str) -> b
 
 
 SHORT = ("--people", "60", "--passages", "12", "--related", "3", "--documents", "2", "--update-documents", "2",
-         "--group", "3", "--recall-group", "2")
+         "--group", "3", "--recall-group", "2", "--threads", "1")
 
 
 def nano(device: torch.device, result: Result, options) -> bool:
@@ -417,7 +417,8 @@ def train(device: torch.device, result: Result, options) -> bool:
     import memtrain
 
     tiny = () if device.type == "cuda" else ("--people", "60", "--width", "32", "--hidden", "64", "--layers", "1",
-                                             "--head-size", "8", "--base-documents", "1", "--passages", "60")
+                                             "--head-size", "8", "--base-documents", "1", "--passages", "60",
+                                             "--threads", "1")
     home = options.out / "train"
     home.mkdir(exist_ok=True)
     os.chdir(home)
