@@ -43,6 +43,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data import InputError
@@ -104,7 +105,9 @@ from eval.stage import command, commit, earlier_results, evaluate
 from eval.watch import signs, watch
 from kernels import synchronise, use_triton
 from kernels.attention import memory_attention
-from kernels.grpo import grpo_loss
+from kernels.fused import add_norm, norm_rope, swiglu
+from kernels.grpo import linear_grpo_loss
+from kernels.joined import joined, products
 from kernels.layout import moved
 from kernels.logprob import linear_logprob
 from kernels.packing import Packed, bounded, group_by_prefix, pack
@@ -127,16 +130,20 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.adapted = c.lora_rank > 0 and name in c.lora_targets.split(",")
         self.frozen: tuple[torch.Tensor, torch.Tensor] | None = None  # adapters in place of its own
+        self.joint: list | None = None  # while sampling: weight and bias with those of the layers beside it
         if self.adapted:
             self.lora_a = nn.Parameter(torch.empty(c.lora_rank, inputs, dtype=torch.float32))
             self.lora_b = nn.Parameter(torch.zeros(outputs, c.lora_rank, dtype=torch.float32))
             self.scale = c.lora_alpha / c.lora_rank
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
+        return self.adapt(F.linear(x, self.weight, self.bias), x)
+
+    def adapt(self, y, x):
+        """Adds the last term to y, in place."""
         if self.adapted:
             a, b = self.frozen or (self.lora_a, self.lora_b)
-            y = y + self.scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+            y.addmm_(F.linear(x, a.to(x.dtype)), b.to(x.dtype).T, alpha=self.scale)
         return y
 
     def merged(self) -> torch.Tensor:
@@ -164,29 +171,21 @@ class Block(nn.Module):
         self.k = Linear("k", c.width, c.key_heads * c.head_size, c, c.bias)
         self.v = Linear("v", c.width, c.key_heads * c.head_size, c, c.bias)
         self.o = Linear("o", c.heads * c.head_size, c.width, c)
-        self.q_norm, self.k_norm = (RMSNorm(c.head_size, c) if c.qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (RMSNorm(c.head_size, c) if c.qk_norm else None for _ in range(2))
         self.gate, self.up = Linear("gate", c.width, c.hidden, c), Linear("up", c.width, c.hidden, c)
         self.down = Linear("down", c.hidden, c.width, c)
 
-    def forward(self, x, rotary, attend, wanted=None):
+    def forward(self, x, rotary, attend, wanted=None, slots=None):
         """x (T,C) -> (T,C), or (M,C) where only the rows `wanted` (M) are needed: all are keys, few go on."""
-        T, D = len(x), self.c.head_size
-        h = self.norm1(x)
-        q, k, v = (w(h).view(T, -1, D) for w in (self.q, self.k, self.v))  # (T,H,D), (T,K,D), (T,K,D)
-        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
+        T, D, eps = len(x), self.c.head_size, self.c.norm_eps
+        norms = (self.q_norm.weight, self.k_norm.weight) if self.c.qk_norm else None
+        q, k, v = (y.view(T, -1, D) for y in products(self.norm1(x), (self.q, self.k, self.v)))  # (T,H,D), 2 (T,K,D)
+        q, k = norm_rope(q, k, v, rotary, norms, eps, slots)
         a = attend(q, k, v).reshape(T, -1)  # (T,H*D)
         if wanted is not None:
             a, x = a.index_select(0, wanted), x.index_select(0, wanted)
-        x = x + self.o(a)
-        h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
-
-
-def rotate(x, rotary):
-    """Rotary position embedding on halves, as in the published Qwen and Llama weights. x (T,H,D)."""
-    cos, sin = rotary  # (T,1,D/2)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+        x, h = add_norm(x, self.o(a), self.norm2.weight, eps)
+        return x + self.down(swiglu(*products(h, (self.gate, self.up))))
 
 
 def rope_frequencies(c: Config) -> torch.Tensor:
@@ -274,14 +273,15 @@ class Decoder(nn.Module):
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Adapters added to the weights, for sampling; afterwards the very same weights as before."""
+        """For sampling: adapters added to the weights, products taken together; afterwards the very same weights."""
         layers = self.adapted() if self.c.lora_merge else []
         kept = [m.weight.data.clone() for m in layers]
         for m in layers:  # in place: captured graphs know the weights by address
             m.weight.data.copy_(m.merged())
             m.adapted = False
         try:
-            yield
+            with joined(g for b in self.blocks for g in ((b.q, b.k, b.v), (b.gate, b.up))):
+                yield
         finally:
             for m, weight in zip(layers, kept, strict=True):
                 m.weight.data.copy_(weight)
@@ -291,10 +291,10 @@ class Decoder(nn.Module):
     def head(self) -> torch.Tensor:  # (V,C)
         return self.embed if self.c.tied else self.output
 
-    def forward(self, ids, positions, attend, wanted=None):
+    def forward(self, ids, positions, attend, wanted=None, slots=None):
         """ids, positions (T) -> hidden (T,C), or (M,C) of the tokens `wanted` (M): the last block does without the
         others. attend(layer, q, k, v) -> (T,H,D) decides who sees whom: it is memory_attention in training, fills
-        the cache in prefill and reads it in decoding."""
+        the cache in prefill and reads it in decoding. slots: of each layer, where new keys and values go first."""
         angle = positions[:, None].float() * self.inverse_frequency  # (T,D/2)
         rotary = angle.cos()[:, None], angle.sin()[:, None]
         x = F.embedding(ids, self.embed)
@@ -302,7 +302,7 @@ class Decoder(nn.Module):
             x = self.embed_norm(x)
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
-            arguments = x, rotary, lambda q, k, v, layer=layer: attend(layer, q, k, v), wanted if last else None
+            arguments = x, rotary, partial(attend, layer), wanted if last else None, slots and slots[layer]
             if self.c.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -313,13 +313,15 @@ class Decoder(nn.Module):
 # ---- Scoring -----------------------------------------------------------------------------------------------------
 
 
+def states(model: Decoder, packed: Packed) -> torch.Tensor:
+    """Hidden states that predict the scored tokens of a packed batch: (M,C)."""
+    return model(packed.ids, packed.layout.positions,
+                 lambda layer, q, k, v: memory_attention(q, k, v, packed.layout), packed.source)
+
+
 def score(model: Decoder, packed: Packed, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy of every scored token of a packed batch: (M,), (M,)."""
-    def attend(layer, q, k, v):
-        return memory_attention(q, k, v, packed.layout)
-
-    hidden = model(packed.ids, packed.layout.positions, attend, packed.source)  # (M,C)
-    return linear_logprob(hidden, model.head, packed.target, temperature)
+    return linear_logprob(states(model, packed), model.head, packed.target, temperature)
 
 
 # ---- The memory loop ---------------------------------------------------------------------------------------------
@@ -622,15 +624,15 @@ def micro_loss(model: Decoder, reference: Reference, c: Config, batch: Batch, en
         np.array([x for i in order for x in turns[i].logprobs]), np.array(batch.rewards, np.float64),
         np.array(batch.group), np.array([entry[i] for i in order])])
     old, rewards, group, rollout = packed.carried
-    new, entropy = score(model, packed, c.temperature)
-    ref, old = reference_logprobs(model, reference, packed, c) if c.kl else None, old.to(new.dtype)
-    loss, stats = grpo_loss(new, old, ref, rewards, group, rollout, packed.offsets, interactions, c.eps_low,
-                            c.eps_high, c.kl, c.divide_by_std)
+    ref = reference_logprobs(model, reference, packed, c) if c.kl else None
+    loss, stats, new, entropy = linear_grpo_loss(
+        states(model, packed), model.head, packed.target, old, ref, rewards, group, rollout, packed.offsets,
+        interactions, c.eps_low, c.eps_high, c.kl, c.divide_by_std, c.temperature)
     with torch.no_grad():
-        gap = (new - old).abs()
+        gap = (new - old.to(new.dtype)).abs()
         stats |= {"entropy": entropy.sum(), "loss": loss, "mismatch": gap.sum(),
                   "outside": (gap > math.log(1.25)).sum(),  # log 1.25 = -log 0.8
-                  "broken": ~(torch.isfinite(new).all() & torch.isfinite(old).all())}  # clipping can hide an inf
+                  "broken": ~torch.isfinite(gap).all()}  # clipping can hide an inf
         sums = torch.stack([stats[name].to(device, torch.float64) for name in SUMS])
     return loss, sums, gap.max(), packed.layout.total
 

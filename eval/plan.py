@@ -36,7 +36,7 @@ CONTEXT = 0.5 * GB  # CUDA's context, compiled kernels and the libraries' worksp
 MFU = 0.35  # share of the peak in prefill and training: assumed, usual for LoRA with recomputation on one card
 BANDWIDTH_SHARE = 0.6  # of the peak, in decoding: assumed
 LAUNCH = 3e-6  # seconds that a kernel takes at least, in a captured decoding step: assumed
-KERNELS = 26, 40  # of a block in a decoding step, and outside the blocks: counted in memtrain.Block and Sampler, about
+KERNELS = 11, 40  # of a block in a decoding step, as tests/fake_card.py counts; outside the blocks, about
 DEMONSTRATE = 22e-6  # seconds on one core to make a token of demonstrations: 16 to 26, measured on a shared AMD EPYC
 START = 30 / 3600  # hours until a run of a study is at work: libraries, data, kernels compiled, graphs: assumed
 WORKERS = 8  # processes that make them beside a GPU, as in memtrain.train_base
@@ -394,14 +394,14 @@ def saved(c) -> tuple[float, float]:
     """Bytes that autograd keeps of one block, (per packed token, per token that goes on behind the attention).
 
     One after the other, on CUDA: the block's input, its norm and norm's factor, queries and keys before their norm,
-    queries, keys, values, output and log-sum-exp of the attention; then the stream, its norm, gate, its SiLU, up, and
-    their product; and what each adapter's A gives.
+    queries, keys, values, output and log-sum-exp of the attention; then the stream, its norm, gate, up, and their
+    product; and what each adapter's A gives.
     """
     query, key, e = c.heads * c.head_size, c.key_heads * c.head_size, element(c)
     few = set(adapter_sizes(c))
     first = e * (c.width * (1 + adapted(c, "q", "k", "v")) + (query + key) * c.qk_norm + 2 * query + 2 * key)
-    first += 4 * (1 + c.heads + (c.heads + c.key_heads) * c.qk_norm) + e * c.lora_rank * len(few & set("qkv"))
-    second = e * (c.width * (1 + adapted(c, "gate", "up")) + c.hidden * (3 + adapted(c, "down"))) + 4
+    first += 4 * (1 + c.heads) + e * c.lora_rank * len(few & set("qkv"))
+    second = e * (c.width * (1 + adapted(c, "gate", "up")) + c.hidden * (2 + adapted(c, "down")))
     second += e * c.lora_rank * len(few - set("qkv"))
     return first, second
 
@@ -424,16 +424,15 @@ def activations(c, tokens: int, scored: int) -> tuple[float, float]:
         kept = tokens * (c.layers * first + (c.layers - 1) * second) + scored * second
         work = 0.0
     if c.kl:  # the reference is scored while all of this is kept
-        work = max(work, forward_bytes(c, tokens, True))
+        work = max(work, forward_bytes(c, tokens))
     return kept + ends, work
 
 
-def forward_bytes(c, tokens: int, adapters: bool) -> float:
+def forward_bytes(c, tokens: int) -> float:
     """Peak of a pass that keeps nothing: in the MLP, beside the stream, what the attention left behind, and three of
-    the wide tensors; a fourth where adapters are added apart."""
+    the wide tensors."""
     query, key = c.heads * c.head_size, c.key_heads * c.head_size
-    wide = 3 + bool(adapters and c.lora_rank)
-    return tokens * (element(c) * (3 * c.width + 2 * query + 2 * key + wide * c.hidden) + 4 * c.head_size + 24)
+    return tokens * (element(c) * (3 * c.width + 2 * query + 2 * key + 3 * c.hidden) + 4 * c.head_size + 24)
 
 
 DRAW = 20  # bytes a logit at the worst moment of sampling.draw: log-probs in fp32, probabilities and their sum in fp64
@@ -456,9 +455,8 @@ def memory(c, vocab: int) -> dict[str, dict[str, float]]:
 
     def learning(c, most: int, scored: int, weights: float) -> dict[str, float]:
         kept, work = activations(c, most, scored)
-        # AdamW's temporaries come when activations are gone; kernels.logprob: a block of dz, two of sums
-        return {"gradients": 4.0 * weights, "activations kept": kept, "one block at work": max(
-            work, 4.0 * weights - kept), "logits gradient": (1 << 25) * e + 2 * 4096 * c.width * 4.0}
+        work = max(work, 4.0 * weights - kept)  # AdamW's temporaries come when activations are gone
+        return {"gradients": 4.0 * weights, "activations kept": kept, "one block at work": work}
 
     if calls:
         made = slots(c, calls)
@@ -468,22 +466,25 @@ def memory(c, vocab: int) -> dict[str, dict[str, float]]:
                           "captured decoding steps": graphs}
         if c.kl and not c.lora_rank:
             stays["reference model"] = 4.0 * base
-        prompts = forward_bytes(c, prefill(c, calls, made).most, not c.lora_merge)
+        prompts = forward_bytes(c, prefill(c, calls, made).most)
         phases["sampling"] = stays | merged | {PROMPTS: max(prompts, graphs)}
         passes = [training(step(c, kind), c.micro_tokens) for kind in kinds]
-        phases["training"] = stays | learning(c, max(p.most for p in passes), max(p.most_scored for p in passes),
-                                              trained)
+        most, scored = (max(getattr(p, name) for p in passes) for name in ("most", "most_scored"))
+        # kernels.grpo: a chunk of logits in fp32, and their gradients in its place
+        phases["training"] = stays | learning(c, most, scored, trained) | {"logits": (1 << 25) * 4.0}
     if "base" in stages:
         p, hidden = demonstrated(c), c.layers * sum(math.prod(x) for x in own.values())
         most = max(p.most, min(COPIED, c.micro_tokens))
         phases["base"] = always | {"moments of Muon and AdamW": 4.0 * hidden + 8.0 * (base - hidden)} | learning(
-            dataclasses.replace(c, kl=0.0), most, max(p.most_scored, most * 6 // 10), base)
+            dataclasses.replace(c, kl=0.0), most, max(p.most_scored, most * 6 // 10), base) | {
+                # kernels.logprob: a block of dz, two of sums
+                "logits gradient": (1 << 25) * e + 2 * 4096 * c.width * 4.0}
     if "eval" in stages:
         systems = [x for s in ("base", "base-one-window") for x in evaluation(c, s)]
         systems += searches(c) if searched(c) else []
         made = slots(c, calls + systems)
         drawn = (DRAW_NUCLEUS if c.eval_top_p < 1 else DRAW) * vocab * max(m[0] for m in made[len(calls):])
-        prompts = forward_bytes(c, prefill(c, systems, made[len(calls):]).most, not c.lora_merge)
+        prompts = forward_bytes(c, prefill(c, systems, made[len(calls):]).most)
         phases["evaluation"] = always | merged | {
             "KV cache": cache_bytes(c, made), "captured decoding steps": max(graphs, drawn),
             PROMPTS: max(prompts, drawn)}
@@ -537,17 +538,17 @@ def forward_flops(c, vocab: int, p: Passes, adapters: bool, head: int) -> dict[s
             "attention": 4.0 * c.layers * c.heads * c.head_size * p.pairs, "head": 2.0 * c.width * vocab * head}
 
 
-def training_flops(c, vocab: int, p: Passes) -> float:
+def training_flops(c, vocab: int, p: Passes, one_sweep: bool = True) -> float:
     """Forward and backward. A frozen weight has one product in the backward pass (the input's gradient), a trained one
-    two; attention has seven against the forward's two (both kernels compute the scores again), the head two or three
-    (logits again). Recomputation is one more forward of the blocks, less a last product of which nothing is kept; the
-    reference one more of everything."""
+    two; attention has seven against the forward's two (both kernels compute the scores again); the head, where it does
+    not go with the GRPO loss in `one_sweep`, computes its logits again. Recomputation is one more forward of the
+    blocks, less a last product of which nothing is kept; the reference one more of everything."""
     f, again = forward_flops(c, vocab, p, True, p.scored), bool(c.recompute)
     frozen = bool(c.lora_rank)
     total = f["weights"] * (1 + again + (1 if frozen else 2)) + f["adapters"] * (1 + again + 2)
     if again and "down" not in adapter_sizes(c):
         total -= 2.0 * c.width * c.hidden * (p.tokens * (c.layers - 1) + p.scored)
-    total += f["attention"] * (1 + again + 3.5) + f["head"] * (1 + (2 if frozen else 3))
+    total += f["attention"] * (1 + again + 3.5) + f["head"] * (3 - frozen + (not one_sweep))
     if c.kl:
         total += f["weights"] + f["attention"] + f["head"]
     return total
@@ -598,13 +599,13 @@ def stages(c, vocab: int, card: Card, mfu: float) -> list[dict]:
 
     taught = dataclasses.replace(c, kl=0.0)  # the stages without a reference
     if "base" in trained:  # its demonstrations are made on the CPU, beside the training
-        flops = training_flops(taught, vocab, demonstrated(c))
-        copied = training_flops(taught, vocab, Passes(1, COPIED, COPIED * 6 // 10, 64 * _pairs(32, 32, 1)))
+        flops = training_flops(taught, vocab, demonstrated(c), False)
+        copied = training_flops(taught, vocab, Passes(1, COPIED, COPIED * 6 // 10, 64 * _pairs(32, 32, 1)), False)
         make = demonstrated(c).tokens * DEMONSTRATE / WORKERS
         add("base", c.base_steps, max(0.0, make - flops / peak_flops), flops / peak_flops, flops)
         add("base, copying", c.base_copy_steps, 0.0, copied / peak_flops, copied)
     if "warmup" in trained:
-        flops = training_flops(taught, vocab, warmed(c))
+        flops = training_flops(taught, vocab, warmed(c), False)
         add("warmup", c.demo_steps, 0.0, flops / peak_flops, flops)
     for kind in kinds_of(c):
         calls = step(c, kind)

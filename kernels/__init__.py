@@ -1,4 +1,5 @@
-"""The three operations that dominate the method: linear_logprob, grpo_loss, memory_attention (and memory_decode).
+"""The three operations that dominate the method: linear_logprob, grpo_loss, memory_attention (and memory_decode);
+linear_grpo_loss is the first two in one sweep, and fused what lies between the products of a block.
 
 Every file holds a Triton kernel and, beside it, the PyTorch reference with the same signature. One place decides
 which of them runs: the kernel on CUDA, the reference elsewhere; MEMTRAIN_KERNELS=torch or =triton forces a side
@@ -62,15 +63,16 @@ def _card(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available()
 
 
-def operator(shapes: Callable) -> Callable:
+def operator(shapes: Callable, mutates: tuple[str, ...] = ()) -> Callable:
     """Decorates a function that launches kernels: it becomes the operator memtrain::FILE_NAME of torch.library.
 
     `shapes` takes the same arguments and returns empty outputs, so that a whole step can be tried on tensors that have
-    a shape and a device but no data, as tests/fake_card.py does, or traced by torch.compile.
+    a shape and a device but no data, as tests/fake_card.py does, or traced by torch.compile. mutates: arguments that
+    it writes to.
     """
     def make(launch):
         name = f"memtrain::{launch.__module__.rpartition('.')[2]}_{launch.__name__.strip('_')}"
-        made = torch.library.custom_op(name, launch, mutates_args=())
+        made = torch.library.custom_op(name, launch, mutates_args=mutates)
         made.register_fake(shapes)
         return made
     return make

@@ -89,16 +89,19 @@ class Cache:
 
         return attend
 
+    def slots(self, n: int) -> list[tuple[torch.Tensor, ...]]:
+        """Where the next keys and values of the first n rollouts go, layer by layer: keys and values (n,K,S,D), rows
+        and places (n). It is place `lengths`, which the caller then counts. There may be more rows than are in use:
+        what they hold is overwritten, what they give means nothing."""
+        rows, places = torch.arange(n, device=self.lengths.device), self.lengths[:n]
+        self.step = [(keys[:n], values[:n], rows, places) for keys, values in self.suffix], places + 1
+        return self.step[0]
+
     def decode(self, layer, q, k, v):
-        """attend() of one new token a rollout: its key goes to place `lengths`, which the caller then counts. There may
-        be more rows than are in use: what they hold is overwritten, what they give means nothing."""
-        if layer == 0:  # the same for all layers
-            self.step = torch.arange(len(q), device=q.device), self.lengths[:len(q)] + 1
-        keys, values = (x[:len(q)] for x in self.suffix[layer])
-        (rows, lengths), places = self.step, self.lengths[:len(q)]
-        keys[rows, :, places], values[rows, :, places] = k, v
+        """attend() of one new token a rollout, whose key and value lie in their slots."""
+        slots, lengths = self.step
         prefix = self.prefix[layer] if self.static else [x[:self.groups_used] for x in self.prefix[layer]]
-        return memory_decode(q, *prefix, self.prefix_lengths[:len(prefix[0])], keys, values, lengths, self.members)
+        return memory_decode(q, *prefix, self.prefix_lengths[:len(prefix[0])], *slots[layer][:2], lengths, self.members)
 
     def keep(self, rows: Sequence[int]) -> list[tuple[int, int]]:
         """Drops all rollouts but `rows` (ascending), and prefixes that nobody reads any more. Returns the moves

@@ -13,7 +13,15 @@ micro-batches add up to the gradient of the batch.
 Triton: a tiny kernel turns rewards into advantages; then one pass over the tokens, a program a sequence, writes the
 gradient and the partial sums of loss and diagnostics. Bytes a token: three log-probs read, one gradient written.
 
-Legend: N packed sampled tokens, S sequences, R rollouts, groups are ragged.
+From hidden states (linear_grpo_loss) the gradient goes on through the head in the same sweep, as a token's needs
+nothing but its own row of logits z and what is known before the pass:
+
+    new_t = z[target] - logsumexp(z)        dz = d loss / d new_t * (onehot(target) - softmax(z)) / temperature
+
+The library multiplies BUFFER logits' worth of rows with the head; one kernel, a program a row, takes new_t and its
+gradient from them and writes dz over them; the library multiplies dz back. No logit is computed twice.
+
+Legend: N packed sampled tokens, S sequences, R rollouts, groups are ragged; C width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,10 +29,13 @@ from __future__ import annotations
 import torch
 
 from kernels import operator, tl, triton, use_triton
+from kernels.logprob import BUFFER, check, head_for, linear_logprob, product
 
 STATS = ("loss", "tokens", "clip_low", "clip_high", "kl", "zero_advantage", "ratio_max", "ratio_min")
 ROLLOUTS = 32  # compared at a time by _advantages
 TOKENS = 512  # of one sequence at a time: two or three steps for the responses of the paper; not yet timed on a card
+LOGITS = 4096  # of a row at a time, by WARPS warps: 16 KB under way a program; not yet timed on a card
+WARPS = 8
 
 # ---- Triton ------------------------------------------------------------------------------------------------------
 
@@ -58,14 +69,36 @@ def _advantages(REWARD, GROUP, OUT, N, BY_STD: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
+def _sequence(s, ADVANTAGE, ROLLOUT, OFFSETS, interactions):
+    """Of sequence s: its first token, the one past its last, its advantage, and the weight of each of its tokens."""
+    start, end = tl.load(OFFSETS + s), tl.load(OFFSETS + s + 1)
+    weight = 1.0 / (tl.maximum((end - start).to(tl.float32), 1.0) * interactions)
+    return start, end, tl.load(ADVANTAGE + tl.load(ROLLOUT + s)), weight
+
+
+@triton.jit
+def _objective(new, old, ref, a, low, high, beta, HAS_REF: tl.constexpr):
+    """Of tokens whose advantage is a: ratio, objective, the gradient of that in `new`, and KL."""
+    ratio = tl.exp(new - old)
+    clipped = tl.minimum(tl.maximum(ratio, 1 - low), 1 + high)
+    objective = tl.minimum(ratio * a, clipped * a)
+    gradient = tl.where(ratio * a <= clipped * a, ratio * a, 0.0)
+    kl = tl.zeros_like(ratio)
+    if HAS_REF:
+        delta = ref - new
+        kl = tl.exp(delta) - delta - 1
+        objective -= beta * kl
+        gradient -= beta * (1 - tl.exp(delta))
+    return ratio, objective, gradient, kl
+
+
+@triton.jit
 def _loss(NEW, OLD, REF, ADVANTAGE, ROLLOUT, OFFSETS, GRADIENT, PARTS, interactions, low, high, beta, S,
           HAS_REF: tl.constexpr, BLOCK: tl.constexpr):
     """One sequence: gradient of its tokens, and its row of PARTS (8,S) in the order of STATS."""
     s = tl.program_id(0)
-    start, end = tl.load(OFFSETS + s), tl.load(OFFSETS + s + 1)
-    a = tl.load(ADVANTAGE + tl.load(ROLLOUT + s)) + tl.zeros([BLOCK], tl.float32)
-    count = (end - start).to(tl.float32)
-    weight = 1.0 / (tl.maximum(count, 1.0) * interactions)
+    start, end, a, weight = _sequence(s, ADVANTAGE, ROLLOUT, OFFSETS, interactions)
+    a += tl.zeros([BLOCK], tl.float32)
     loss, lows, highs = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     kls, zeros = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     most, least = tl.zeros([BLOCK], tl.float32), tl.full([BLOCK], float("inf"), tl.float32)
@@ -73,16 +106,9 @@ def _loss(NEW, OLD, REF, ADVANTAGE, ROLLOUT, OFFSETS, GRADIENT, PARTS, interacti
         t = first + tl.arange(0, BLOCK)
         live = t < end
         new, old = tl.load(NEW + t, mask=live, other=0.0), tl.load(OLD + t, mask=live, other=0.0)
-        ratio = tl.exp(new - old)
-        clipped = tl.minimum(tl.maximum(ratio, 1 - low), 1 + high)
-        objective = tl.minimum(ratio * a, clipped * a)
-        gradient = tl.where(ratio * a <= clipped * a, ratio * a, 0.0)
-        if HAS_REF:
-            delta = tl.load(REF + t, mask=live, other=0.0) - new
-            kl = tl.exp(delta) - delta - 1
-            objective -= beta * kl
-            gradient -= beta * (1 - tl.exp(delta))
-            kls += tl.where(live, kl, 0.0)
+        ref = tl.load(REF + t, mask=live, other=0.0)
+        ratio, objective, gradient, kl = _objective(new, old, ref, a, low, high, beta, HAS_REF)
+        kls += tl.where(live, kl, 0.0)
         loss -= tl.where(live, objective, 0.0) * weight
         lows += tl.where(live & (ratio < 1 - low) & (a < 0), 1.0, 0.0)
         highs += tl.where(live & (ratio > 1 + high) & (a > 0), 1.0, 0.0)
@@ -92,13 +118,49 @@ def _loss(NEW, OLD, REF, ADVANTAGE, ROLLOUT, OFFSETS, GRADIENT, PARTS, interacti
         tl.store(GRADIENT + t, -weight * gradient, mask=live)
     out = PARTS + s
     tl.store(out, tl.sum(loss))
-    tl.store(out + S, count)
+    tl.store(out + S, (end - start).to(tl.float32))
     tl.store(out + 2 * S, tl.sum(lows))
     tl.store(out + 3 * S, tl.sum(highs))
     tl.store(out + 4 * S, tl.sum(kls))
     tl.store(out + 5 * S, tl.sum(zeros))
     tl.store(out + 6 * S, tl.max(most))
     tl.store(out + 7 * S, tl.min(least))
+
+
+@triton.jit
+def _sweep(Z, DZ, TARGET, OLD, REF, SEQUENCE, ADVANTAGE, ROLLOUT, OFFSETS, LOGPROB, ENTROPY, interactions, low, high,
+           beta, scale, V, pitch, HAS_REF: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of products with the head: its log-prob and entropy; then dz / temperature, whose rows of `pitch` begin
+    where those of Z (n,V) do. A 16-bit dz fills half of what Z did, so what is written was read, or is read just now
+    by another warp: hence the barrier."""
+    t = tl.program_id(0).to(tl.int64)
+    Z += t * V
+    DZ += t * pitch
+    target = tl.load(TARGET + t)
+    # a target outside the vocabulary can't be looked for without waiting for the card: it shows as NaN
+    chosen = tl.load(Z + target, mask=(target >= 0) & (target < V), other=float("nan")) * scale
+    m, l, e = float("-inf"), 0.0, 0.0
+    for v in range(0, V, BLOCK):
+        words = v + tl.arange(0, BLOCK)
+        z = tl.load(Z + words, mask=words < V, other=float("-inf")) * scale
+        top = tl.maximum(m, tl.max(z))
+        p, shrink = tl.exp(z - top), tl.exp(m - top)
+        l = l * shrink + tl.sum(p)
+        e = e * shrink + tl.sum(p * tl.where(words < V, z, 0.0))
+        m = top
+    lse = m + tl.log(l)
+    new = chosen - lse
+    tl.store(LOGPROB + t, new)
+    tl.store(ENTROPY + t, lse - e / l)
+    _, _, a, weight = _sequence(tl.load(SEQUENCE + t), ADVANTAGE, ROLLOUT, OFFSETS, interactions)
+    _, _, gradient, _ = _objective(new, tl.load(OLD + t), tl.load(REF + t), a, low, high, beta, HAS_REF)
+    g = -weight * gradient * scale
+    for v in range(0, V, BLOCK):
+        words = v + tl.arange(0, BLOCK)
+        z = tl.load(Z + words, mask=words < V, other=0.0) * scale
+        tl.debug_barrier()
+        dz = g * (tl.where(words == target, 1.0, 0.0) - tl.exp(z - lse))
+        tl.store(DZ + words, dz.to(DZ.dtype.element_ty), mask=words < V)
 
 
 @operator(lambda rewards, *_: rewards.new_empty(len(rewards), dtype=torch.float32))
@@ -127,13 +189,46 @@ def _launch_loss(new: torch.Tensor, old: torch.Tensor, ref: torch.Tensor | None,
     return gradient, parts
 
 
+def _swept(hidden, head, target, *rest):
+    return (*(hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2)),
+            *(torch.empty_like(x) if wanted else x.new_empty(0)
+              for x, wanted in zip((hidden, head), rest[-2:], strict=True)))
+
+
+@operator(_swept)
+def _launch_sweep(hidden: torch.Tensor, head: torch.Tensor, target: torch.Tensor, old: torch.Tensor,
+                  ref: torch.Tensor | None, advantages: torch.Tensor, rollout: torch.Tensor, offsets: torch.Tensor,
+                  interactions: float, low: float, high: float, beta: float, temperature: float, for_hidden: bool,
+                  for_head: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> log-prob and entropy (N) fp32, gradients of hidden and head; one that is not wanted is empty."""
+    N, V, wide = len(hidden), len(head), head_for(head)
+    logprob, entropy, d_hidden, _ = _swept(hidden, head, target, for_hidden, False)
+    d_head = torch.zeros_like(head, dtype=torch.float32) if for_head else head.new_empty(0)
+    sequence = torch.searchsorted(offsets, torch.arange(N, device=offsets.device), right=True) - 1  # (N)
+    rows = max(1, BUFFER // V)
+    for i in range(0, N, rows):
+        x = hidden[i:i + rows]
+        z = product(x, wide.T)  # (n,V) fp32
+        dz = z.view(hidden.dtype)[:, :V]  # in its place
+        _sweep[len(x),](z, dz, target[i:], old[i:], (old if ref is None else ref)[i:], sequence[i:], advantages,
+                        rollout, offsets, logprob[i:], entropy[i:], interactions, low, high, beta, 1 / temperature, V,
+                        dz.stride(0), HAS_REF=ref is not None, BLOCK=LOGITS, num_warps=WARPS)
+        if for_hidden:
+            d_hidden[i:i + rows] = product(dz, head)
+        if for_head and dz.dtype == d_head.dtype:
+            d_head.addmm_(dz.T, x)
+        elif for_head:
+            d_head += product(dz.T, x)
+        del z, dz  # before the next ones are made
+    return logprob, entropy, d_hidden, d_head.to(head.dtype)
+
+
 class _GrpoLoss(torch.autograd.Function):
     """The gradient is made in the forward pass, which has everything at hand; backward only scales it."""
 
     @staticmethod
     def forward(ctx, new, old, ref, advantages, rollout, offsets, interactions, low, high, beta):
-        gradient, parts = _launch_loss(new, old, ref, advantages, rollout, offsets, float(interactions), low, high,
-                                       beta)
+        gradient, parts = _launch_loss(new, old, ref, advantages, rollout, offsets, interactions, low, high, beta)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(parts)
         return parts[0].sum(), parts
@@ -143,17 +238,37 @@ class _GrpoLoss(torch.autograd.Function):
         return (ctx.saved_tensors[0] * g_loss, *[None] * 9)
 
 
-def _triton(new, old, ref, rewards, group, rollout, offsets, interactions, low, high, beta, divide_by_std):
-    advantages = _launch_advantages(rewards.double().contiguous(), group.contiguous(), divide_by_std)
-    loss, parts = _GrpoLoss.apply(new.contiguous(), old.contiguous(), None if ref is None else ref.contiguous(),
-                                  advantages, rollout.contiguous(), offsets.contiguous(), interactions, low, high,
-                                  beta)
-    if not len(rollout):
-        return loss, {**dict.fromkeys(STATS[1:], parts.new_zeros(())), "ratio_max": parts.new_ones(()),
-                      "ratio_min": parts.new_ones(())}
+class _LinearGrpoLoss(torch.autograd.Function):
+    """As above, with the gradients of hidden and head."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, target, old, ref, *rest):
+        *rest, temperature = rest
+        new, entropy, *gradients = _launch_sweep(hidden, head, target, old, ref, *rest, temperature,
+                                                 *ctx.needs_input_grad[:2])
+        _, parts = _launch_loss(new, old, ref, *rest)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(parts, new, entropy)
+        return parts[0].sum(), parts, new, entropy
+
+    @staticmethod
+    def backward(ctx, g_loss, *_):
+        # in place: another gradient of a large head may not fit. A second backward pass is refused by autograd
+        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return *(d.mul_(g_loss) if want else None for d, want in wanted), *[None] * 11
+
+
+def _contiguous(*tensors):
+    return (None if x is None else x.contiguous() for x in tensors)
+
+
+def _stats(parts) -> dict[str, torch.Tensor]:
+    """Diagnostics from the sequences' parts (8,S)."""
+    if not parts.shape[1]:
+        return {**dict.fromkeys(STATS[1:], parts.new_zeros(())), "ratio_max": parts.new_ones(()),
+                "ratio_min": parts.new_ones(())}
     sums = parts[:6].sum(1)
-    return loss, {**dict(zip(STATS[1:6], sums[1:], strict=True)), "ratio_max": parts[6].max(),
-                  "ratio_min": parts[7].min()}
+    return {**dict(zip(STATS[1:6], sums[1:], strict=True)), "ratio_max": parts[6].max(), "ratio_min": parts[7].min()}
 
 
 # ---- The function ------------------------------------------------------------------------------------------------
@@ -172,6 +287,47 @@ def grpo_loss(new: torch.Tensor, old: torch.Tensor, ref: torch.Tensor | None, re
     (tokens, kl, clip_low, clip_high, zero_advantage: tokens whose advantage is 0) and extremes (ratio_max, ratio_min).
     ValueError names the argument that does not fit; values are looked at where that waits for no card.
     """
+    _check(new, old, ref, rewards, group, rollout, offsets, beta)
+    if use_triton(new.device, new.dtype):
+        if new.dtype != torch.float32:
+            raise ValueError(f"new {new.dtype}: the kernel takes fp32 log-probs")
+        advantages = _launch_advantages(rewards.double().contiguous(), group.contiguous(), divide_by_std)
+        loss, parts = _GrpoLoss.apply(*_contiguous(new, old, ref, advantages, rollout, offsets), float(interactions),
+                                      eps_low, eps_high, beta)
+        return loss, _stats(parts)
+    return grpo_loss_reference(new, old, ref, rewards, group, rollout, offsets, interactions, eps_low, eps_high, beta,
+                               divide_by_std)
+
+
+def linear_grpo_loss(hidden: torch.Tensor, head: torch.Tensor, target: torch.Tensor, old: torch.Tensor,
+                     ref: torch.Tensor | None, rewards: torch.Tensor, group: torch.Tensor, rollout: torch.Tensor,
+                     offsets: torch.Tensor, interactions: int, eps_low: float = 0.2, eps_high: float = 0.2,
+                     beta: float = 0.0, divide_by_std: bool = False, temperature: float = 1.0,
+                     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """grpo_loss of the log-probs that linear_logprob has: loss (scalar, differentiable in `hidden` and, where it
+    requires grad, in `head`), diagnostics, and log-prob and entropy (N,), which carry no gradient here.
+
+    hidden (N,C), head (V,C) and target (N,) int64 as in linear_logprob, the rest as in grpo_loss. The kernels do it in
+    one sweep and hold at most BUFFER logits (or a row's); elsewhere, and where no gradient is wanted, it is one
+    function after the other. `old` may be of any float type. ValueError as these two have it.
+    """
+    arguments = rewards, group, rollout, offsets
+    check(hidden, head, target, temperature)
+    old = old.to(torch.promote_types(hidden.dtype, torch.float32))
+    if not (use_triton(hidden.device, hidden.dtype) and torch.is_grad_enabled() and (
+            hidden.requires_grad or head.requires_grad)):
+        new, entropy = linear_logprob(hidden, head, target, temperature)
+        loss, stats = grpo_loss(new, old, ref, *arguments, interactions, eps_low, eps_high, beta, divide_by_std)
+        return loss, stats, new.detach(), entropy.detach()
+    _check(hidden.new_empty(len(hidden), dtype=torch.float32), old, ref, *arguments, beta)
+    advantages = _launch_advantages(rewards.double().contiguous(), group.contiguous(), divide_by_std)
+    loss, parts, new, entropy = _LinearGrpoLoss.apply(
+        *_contiguous(hidden, head, target, old, ref, advantages, rollout, offsets), float(interactions), eps_low,
+        eps_high, beta, temperature)
+    return loss, _stats(parts), new, entropy
+
+
+def _check(new, old, ref, rewards, group, rollout, offsets, beta) -> None:
     looked_at = not new.is_cuda
     if not new.shape == old.shape or (ref is not None and ref.shape != new.shape):
         raise ValueError(f"old, ref: expected the shape of new, {tuple(new.shape)}")
@@ -188,13 +344,6 @@ def grpo_loss(new: torch.Tensor, old: torch.Tensor, ref: torch.Tensor | None, re
             raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}, expected {kind or 'floats'} on {new.device}")
     if beta and ref is None:
         raise ValueError("ref: needed where beta is not 0")
-    if use_triton(new.device, new.dtype):
-        if new.dtype != torch.float32:
-            raise ValueError(f"new {new.dtype}: the kernel takes fp32 log-probs")
-        return _triton(new, old, ref, rewards, group, rollout, offsets, interactions, eps_low, eps_high, beta,
-                       divide_by_std)
-    return grpo_loss_reference(new, old, ref, rewards, group, rollout, offsets, interactions, eps_low, eps_high, beta,
-                               divide_by_std)
 
 
 # ---- PyTorch reference -------------------------------------------------------------------------------------------

@@ -194,6 +194,7 @@ def _launch_backward(hidden: torch.Tensor, weight: torch.Tensor, target: torch.T
                 sums += product(dz, w)
             if for_weight:
                 d_weight[v:v + columns] += product(dz.T, x)
+            del dz  # before the next one is made
         if for_hidden:
             d_hidden[r:r + rows] = sums
     return d_hidden, d_weight.to(weight.dtype)
@@ -229,6 +230,14 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Ten
     target outside the vocabulary (on CUDA its log-prob is NaN instead: a look would wait for the card) or a
     temperature <= 0.
     """
+    check(hidden, weight, target, temperature)
+    if not use_triton(hidden.device, hidden.dtype):
+        return _Reference.apply(hidden, weight, target, temperature)
+    return _LinearLogprob.apply(hidden.contiguous(), weight.contiguous(), target.contiguous(), temperature)
+
+
+def check(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, temperature: float) -> None:
+    """ValueError, as linear_logprob has it, where they do not fit each other."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: expected (N,C) and (V,C)")
     if target.shape != hidden.shape[:1]:
@@ -242,11 +251,8 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Ten
         raise ValueError(f"temperature {temperature}: must be above 0")
     if len(target) and not target.is_cuda and not 0 <= int(target.min()) <= int(target.max()) < len(weight):
         raise ValueError(f"target: ids must lie in 0..{len(weight) - 1}")
-    if not use_triton(hidden.device, hidden.dtype):
-        return _Reference.apply(hidden, weight, target, temperature)
-    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if use_triton(hidden.device, hidden.dtype) and hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"hidden {hidden.dtype}: the kernel takes fp32, bf16 and fp16")
-    return _LinearLogprob.apply(hidden.contiguous(), weight.contiguous(), target.contiguous(), temperature)
 
 
 # ---- PyTorch reference -------------------------------------------------------------------------------------------

@@ -198,7 +198,8 @@ class Sampler:
         """The tokens drawn last go through the model."""
         if n:
             cache = self.cache
-            self.hidden[:n] = self.model(self.token[:n], cache.start[:n] + cache.lengths[:n], cache.decode)
+            positions = cache.start[:n] + cache.lengths[:n]
+            self.hidden[:n] = self.model(self.token[:n], positions, cache.decode, slots=cache.slots(n))
             cache.lengths[:n] += ~self.done[:n]
 
     def _replay(self) -> None:

@@ -7,10 +7,13 @@ test_kernels_fake_card.py runs this file in a process of its own, where PyTorch 
 """
 
 import contextlib
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+import triton
+from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import memtrain
 from data.weights import checkpoint, pretrained
 from data.world.steps import DemoSteps
-from kernels import attention, decode, draw, grpo, input_precision, logprob
+from kernels import attention, decode, draw, fused, grpo, input_precision, logprob
 from kernels.layout import Layout
 
 CUDA = torch.device("cuda", 0)
@@ -46,6 +49,41 @@ class Waits(TorchDispatchMode):
         if masks or name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim"):
             self.waits.append(name)
         return made
+
+
+class Launches(TorchDispatchMode):
+    """Names what a card would be told to run: operations that compute or copy, and the kernels of `modules`, which are
+    not launched. Views and empty memory are none. RMSNorm is one: PyTorch has a kernel for it where it is built for
+    CUDA, and takes it apart here."""
+
+    def __init__(self, monkeypatch, *modules):
+        super().__init__()
+        self.names = []
+        monkeypatch.setattr(torch, "rms_norm", lambda x, *_: self.names.append("rms_norm") or torch.empty_like(x))
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, CustomOpDef):  # seen through
+                    monkeypatch.setattr(module, name, value._init_fn)
+                elif isinstance(value, triton.runtime.KernelInterface):
+                    monkeypatch.setattr(module, name, Told(self.names, name))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        name = func.overloadpacket.__name__
+        if func.namespace == "aten" and not view and not name.startswith(("empty", "new_empty", "_unsafe_view")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Told(list):
+    """In a kernel's place: kernel[grid](...) notes its name."""
+
+    def __init__(self, names, name):
+        super().__init__()
+        self.names, self.name = names, name
+
+    def __getitem__(self, grid):
+        return lambda *_, **__: self.names.append(self.name)
 
 
 class Generators(TorchFunctionMode):
@@ -196,15 +234,43 @@ def test_the_sampler_admits_draws_and_goes_on(cuda, tiny, chunk, top_p):
     assert len(sampler.owner) == 3 and sampler.hidden.device == CUDA
 
 
+def in_bf16(model: memtrain.Decoder) -> None:
+    for name, p in model.named_parameters():
+        if ".lora_" not in name:
+            p.data = p.data.bfloat16()
+
+
+@pytest.mark.parametrize("fields", [(), ("--qk-norm", "false", "--bias", "true"), ("--lora-rank", "2", "--dtype",
+                                                                                  "bfloat16")],
+                         ids=["own", "as Qwen2", "LoRA in bf16"])
+def test_eleven_launches_a_layer_and_decoded_token(cuda, tiny, fields, monkeypatch):
+    """Before some were fused, 31 to 35 by the same count; see kernels/README.md."""
+    names = []
+    for layers in (2, 3):
+        c = tiny(*fields, "--layers", str(layers))
+        model = own_policy(c).model
+        if c.dtype == "bfloat16":
+            in_bf16(model)
+        sampler = memtrain.Sampler(model, 16)
+        with torch.no_grad(), model.merged():
+            sampler._admit(sampler._begin(c, PROMPTS, 24, (1,)), PROMPTS, [("fake", i) for i in range(3)])
+            n = min(8, sampler.cache.capacity[0])
+            with monkeypatch.context() as patch, Launches(patch, decode, fused) as seen:
+                sampler._forward(n)
+        names.append(seen.names)
+    more = [name for name, count in (Counter(names[1]) - Counter(names[0])).items() for _ in range(count)]
+    print(more)
+    assert len(more) == len(names[1]) - len(names[0]) == 11
+    assert {"_decode_prefix", "_decode_suffix", "_norm_rope", "_add_norm", "_swiglu"} <= set(more)
+
+
 @pytest.mark.parametrize("fields", [(), ("--lora-rank", "2"), ("--lora-rank", "2", "--dtype", "bfloat16", "--recompute",
                                                                "true")], ids=["all weights", "LoRA", "bf16"])
 def test_a_grpo_step(cuda, tiny, tokenizer, fields):
     c = tiny(*fields)
     model = own_policy(c).model
     if c.dtype == "bfloat16":
-        for name, p in model.named_parameters():
-            if ".lora_" not in name:
-                p.data = p.data.bfloat16()
+        in_bf16(model)
     turns = [memtrain.Turn(p, g, [7, 8, 9], [-1.0, -2.0, -3.0]) for p, g in PROMPTS]
     batch = memtrain.Batch(turns, [0, 1, 2], [0.0, 1.0, 1.0], [0, 0, 0], [0, 0, 0], {})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -257,7 +323,9 @@ def test_the_operators_and_their_fakes_agree():
     """torch.library's own check, where the kernels run: interpreted, or on a card."""
     names = {f"{module.__name__.rpartition('.')[2]}_{name}" for module, names in (
         (attention, ("launch_forward", "launch_queries", "launch_keys")), (decode, ("decode",)), (draw, ("launch",)),
-        (logprob, ("launch_forward", "launch_backward")), (grpo, ("launch_advantages", "launch_loss")))
+        (fused, [f"launch_{x}" for y in ("add_norm", "norm_rope", "swiglu") for x in (y, f"{y}_gradient")]),
+        (logprob, ("launch_forward", "launch_backward")),
+        (grpo, ("launch_advantages", "launch_loss", "launch_sweep")))
         for name in names}
     for name in names:
         assert hasattr(torch.ops.memtrain, name), name

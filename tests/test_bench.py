@@ -18,7 +18,7 @@ from eval.bench import peers as bench_peers
 from eval.bench import plain
 from eval.bench import table as bench_table
 from eval.bench import threads as bench_threads
-from kernels.grpo import grpo_loss
+from kernels.grpo import linear_grpo_loss
 
 TINY = ["--width", "32", "--layers", "2", "--heads", "2", "--key-heads", "1", "--head-size", "16", "--hidden", "48",
         "--people", "60", "--passages", "4", "--related", "2", "--section", "48", "--memory", "8", "--response", "10",
@@ -250,12 +250,14 @@ def test_peers_of_the_kernels_compute_the_same():
     made = [bench_kernels.logprob_case(cpu, f, 20, 8, 50, False), bench_kernels.loss_case(cpu, 16, 5, False),
             bench_kernels.head_and_loss_case(cpu, f, 16, 5, 8, 50),
             bench_kernels.attention_case(cpu, f, 2, 7, 3, (2, 5), 4, 2, 8),
-            bench_kernels.decode_case(cpu, f, 2, 7, 3, 4, 4, 2, 8)]
+            bench_kernels.decode_case(cpu, f, 2, 7, 3, 4, 4, 2, 8),
+            *(bench_kernels.fused_case(cpu, f, name, 5, 8, 4, 2, 8, False) for name in ("add_norm", "norm_rope",
+                                                                                        "swiglu"))]
     rows = [r for case in made for r in bench_kernels.measure(case, cpu, 2, (1e9, 1e9))]
-    assert len(rows) == 11 and all(r.deviation < 1e-4 for r in rows), rows
-    assert all(0 < r.fastest <= r.seconds <= r.slowest and r.compute_share > 0 for r in rows)
+    assert len(rows) == 17 and all(r.deviation < 1e-4 for r in rows), rows
+    assert all(0 < r.fastest <= r.seconds <= r.slowest and r.compute_share + r.copy_share > 0 for r in rows)
     text = bench_kernels.table(rows, {"float32": (1e9, 1e9)})
-    assert all(r.by in text for r in rows) and text.count("memtrain") == 5
+    assert all(r.by in text for r in rows) and text.count("memtrain") == 8
 
 
 def test_kernel_benchmarks_refuse_what_they_do_not_know(capsys):
@@ -335,7 +337,7 @@ def test_another_objective_is_found(tmp_path, monkeypatch):
         pytest.importorskip(library)
     options = SimpleNamespace(shape="tiny", vocabulary=1024, group=4, groups=2, prompt=20, response=5, repeats=1,
                               lora_rank=0, trl_batch=8)
-    monkeypatch.setattr(memtrain, "grpo_loss", lambda *a: grpo_loss(*a[:8], 0.19, *a[9:]))
+    monkeypatch.setattr(memtrain, "linear_grpo_loss", lambda *a: linear_grpo_loss(*a[:10], 0.19, *a[11:]))
     result = bench_peers.run_trl(options, tmp_path, torch.device("cpu"))
     assert not bench_peers.same_step(result) and "DIFFERENT" in bench_peers.trl_table(result)
 

@@ -25,6 +25,7 @@ from data import InputError
 from data.config import PRESETS
 from data.world.steps import DemoSteps
 from eval import plan
+from kernels import fused
 from kernels.cache import Cache
 from memtrain import Agent, Decoder, Sampler, Turn, main, micro_batches, pack, parse
 
@@ -188,7 +189,7 @@ def test_products_have_the_rate_of_their_kind():
     assert rates == [card.tflops, card.tflops / 2, card.single]
     work = {"prefill": 0.0, "decode": 0.0, "bytes": 0.0, "steps": 1000.0}
     c = parse(["--preset", "small"])
-    assert plan.seconds(c, work, card, 0.35) == pytest.approx(1000 * plan.LAUNCH * (8 * 26 + 40)), "a kernel has a cost"
+    assert plan.seconds(c, work, card, 0.35) == pytest.approx(1000 * plan.LAUNCH * (8 * 11 + 40)), "a kernel has a cost"
     assert plan.seconds(c, work | {"bytes": 3e12}, card, 0.35) > 1
 
 
@@ -252,6 +253,7 @@ def attend(_, q, k, v):
 @pytest.fixture
 def as_cuda(monkeypatch):
     monkeypatch.setattr(memtrain.RMSNorm, "forward", lambda self, x: Norm.apply(x, self.weight))
+    monkeypatch.setattr(fused, "use_triton", lambda *_: True)  # whose operators know what they give
 
 
 T, M = 4096, 1500
@@ -297,7 +299,7 @@ def test_a_prompts_activations_are_what_is_alive_at_the_worst_moment(name, merge
         m.adapted = not merged
     with torch.no_grad(), Live(model) as live:
         model(*inputs()[:2], attend, inputs()[2])
-    assert plan.forward_bytes(c, T, not merged) == pytest.approx(live.peak, rel=0.05)
+    assert plan.forward_bytes(c, T) == pytest.approx(live.peak, rel=0.05)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -306,7 +308,8 @@ def test_products_are_those_that_torch_counts(name, recompute, as_cuda):
     c = case(name, recompute=recompute)
     model = on_meta(c)
     p = plan.Passes(tokens=T, scored=M)
-    with FlopCounterMode(display=False) as counter:
+    added = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}  # which the counter does not know
+    with FlopCounterMode(display=False, custom_mapping=added) as counter:
         model(*inputs()[:2], attend, inputs()[2]).sum().backward()
     assert plan.training_flops(c, 0, p) == pytest.approx(counter.get_total_flops(), rel=0.05)
 

@@ -12,7 +12,7 @@ from kernels import grpo, logprob
 from kernels.attention import memory_attention
 from kernels.decode import Members, memory_decode
 from kernels.draw import draw, nucleus
-from kernels.grpo import group_advantages, grpo_loss
+from kernels.grpo import group_advantages, grpo_loss, linear_grpo_loss
 from kernels.layout import Layout
 from kernels.logprob import linear_logprob
 
@@ -311,7 +311,7 @@ def test_grpo_loss_equals_a_plain_loop(kl, divide_by_std):
 BREAKS = {  # each a plausible slip; the comparison above must notice it
     "clip sides swapped": ("ratio.clamp(1 - eps_low, 1 + eps_high)", "ratio.clamp(1 - eps_high, 1 + eps_low)"),
     "KL pushes away": ("objective - beta * kl", "objective + beta * kl"),
-    "KL of the wrong direction": ("delta = ref - new", "delta = new - ref"),
+    "KL of the wrong direction": ("delta = ref - new\n        kl = delta", "delta = new - ref\n        kl = delta"),
     "no length normalisation": ("lengths.to(new.dtype) * interactions", "torch.ones_like(lengths) * interactions"),
     "maximum for minimum": ("torch.minimum(", "torch.maximum("),
     "no baseline": ("shifted - mean[group]", "shifted"),
@@ -372,6 +372,22 @@ def test_grpo_loss_at_the_sampling_policy():
     expected = -(advantage / lengths / arguments[7]).repeat_interleave(lengths)
     torch.testing.assert_close(torch.autograd.grad(loss, arguments[0])[0], expected)
     assert stats["kl"] == stats["clip_low"] == stats["clip_high"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_linear_grpo_loss_is_one_function_after_the_other(dtype):
+    """To the bit where there are no kernels; `old` comes in fp64, and log-probs give no gradient."""
+    arguments = case(True)[1:]
+    hidden, head = (torch.randn(n, 6, dtype=dtype, requires_grad=True) for n in (len(arguments[0]), 11))
+    target, arguments[1] = torch.randint(11, (len(hidden),)), arguments[1].to(dtype)
+    new, entropy = linear_logprob(hidden, head, target, 0.7)
+    loss, stats = grpo_loss(new, arguments[0].to(dtype), *arguments[1:], True)
+    one, diagnostics, *others = linear_grpo_loss(hidden, head, target, *arguments, True, 0.7)
+    pairs = [(one, loss), *zip(others, (new, entropy), strict=True), *((diagnostics[k], stats[k]) for k in stats)]
+    pairs += zip(*(torch.autograd.grad(x, (hidden, head)) for x in (one, loss)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs) and not any(x.requires_grad for x in others)
+    with pytest.raises(ValueError, match="old, ref"):
+        linear_grpo_loss(hidden, head, target, arguments[0][1:], *arguments[1:])
 
 
 @pytest.mark.parametrize(("place", "value", "message"), [

@@ -9,15 +9,20 @@ import os
 import random
 import subprocess
 import sys
+from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch.profiler import profile
 
-from kernels import attention, decode, draw, grpo, input_precision, logprob, use_triton
+import memtrain
+from kernels import attention, decode, draw, fused, grpo, input_precision, logprob, use_triton
 from kernels.decode import Members
 from kernels.layout import Layout
 from tests.test_kernels import case, exact_logprob, plain_loss, reference_attention
@@ -305,6 +310,144 @@ def test_grpo_long_sequences_many_groups_and_exact_ties():
     assert float(stats["zero_advantage"]) >= int(offsets[1])
 
 
+# ---- GRPO from hidden states ---------------------------------------------------------------------------------------
+
+
+def linear_case(kl=True, vocabulary=203, dtype=torch.float32, temperature=0.7):
+    """Arguments of linear_grpo_loss, and the same in fp64: `case` around the log-probs of random hidden states, whose
+    targets reach both ends of the vocabulary."""
+    new, _, ref, *rest = case(kl)
+    rest[2:4] = rest[2][:6], rest[3][:7]  # six sequences: the interpreter takes its time
+    new = new[:rest[3][-1]]
+    tensors = randn(len(new), 24, dtype=dtype), randn(vocabulary, 24, dtype=dtype, scale=0.25)
+    target = torch.randint(vocabulary, (len(new),))
+    target[:2] = torch.tensor([0, vocabulary - 1])
+    new = exact_logprob(tensors[0][1], tensors[1][1], target, temperature)[0].detach()
+    step = 0.4 * torch.randn_like(new)
+    step[((step.exp() - 0.9).abs() < 0.02) | ((step.exp() - 1.3).abs() < 0.02)] = 0  # else TF32 could change sides
+    step[0], step[rest[3][3]] = 0.5, -0.5
+    given = [(new - step).float(), None if ref is None else (new + 0.3 * torch.randn_like(new)).float(), *rest]
+    exact = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in given]
+    given = [x.to(DEVICE) if torch.is_tensor(x) else x for x in given]
+    return ([*(x for x, _ in tensors), target.to(DEVICE), *given], [*(x for _, x in tensors), target, *exact])
+
+
+def linear_grpo_agrees(module, kl=True, divide_by_std=False, vocabulary=203, dtype=torch.float32,
+                       temperature=0.7) -> bool:
+    """Several chunks of rows, several steps a row, and the last of each mostly empty."""
+    given, exact = linear_case(kl, vocabulary, dtype, temperature)
+    with mock.patch.multiple(module, BUFFER=7 * vocabulary, LOGITS=128):
+        loss, stats, *mine = module.linear_grpo_loss(*given, divide_by_std, temperature)
+    true = exact_logprob(*exact[:3], temperature)
+    truth = plain_loss(true[0], *exact[3:], divide_by_std)
+    _, expected = grpo.grpo_loss_reference(true[0], *exact[3:], divide_by_std)
+    good = set(stats) == set(expected) and all(close(stats[k], expected[k].double()) for k in expected)
+    good &= close(loss.detach(), truth.detach(), least=0.1)
+    good &= all(close(a, b, torch.float32, 3, least=0.1) for a, b in zip(mine, true, strict=True))
+    gradients = torch.autograd.grad(3 * loss, given[:2]), torch.autograd.grad(3 * truth, exact[:2])
+    return good and all(close(a, b, dtype, 3, least=1e-2) for a, b in zip(*gradients, strict=True))
+
+
+in_bf16 = partial(linear_grpo_agrees, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("kl", "divide_by_std", "vocabulary", "dtype"), [
+    (True, False, 203, torch.float32), (False, True, 128, torch.float32), (True, True, 2, torch.float32),
+    (False, False, 203, torch.bfloat16), (True, True, 128, torch.bfloat16)], ids=str)
+def test_linear_grpo_equals_log_probs_and_a_plain_loop(kl, divide_by_std, vocabulary, dtype):
+    assert linear_grpo_agrees(grpo, kl, divide_by_std, vocabulary, dtype)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_linear_grpo_at_other_temperatures_and_whole(temperature):
+    assert linear_grpo_agrees(grpo, temperature=temperature)
+    given, _ = linear_case(temperature=temperature)
+    new, entropy = logprob.linear_logprob(*given[:3], temperature)
+    loss, stats = grpo.grpo_loss(new, *given[3:])
+    one, diagnostics, *other = grpo.linear_grpo_loss(*given, False, temperature)  # 2^25 logits at a time
+    pairs = [(one, loss), *zip(other, (new, entropy), strict=True), *((diagnostics[k], stats[k]) for k in stats)]
+    pairs += zip(torch.autograd.grad(one, given[:2]), torch.autograd.grad(loss, given[:2]), strict=True)
+    assert all(close(a, b.detach().double().cpu(), factor=3, least=0.1) for a, b in pairs)
+    with torch.no_grad():  # no gradient, no logits
+        again = grpo.linear_grpo_loss(*given, False, temperature)
+    assert torch.equal(again[0], loss) and torch.equal(again[2], new) and not again[2].requires_grad
+
+
+def test_linear_grpo_of_a_frozen_head_of_nothing_and_twice():
+    given, _ = linear_case()
+    given[1] = given[1].detach()
+    loss = grpo.linear_grpo_loss(*given)[0]
+    loss.backward(retain_graph=True)
+    assert given[0].grad.any() and given[1].grad is None
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    for offsets, rollout in (([0], []), ([0, 0, 0], [1, 0])):
+        hidden, head = randn(0, 24)[0], randn(11, 24)[0]
+        ids = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+        loss, stats, new, _ = grpo.linear_grpo_loss(
+            hidden, head, ids, new := ids.float(), None, given[5], given[6],
+            *(torch.tensor(x, dtype=torch.int64, device=DEVICE) for x in (rollout, offsets)), 3)
+        loss.backward()
+        assert not loss and not stats["tokens"] and not len(new) and not head.grad.any()
+
+
+def test_linear_grpo_shows_what_is_broken():
+    """A NaN or an inf in a row is that row's alone; so is a target outside the vocabulary, where no look is taken."""
+    given, _ = linear_case()
+    with torch.no_grad():
+        given[0][3], given[0][5] = torch.nan, torch.inf
+    seen = grpo.linear_grpo_loss(*given, False, 0.7)[2]
+    assert (~seen.isfinite()).nonzero()[:, 0].tolist() == [3, 5]
+    given, _ = linear_case()
+    given[2][2] = 203
+    advantages = torch.zeros(len(given[5]), device=DEVICE)
+    rest = *given[:5], advantages, *given[7:9], 15.0, 0.1, 0.3, 0.05, 1.0
+    assert grpo._LinearGrpoLoss.apply(*rest)[2].isnan().nonzero()[:, 0].tolist() == [2]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there test_kernels_gpu.py has a whole step")
+@pytest.mark.parametrize("fields", [("--tied", "true"), ("--lora-rank", "2", "--temperature", "0.7")],
+                         ids=["tied", "LoRA"])
+def test_a_micro_batch_is_that_of_the_references(fields, tiny, decoder, monkeypatch):
+    """Loss, sums and the gradient of every parameter; a tied head's is the embedding's, too."""
+    c, found = tiny("--kl", "0.1", *fields), []
+    model = decoder(c, 29)
+    reference = memtrain.reference_of(model, c)
+    with torch.no_grad():  # else the ratio is 1 and the KL 0
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p) * p.requires_grad
+    turns = [memtrain.Turn(p, [3, 4], [7, 8, 9], [-3.0, -3.5, -2.5]) for p in ([5, 6], [5, 6], [7])]
+    batch = memtrain.Batch(turns, [0, 1, 2], [0.0, 1.0, 0.5], [0, 0, 0], [0, 0, 0], {})
+    for side in ("triton", "torch"):
+        monkeypatch.setenv("MEMTRAIN_KERNELS", side)
+        loss, sums, *_ = memtrain.micro_loss(model, reference, c, batch, [0, 1, 2], [[0, 1], [2]], turns, 3)
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        found.append([loss.detach(), sums, *torch.autograd.grad(loss, wanted)])
+    assert sum(bool(x.any()) for x in found[1]) > len(wanted) / 2
+    assert all(close(a, b.double(), factor=10) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("file", "kernel", "last"), [("grpo", "_sweep", "        del z, dz"),
+                                                      ("logprob", "_logit_gradient", "            del dz")])
+def test_no_more_logits_are_held_than_said(file, kernel, last, tmp_path, monkeypatch):
+    """The allocator's peak beyond what is returned, over eight chunks; one that outlives the next is noticed. Without
+    the kernel: the interpreter holds on to what it was given."""
+    hidden, head, target, zeros = torch.randn(64, 1), torch.randn(4096, 1), torch.arange(64), torch.zeros(64)
+    ids = torch.tensor([0, 64])
+    arguments = {"grpo": (target, zeros, None, zeros[:1], ids[:1], ids, 1.0, 0.2, 0.2, 0.0, 1.0, True, True),
+                 "logprob": (target, *[zeros] * 4, 1.0, True, True)}[file]
+    most = 4 * 8 * 4096 + 40_000
+    for module, bound in ((sys.modules[f"kernels.{file}"], (4 * 8 * 4096, most)),
+                          (broken_kernel(file, last, last.replace("del", "#"), tmp_path, monkeypatch), (most, 1e9))):
+        monkeypatch.setattr(module, "BUFFER", 8 * 4096)
+        monkeypatch.setattr(module, "ROWS", 8, raising=False)
+        monkeypatch.setattr(module, kernel, defaultdict(lambda: lambda *_, **__: None))
+        with profile(profile_memory=True) as seen:
+            getattr(module, {"grpo": "_launch_sweep", "logprob": "_launch_backward"}[file])(hidden, head, *arguments)
+        sizes = [e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+        assert bound[0] <= max(np.cumsum(sizes)) <= bound[1]
+
+
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +469,136 @@ def test_draws_are_those_of_the_reference(top_p):
     assert draw_agrees(draw, (top_p,))
     none = torch.zeros(0, 5, device=DEVICE)
     assert draw.draw(none, none[:, 0].double(), top_p).shape == (0,)
+
+
+# ---- between the products of a block --------------------------------------------------------------------------------
+
+
+def gradients_agree(mine, true, leaves, dtype, least=0.1) -> bool:
+    """Outputs, and gradients of all `leaves`, each with its fp64 twin."""
+    weights = [torch.randn(y.shape).to(dtype) for y in true]
+    inputs, doubles = [a for a, _ in leaves], [b for _, b in leaves]
+    found = torch.autograd.grad(mine, inputs, [w.to(DEVICE) for w in weights])
+    wanted = torch.autograd.grad(true, doubles, [w.double() for w in weights])
+    return all(close(a, b, dtype, least=least) for a, b in zip((*mine, *found), (*true, *wanted), strict=True))
+
+
+def plain_norm(x, weight, eps):
+    return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def plain_rope(x, angle):
+    """As complex numbers: halves are turned by angle (T,D/2)."""
+    turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def add_norm_agrees(module, tokens=40, width=40, dtype=torch.float32) -> bool:
+    x, y, w = leaves = [randn(*shape, dtype=dtype) for shape in ((tokens, width), (tokens, width), (width,))]
+    truth = (x[1] + y[1]).detach().to(dtype).double().requires_grad_()  # rounded, as what follows will see it
+    mine = module.add_norm(x[0], y[0], w[0], 0.1)
+    of, true = [torch.randn(tokens, width).to(dtype) for _ in range(2)], (truth, plain_norm(truth, w[1], 0.1))
+    found = torch.autograd.grad(mine, [a for a, _ in leaves], [g.to(DEVICE) for g in of])
+    dx, dw = torch.autograd.grad(true, (truth, w[1]), [g.double() for g in of])
+    return all(close(a, b, dtype, 2) for a, b in zip((*mine, *found), (*true, dx, dx, dw), strict=True))
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (40, 40), (3, 128), (2, 2560), (0, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_add_and_norm(tokens, width, dtype):
+    assert add_norm_agrees(fused, tokens, width, dtype)
+
+
+def norm_rope_agrees(module, heads=4, key_heads=2, size=32, dtype=torch.float32, normed=True, tokens=50) -> bool:
+    """Trained; and decoded, out of one matrix, into a cache whose other places stay what they were."""
+    counts = heads, key_heads, key_heads
+    q, k, v = (randn(tokens, n, size, dtype=dtype) for n in counts)
+    norms = [randn(size, dtype=dtype) for _ in range(2)] if normed else []
+    angle = (100 * torch.rand(tokens, size // 2)).double()
+    rotary = [x.float()[:, None].to(DEVICE) for x in (angle.cos(), angle.sin())]
+    weights = tuple(w for w, _ in norms) or None
+    mine = module.norm_rope(q[0], k[0], v[0], rotary, weights, 0.1)
+    true = [plain_rope(plain_norm(x, norms[i][1], 0.1) if normed else x, angle) for i, (_, x) in enumerate((q, k))]
+    good = gradients_agree(mine, true, [q, k, *norms], dtype)
+    together = torch.cat([x[0].detach().flatten(1) for x in (q, k, v)], 1)
+    parts = [x.unflatten(1, (n, size)) for n, x in zip(
+        counts, together.split([n * size for n in counts], 1), strict=True)]
+    places, cached = torch.randint(5, (tokens,)), torch.full((2, tokens, key_heads, 5, size), 7.0, dtype=dtype)
+    cached, rows = cached.to(DEVICE), torch.arange(tokens)
+    places[3:4] = 5  # a row that is not in use, and has run out of its slot
+    alone = module.norm_rope(*parts, rotary, weights, 0.1, (*cached, rows.to(DEVICE), places.to(DEVICE)))
+    used = places < 5
+    expected = torch.full(cached.shape, 7.0).double()
+    for to, x in zip(expected, (true[1], v[1]), strict=True):
+        to[rows[used], :, places[used]] = x[used].detach()
+    return good and alone[1] is None and torch.equal(alone[0], mine[0]) and close(cached, expected, dtype)
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(1, 1, 16), (4, 4, 32), (14, 2, 64), (7, 1, 80), (3, 1, 128)])
+@pytest.mark.parametrize("normed", [True, False], ids=["QK-norm", "RoPE alone"])
+def test_norm_and_rope(heads, key_heads, size, normed):
+    assert norm_rope_agrees(fused, heads, key_heads, size, normed=normed)
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(0, torch.float32), (1, torch.bfloat16), (16, torch.float16),
+                                               (33, torch.bfloat16)], ids=str)
+def test_norm_and_rope_of_few_and_many_tokens(tokens, dtype):
+    assert norm_rope_agrees(fused, dtype=dtype, tokens=tokens)
+
+
+def swiglu_agrees(module, tokens=5, width=1300, dtype=torch.float32) -> bool:
+    """Out of one matrix too."""
+    gate, up = leaves = [randn(tokens, width, dtype=dtype, scale=2) for _ in range(2)]
+    mine, true = module.swiglu(gate[0], up[0]), gate[1] * gate[1].sigmoid() * up[1]
+    both = torch.cat([gate[0], up[0]], 1).detach().split(width, 1)
+    return gradients_agree([mine], [true], leaves, dtype) and torch.equal(module.swiglu(*both), mine)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (7, 40), (2, 1025), (0, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_swiglu(tokens, width, dtype):
+    assert swiglu_agrees(fused, tokens, width, dtype)
+
+
+def test_what_is_not_contiguous_is_refused():
+    x = torch.zeros(3, 16, 2, device=DEVICE).transpose(1, 2)
+    with pytest.raises(ValueError, match=r"k: strides"):
+        fused.norm_rope(x.contiguous(), x, x, (x, x), None, 1e-6)
+    with pytest.raises(ValueError, match=r"gate: strides"):
+        fused.swiglu(x[:, 0].T, x[:, 0].T)
+
+
+@pytest.mark.parametrize("fields", [(), ("--qk-norm", "false", "--bias", "true"), ("--lora-rank", "2", "--lora-merge",
+                                                                                  "false")],
+                         ids=["own", "as Qwen2", "LoRA apart"])
+def test_a_decoder_samples_and_learns_with_kernels_as_without(fields, tiny, decoder, monkeypatch):
+    """Products of several layers in one, keys and values written to their slots, and all gradients."""
+    c = replace(tiny(*fields), top_p=1e-9)
+    model, prompts = decoder(c, 61).to(DEVICE), [([*range(20)], [3, 4]), ([*range(20)], [5]), ([*range(9)], [6, 7, 8])]
+
+    def results():
+        turns = memtrain.Sampler(model, 16)(c, prompts, [("kernels", i) for i in range(3)], 3, (1,))
+        packed = memtrain.pack([(prompts[0][0], [(t.given, t.sampled) for t in turns[:2]])], DEVICE)
+        gradients = torch.autograd.grad(memtrain.score(model, packed)[0].sum(),
+                                        [p for p in model.parameters() if p.requires_grad])
+        return [t.sampled for t in turns], torch.tensor([x for t in turns for x in t.logprobs]), gradients
+
+    tokens, logprobs, gradients = results()
+    assert model.blocks[0].v.weight.storage_offset() == model.blocks[0].q.weight.numel() + (
+        model.blocks[0].k.weight.numel()), "they were not taken together"
+    monkeypatch.setenv("MEMTRAIN_KERNELS", "torch")
+    expected = results()
+    assert tokens == expected[0] and close(logprobs, expected[1].double(), least=1.0)
+    assert all(close(a, b.double().cpu(), factor=3, least=0.1) for a, b in zip(gradients, expected[2], strict=True))
+
+
+def test_frozen_norms_get_no_gradient():
+    x, w = randn(6, 2, 16)[0], torch.ones(16, device=DEVICE)
+    rotary = [torch.ones(6, 1, 8, device=DEVICE)] * 2
+    queries, keys = fused.norm_rope(x, x, x, rotary, (w, w), 1e-6)
+    total, out = fused.add_norm(x.flatten(1), x.flatten(1), torch.ones(32, device=DEVICE), 1e-6)
+    (queries.sum() + keys.sum() + total.sum() + out.sum()).backward()
+    assert x.grad.isfinite().all() and w.grad is None
 
 
 # ---- broken on purpose ---------------------------------------------------------------------------------------------
@@ -372,24 +645,57 @@ MUTANTS = {
         "blocks not cumulated": ("before + tl.cumsum(p, 0)", "tl.cumsum(p, 0)"),
         "no nucleus": (">= top_p", ">= 2 * top_p"),
     },
+    "fused": {
+        "one addend normalised": ("+ tl.load(Y + at, mask=here, other=0.0).to(tl.float32)\n", "\n"),
+        "mean over the padded row": ("(s * tl.rsqrt(tl.sum(s * s) / C", "(s * tl.rsqrt(tl.sum(s * s) / BLOCK"),
+        "no eps": ("/ C + eps) * w)", "/ C) * w)"),
+        "gradient past the norm alone": ("n * (tl.sum(w * g * n) / C)", "n * 0.0"),
+        "gradient of the sum dropped": ("tl.load(DTOTAL + at, mask=here, other=0.0).to(tl.float32) + r", "r"),
+        "norm's gradient of the last token": ("        dw += g * n", "        dw = g * n"),
+        "turned the other way": ("a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin"),
+        "gradient not turned back": ("ga * cos + gb * sin, gb * cos - ga * sin",
+                                     "ga * cos - gb * sin, gb * cos + ga * sin"),
+        "one half normalised": ("(tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D", "tl.sum(a * a, 1) / D"),
+        "head's gradient past the norm alone": ("r * (wa * ga - a * mean)", "r * (wa * ga)"),
+        "head's gradient of the last tokens": ("        da += pa", "        da = pa"),
+        "keys normed as queries": ("d[None, :], WK, cos", "d[None, :], WQ, cos"),
+        "a place too far": ("* room + place) * D", "* room + place + 1) * D"),
+        "past the end of a slot": ("here & (place < room)", "here"),
+        "values of the first key head": ("V, rows * v_row + h * D", "V, rows * v_row"),
+        "gate's rows as if alone": ("GATE + row * gate_row + c", "GATE + row * width + c"),
+        "sigmoid for silu": ("(g * tl.sigmoid(g) * u)", "(tl.sigmoid(g) * u)"),
+        "slope of silu": ("(1 + g * (1 - s))", "1.0"),
+    },
     "grpo": {
         "clip sides swapped": ("tl.maximum(ratio, 1 - low), 1 + high)", "tl.maximum(ratio, 1 - high), 1 + low)"),
         "KL pushes away": ("objective -= beta * kl", "objective += beta * kl"),
         "KL gradient dropped": ("gradient -= beta * (1 - tl.exp(delta))", "gradient -= 0.0"),
         "clipped gradient flows": ("tl.where(ratio * a <= clipped * a, ratio * a, 0.0)", "ratio * a"),
-        "no length normalisation": ("(tl.maximum(count, 1.0) * interactions)", "interactions"),
+        "no length normalisation": ("(tl.maximum((end - start).to(tl.float32), 1.0) * interactions)", "interactions"),
         "no baseline": ("advantage = reward - least - mean", "advantage = reward - least"),
+        "sweep: off-target gradient dropped": ("1.0, 0.0) - tl.exp(z - lse))", "1.0, 0.0))"),
+        "sweep: gradient without temperature": ("-weight * gradient * scale", "-weight * gradient"),
+        "sweep: end of the vocabulary unmasked": ('other=float("-inf")) * scale', "other=0.0) * scale"),
+        "sweep: sum not rescaled": ("l = l * shrink", "l = l"),
+        "sweep: entropy of the wrong sign": ("lse - e / l", "lse + e / l"),
+        "sweep: target of the neighbour row": ("tl.load(TARGET + t)", "tl.load(TARGET + t // 2)"),
+        "sweep: first token to the sequence before": ("right=True) - 1", "right=False).sub(1).clamp(min=0)"),
+        "sweep: 16-bit gradients read past their place": ("[:, :V]  # in", "[:, -V:]  # in"),
+        "sweep: gradient of the head from the last rows": ("d_head.addmm_(dz.T, x)", "d_head = dz.T @ x"),
+        "sweep: gradient of the loss ignored": ("d.mul_(g_loss)", "d"),
     },
 }
 AGREES = {"attention": lambda m: attention_agrees(m, Layout([150, 20], [40, 9, 70, 3], [0, 0, 1, 1])),
-          "decode": lambda m: decode_agrees(m, (4, 3, 5)), "grpo": lambda m: grpo_agrees(m), "draw": draw_agrees,
+          "decode": lambda m: decode_agrees(m, (4, 3, 5)), "draw": draw_agrees,
+          "grpo": lambda m: all(f(m) for f in (grpo_agrees, linear_grpo_agrees, in_bf16)),
+          "fused": lambda m: swiglu_agrees(m) and add_norm_agrees(m) and norm_rope_agrees(m),
           # the last tile of a share mostly empty, and two tiles a share
           "logprob": lambda m: logprob_agrees(m, vocabulary=520, temperature=1.7) and logprob_agrees(
               m, vocabulary=2500, temperature=0.7)}
 
 
 def test_each_precision_keeps_its_bound(high):
-    assert all(AGREES[file](sys.modules[f"kernels.{file}"]) for file in ("attention", "decode", "logprob"))
+    assert all(AGREES[file](sys.modules[f"kernels.{file}"]) for file in ("attention", "decode", "logprob", "grpo"))
 
 
 @pytest.mark.parametrize("size", [64, 128])

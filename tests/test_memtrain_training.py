@@ -23,6 +23,7 @@ from data.run.files import write_json
 from data.run.folder import Interrupt
 from data.tasks import Problem
 from data.text.entities import occurs
+from kernels import joined
 from kernels.cache import Cache
 from kernels.grpo import grpo_loss
 from memtrain import Batch, Sampler, Turn, collect, micro_batches, pack, score, update, with_signal
@@ -349,18 +350,18 @@ def test_recomputing_activations_changes_nothing_but_the_memory(lora, tiny, deco
 
 def test_out_of_memory_halves_the_micro_batches_once(decoder, reading, monkeypatch):
     a, _, batch = reading
-    entries, score_, limits = set(batch.entry), memtrain.score, []
+    entries, states, limits = set(batch.entry), memtrain.states, []
     model = decoder(dataclasses.replace(a.c, kl=0.0), a.tokenizer.size)
     caught, c = Catch(model), dataclasses.replace(a.c, kl=0.0, micro_tokens=2000)
     update(model, None, caught, c, batch, entries)
 
-    def too_much(model, packed, *rest):
+    def too_much(model, packed):
         limits.append(packed.layout.total)
         if packed.layout.total > limit:
             raise torch.OutOfMemoryError
-        return score_(model, packed, *rest)
+        return states(model, packed)
 
-    monkeypatch.setattr(memtrain, "score", too_much)
+    monkeypatch.setattr(memtrain, "states", too_much)
     limit = 1000
     row = update(model, None, caught, c, batch, entries)
     close(caught.steps[-1], caught.steps[0], 2e-6)
@@ -641,6 +642,37 @@ def test_lora(tiny, decoder, tokenizer, base_checkpoint, reading, monkeypatch):
         assert (score(adapted, packed)[0] - base).abs().max() > 1e-3
         torch.testing.assert_close(memtrain.reference_logprobs(adapted, None, packed, c), base, atol=0, rtol=0)
         assert (score(adapted, packed)[0] - base).abs().max() > 1e-3, "the adapters are on again"
+
+
+@pytest.mark.parametrize("fields", [(), ("--bias", "true"), ("--lora-rank", "2"), ("--lora-rank", "2", "--lora-merge",
+                                                                                  "false")], ids=str)
+def test_layers_of_one_input_are_one_product_while_sampling(fields, tiny, decoder, tokenizer, monkeypatch, tmp_path):
+    """As on a card. The parameters stay what they are, for whoever copies, moves, saves or loads them."""
+    monkeypatch.setattr(joined, "use_triton", lambda *_: True)
+    model = decoder(tiny(*fields), tokenizer.size)
+    before, x = {n: p.detach().clone() for n, p in model.named_parameters()}, torch.randn(5, model.c.width)
+
+    def joined_as_apart(model, x):
+        with torch.no_grad(), model.merged():
+            for layers in ((b.q, b.k, b.v) if i else (b.gate, b.up) for b in model.blocks for i in range(2)):
+                assert layers[0].joint[0].data_ptr() == layers[0].weight.data_ptr()
+                for a, m in zip(joined.products(x, layers), layers, strict=True):
+                    torch.testing.assert_close(a, m(x), atol=1e-5, rtol=1e-5)
+        assert not any(m.joint for m in model.modules() if isinstance(m, memtrain.Linear))
+        return [p.data_ptr() for p in model.parameters()]
+
+    places = joined_as_apart(model, x)
+    assert places == joined_as_apart(model, x), "captured graphs know them by address"
+    twin = memtrain.copy.deepcopy(model)
+    with torch.no_grad():
+        twin.blocks[0].q.weight.add_(1)
+    joined_as_apart(twin.double(), x.double())
+    memtrain.save_checkpoint(tmp_path / "a.safetensors", model, tokenizer, {"stage": "base"})
+    with torch.no_grad():
+        model.blocks[0].v.weight.add_(0 if fields and "lora" in fields[0] else 1)  # frozen ones are in no checkpoint
+    memtrain.load_checkpoint(tmp_path / "a.safetensors", model, tokenizer)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert places == joined_as_apart(model, x)
 
 
 @pytest.mark.parametrize("fields", [(), ("--lora-rank", "2")], ids=["all weights", "LoRA"])

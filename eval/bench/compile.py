@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from data.run.terminal import columns
-from kernels import attention, decode, draw, grpo, logprob
+from kernels import attention, decode, draw, fused, grpo, logprob
 
 GENERATIONS = {80: ("A100", 163), 86: ("3090", 99), 89: ("4090", 99), 90: ("H100", 227), 100: ("B200", 227),
                120: ("5090", 99)}  # compute capability: (a card, KB of shared memory that one block may use)
@@ -30,13 +30,15 @@ HEAD_SIZES = (32, 64, 80, 96, 128)
 
 # Pointer types of kernel arguments that are not the inputs' dtype, and scalars that are not int32.
 FP32 = {"LSE", "DELTA", "ACC", "M", "L", "MAX", "SUM", "MEAN", "CHOSEN", "ENTROPY", "G_LOGPROB", "G_ENTROPY", "NEW",
-        "OLD", "REF", "ADVANTAGE", "GRADIENT", "PARTS", "LOGP"}
+        "OLD", "REF", "ADVANTAGE", "GRADIENT", "PARTS", "LOGP", "LOGPROB", "Z", "COS", "SIN"}
 INT32 = {"tile_start", "tile_group", "own_start", "own_end", "group_start", "prefix_end", "group_end", "offsets",
          "order"}
-INT64 = {"TARGET", "GROUP", "ROLLOUT", "OFFSETS", "lengths", "DRAWN"}
-FLOATS = {"scale", "interactions", "low", "high", "beta", "top_p"}
-INPUTS = {"Q", "K", "V", "O", "DO", "DQ", "DK", "DV", "X", "W", "DZ"}
-INTS = {"room", "split", "splits", "N", "C", "V", "S", "share", "first", "width"}
+INT64 = {"TARGET", "GROUP", "ROLLOUT", "OFFSETS", "SEQUENCE", "lengths", "DRAWN", "places"}
+FLOATS = {"scale", "interactions", "low", "high", "beta", "top_p", "eps"}
+INPUTS = {"Q", "K", "V", "O", "DO", "DQ", "DK", "DV", "X", "W", "DZ", "Y", "DX", "TOTAL", "DTOTAL", "OUT", "DOUT", "WQ",
+          "WK", "OQ", "OK", "OV", "GQ", "GK", "GATE", "UP", "G", "DGATE", "DUP"}
+INTS = {"room", "split", "splits", "N", "C", "V", "S", "share", "first", "width", "pitch", "q_row", "k_row", "v_row",
+        "gate_row", "up_row"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ def variants(limit: int, dtypes=tuple(DTYPES), head_sizes=HEAD_SIZES) -> list[Va
         found[Variant(name, kernel, dtype, head_size, tuple(constants.items()), warps, stages)] = None
 
     for dtype in dtypes:
+        if dtype != "tf32":  # which says how products are taken
+            add_fused(add, dtype, head_sizes)
         kind, precision = DTYPES[dtype]
         for D in head_sizes:
             sizes = {"H": 14, "R": 2, "D": D, "BD": max(16, triton.next_power_of_2(D)), "PRECISION": precision}
@@ -100,7 +104,27 @@ def variants(limit: int, dtypes=tuple(DTYPES), head_sizes=HEAD_SIZES) -> list[Va
         add("grpo_advantages", grpo._advantages, "fp32", 0, 4, 1, BY_STD=by_std, BLOCK=grpo.ROLLOUTS)
     for has_ref in (False, True):
         add("grpo_loss", grpo._loss, "fp32", 0, 4, 1, HAS_REF=has_ref, BLOCK=grpo.TOKENS)
+        for dtype in sorted({d.replace("tf32", "fp32") for d in dtypes}):
+            add("grpo_sweep", grpo._sweep, dtype, 0, grpo.WARPS, 3, HAS_REF=has_ref, BLOCK=grpo.LOGITS)
     return list(found)
+
+
+def add_fused(add, dtype: str, head_sizes) -> None:
+    """What lies between the products of a block, at three widths."""
+    for width in (512, 2048, 4096):
+        size, warps = fused.block(width).values()
+        add("fused_add_norm", fused._add_norm, dtype, 0, warps, 3, BLOCK=size)
+        for trained in (False, True):
+            add("fused_add_norm_gradient", fused._add_norm_gradient, dtype, 0, warps, 3, TRAINED=trained, BLOCK=size)
+    for kernel in ("_swiglu", "_swiglu_gradient"):
+        add(f"fused{kernel}", getattr(fused, kernel), dtype, 0, 4, 3, BLOCK=fused.HIDDEN)
+    for D in head_sizes:
+        for norm in (False, True):
+            sizes = {"H": 14, "KH": 7, "D": D, "BH": max(16, triton.next_power_of_2(D // 2)), "BM": fused.TOKENS,
+                     "NORM": norm}
+            for cached in (False, True):
+                add("fused_norm_rope", fused._norm_rope, dtype, D, 4, 3, CACHED=cached, **sizes)
+            add("fused_norm_rope_gradient", fused._norm_rope_gradient, dtype, D, 4, 3, **sizes)
 
 
 def signature(variant: Variant) -> dict[str, str]:
@@ -113,7 +137,7 @@ def signature(variant: Variant) -> dict[str, str]:
             types[name] = {"REWARD": "*fp64", "OUT": "*fp32"}[name]
         elif variant.name == "draw" and name == "U":
             types[name] = "*fp64"
-        elif variant.name.startswith(("logprob", "draw")) and name == "V":
+        elif variant.name.startswith(("logprob", "draw", "grpo")) and name == "V":
             types[name] = "i32"
         elif name in INPUTS:
             types[name] = "*" + variant.dtype.replace("tf32", "fp32")

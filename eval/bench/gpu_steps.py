@@ -29,7 +29,7 @@ import torch
 
 from data.run.files import replacing
 from eval.bench.measure import Capture, seconds
-from kernels import attention, decode, grpo, logprob, synchronise
+from kernels import attention, decode, fused, grpo, logprob, synchronise
 from kernels.layout import Layout
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
@@ -165,6 +165,27 @@ def decode_errors(device, dtype, groups: int, G: int, prefix: int, suffix: int, 
     return {"o": error(mine, true)}
 
 
+def fused_errors(device, dtype, T: int, C: int, hidden: int, H: int, K: int, D: int) -> dict:
+    """What lies between the products of a block; fp64 goes to the references."""
+    shapes = {"x": (T, C), "y": (T, C), "weight": (C,), "q": (T, H, D), "k": (T, K, D), "q_norm": (D,), "k_norm": (D,),
+              "gate": (T, hidden), "up": (T, hidden)}
+    mine = [random(device, dtype, *shape).requires_grad_() for shape in shapes.values()]
+    angle = 100 * torch.rand(T, 1, D // 2, device=device)
+
+    def outputs(x, y, weight, q, k, q_norm, k_norm, gate, up):
+        rotary = angle.cos(), angle.sin()
+        return (*fused.add_norm(x, y, weight, 1e-6), *fused.norm_rope(q, k, k, rotary, (q_norm, k_norm), 1e-6),
+                fused.swiglu(gate, up))
+
+    true = [x.detach().double().requires_grad_() for x in mine]
+    out, truth = outputs(*mine), outputs(*true)
+    weights = [random(device, dtype, *y.shape) for y in out]
+    found = *out, *torch.autograd.grad(out, mine, weights)
+    wanted = *truth, *torch.autograd.grad(truth, true, [w.double() for w in weights])
+    names = "sum", "norm", "queries", "keys", "swiglu", *(f"d{name}" for name in shapes)
+    return {name: error(a.detach(), b.detach()) for name, a, b in zip(names, found, wanted, strict=True)}
+
+
 def loss_errors(device, sequences: int, tokens: int) -> dict:
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), torch.randint(1, 2 * tokens, (sequences,)).cumsum(0)])
     new = -torch.rand(int(offsets[-1]))
@@ -185,7 +206,8 @@ def kernels(device: torch.device, result: Result, options) -> bool:
         for D, H, K in ((64, 9, 3), (128, 16, 8)):
             P, S = (1500, 300) if small else (6000, 900)
             shapes += [(f"attention {name} D {D}", dtype, partial(attention_errors, device, dtype, P, S, H, K, D)),
-                       (f"decode {name} D {D}", dtype, partial(decode_errors, device, dtype, 8, 8, 6000, 700, H, K, D))]
+                       (f"decode {name} D {D}", dtype, partial(decode_errors, device, dtype, 8, 8, 6000, 700, H, K, D)),
+                       (f"fused {name} D {D}", dtype, partial(fused_errors, device, dtype, P, 8 * D, 24 * D, H, K, D))]
         shapes.append((f"log-prob {name} V 151936", dtype, partial(logprob_errors, device, dtype, 300, 1024, 151_936)))
     shapes.append(("GRPO loss float32", torch.float32, partial(loss_errors, device, 2304, 700)))
     good = True

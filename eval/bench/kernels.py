@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from data.run.terminal import columns
 from eval.bench.measure import extra_mb, seconds
+from kernels import fused, use_triton
 from kernels.attention import memory_attention
 from kernels.decode import Members, memory_decode
 from kernels.draw import draw
-from kernels.grpo import grpo_loss
+from kernels.grpo import grpo_loss, linear_grpo_loss
 from kernels.layout import Layout
 from kernels.logprob import linear_logprob
 
@@ -121,9 +122,13 @@ class Ragged:
         mean = self.rewards.new_zeros(self.sequences // 8).index_add(0, self.group, self.rewards) / 8
         return self.rewards - mean[self.group]  # (S)
 
+    @property
+    def arguments(self) -> tuple:
+        return (self.old, self.ref, self.rewards, self.group, self.rollout, self.offsets, self.sequences, 0.2, 0.2,
+                1e-3)
+
     def ours(self, new):
-        return grpo_loss(new, self.old, self.ref, self.rewards, self.group, self.rollout, self.offsets,
-                         self.sequences, 0.2, 0.2, 1e-3)[0]
+        return grpo_loss(new, *self.arguments)[0]
 
     def naive(self, new):
         n, o, r = (self.padded(x) for x in (new, self.old, self.ref))
@@ -151,10 +156,12 @@ def loss_case(device, sequences: int, tokens: int, compiled: bool) -> Case:
     return Case("GRPO loss", f"{sequences} sequences, {N:,} tokens", peers, 20.0 * N, 16.0 * N, torch.float32)
 
 
-def head_and_loss_case(device, dtype, sequences: int, tokens: int, C: int, V: int) -> Case:
-    """From hidden states to the GRPO loss in one go, as liger-kernel has it; gradients of hidden states and head."""
+def head_and_loss_case(device, dtype, sequences: int, tokens: int, C: int, V: int, trained: bool = True) -> Case:
+    """From hidden states to the GRPO loss in one go, as liger-kernel has it; gradients of hidden states and, where it
+    is `trained`, of the head."""
     ragged = Ragged(device, sequences, tokens)
-    hidden, weight = leaves = _leaves(device, dtype, (ragged.total, C), (V, C))
+    hidden, weight = _leaves(device, dtype, (ragged.total, C), (V, C))
+    leaves = [hidden, weight.requires_grad_(trained)][:1 + trained]
     target = torch.randint(V, (ragged.total,), device=device)
     with torch.no_grad():
         weight *= C**-0.5
@@ -164,8 +171,12 @@ def head_and_loss_case(device, dtype, sequences: int, tokens: int, C: int, V: in
         logp = (hidden @ weight.T).float().log_softmax(-1)
         return ragged.naive(logp.gather(-1, target[:, None])[:, 0])
 
-    peers = {"memtrain": lambda: _gradients(lambda: ragged.ours(linear_logprob(hidden, weight, target)[0]), leaves),
-             "full logits": lambda: _gradients(naive, leaves)}
+    peers = {"memtrain": lambda: _gradients(lambda: linear_grpo_loss(hidden, weight, target, *ragged.arguments)[0],
+                                            leaves)}
+    if use_triton(device, dtype):  # elsewhere they are the same
+        peers["memtrain, two passes"] = lambda: _gradients(
+            lambda: ragged.ours(linear_logprob(hidden, weight, target)[0]), leaves)
+    peers["full logits"] = lambda: _gradients(naive, leaves)
     if installed("liger_kernel"):
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
         from liger_kernel.transformers.grpo_loss import triton_grpo_loss
@@ -186,8 +197,9 @@ def head_and_loss_case(device, dtype, sequences: int, tokens: int, C: int, V: in
         if device.type == "cuda":
             peers["liger, logits"] = lambda: _gradients(kernel, leaves)
     N, size = ragged.total, hidden.element_size()
-    return Case("log-prob and loss", f"{sequences} sequences, {N:,} tokens, C {C}, V {V:,}", peers, 8.0 * N * C * V,
-                2.0 * size * (N * C + V * C), dtype)
+    frozen = "" if trained else ", frozen head"
+    return Case("log-prob and loss", f"{sequences} sequences, {N:,} tokens, C {C}, V {V:,}{frozen}", peers,
+                (4.0 + 2 * trained) * N * C * V, size * (2.0 * N * C + (1 + trained) * V * C), dtype)
 
 
 def attention_case(device, dtype, groups: int, prefix: int, G: int, suffix: tuple[int, int], H: int, K: int,
@@ -275,6 +287,29 @@ def draw_case(device, N: int, V: int, top_p: float) -> Case:
     return Case("draw", f"N {N}, V {V:,}, top_p {top_p}", peers, 0.0, 4.0 * N * V, torch.float32)
 
 
+def fused_case(device, dtype, name: str, T: int, C: int, H: int, K: int, D: int, compiled: bool) -> Case:
+    """What lies between the products of a block of width C, with 3 C hidden; peers: each operation alone."""
+    angle = torch.rand(T, 1, D // 2, device=device)
+    rotary = angle.cos(), angle.sin()
+    shapes, numbers, call = {
+        "add_norm": (((T, C), (T, C), (C,)), 8 * T * C, lambda f, x, y, w: f(x, y, w, 1e-6)),
+        "norm_rope": (((T, H, D), (T, K, D), (D,), (D,)), 5 * T * (H + K) * D,
+                      lambda f, q, k, *w: f(q, k, k, rotary, w, 1e-6)),
+        "swiglu": (((T, 3 * C), (T, 3 * C)), 24 * T * C, lambda f, gate, up: (f(gate, up),))}[name]
+    leaves = _leaves(device, dtype, *shapes)
+
+    def peer(function):
+        out = call(function, *leaves)
+        return out[0].detach(), *torch.autograd.grad(out, leaves, [y.detach() for y in out])
+
+    plain = getattr(fused, f"{name}_reference")
+    functions = {"memtrain": getattr(fused, name), "PyTorch": plain}
+    if compiled:
+        functions["PyTorch, torch.compile"] = torch.compile(plain)
+    return Case(name, f"T {T:,}, C {C}, H {H}, K {K}, D {D}", {by: lambda f=f: peer(f) for by, f in functions.items()},
+                0.0, float(leaves[0].element_size() * numbers), dtype)
+
+
 def cases(device: torch.device) -> list[Callable[[], Case]]:
     """What is measured where: nano shapes and one real vocabulary on a CPU; the paper's shapes on a GPU."""
     if device.type == "cpu":
@@ -292,9 +327,11 @@ def cases(device: torch.device) -> list[Callable[[], Case]]:
             *(lambda N=N, p=p: draw_case(device, N, 151_936, p) for N in (16, 256) for p in (1.0, 0.95))]
     for C, H, K in ((1024, 16, 8), (2560, 32, 8)):  # Qwen3-0.6B, Qwen3-4B
         made += [lambda C=C: logprob_case(device, h, 4096, C, 151_936, True),
-                 lambda C=C: head_and_loss_case(device, h, 16, 256, C, 151_936),
+                 *(lambda C=C, t=t: head_and_loss_case(device, h, 16, 256, C, 151_936, t) for t in (True, False)),
                  lambda H=H, K=K: attention_case(device, h, 4, 5320, 8, (1024, 1524), H, K, 128),
-                 lambda H=H, K=K: decode_case(device, h, 64, 5320, 8, 1200, H, K, 128)]
+                 lambda H=H, K=K: decode_case(device, h, 64, 5320, 8, 1200, H, K, 128),
+                 *(lambda name=name, C=C, H=H, K=K: fused_case(device, h, name, 16_384, C, H, K, 128, True)
+                   for name in ("add_norm", "norm_rope", "swiglu"))]
     return made
 
 
