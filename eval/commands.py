@@ -66,15 +66,16 @@ def gates(argv: Sequence[str], policy: Callable, agent: Callable, recall_probe: 
     """python memtrain.py gates: whether a base is fit to start reinforcement learning from, 1 where it is not; of our
     own also whether a step of MemTrain has something to select on."""
     from data.problems import Data
-    from eval.gates import gates, passed, real_gates
-    from eval.health import health, show
+    from eval.gates import gates, passed, real_gates, show
+    from eval.health import ROOM, health
 
     opened = open_checkpoint(*command_options("gates", argv), policy)
     own, c = agent(opened.model, opened.tokenizer, opened.c), opened.c
     if c.model:
         return int(not passed(real_gates(own, c, Data(c, opened.tokenizer))))
     fit = passed(gates(own, c))
-    show(health(own, c, recall_probe))
+    show(health(own, c, recall_probe), ROOM, {"tokens": "sampled a step"},
+         "one step of MemTrain, development world, sampled as in training")
     return int(not fit)
 
 

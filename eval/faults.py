@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import InputError
 from data.config import TRAINED
 from data.run.files import output, write_json
-from data.run.terminal import one_line
+from data.run.terminal import columns, one_line
 
 ROOT = Path(__file__).parents[1]
 TINY = {  # seconds long, and every stage has steps
@@ -44,7 +44,8 @@ TINY = {  # seconds long, and every stage has steps
     "base-copy-steps": 2, "base-steps": 3, "base-documents": 1, "base-answers": 2, "base-recalls": 1,
     "base-directs": 1, "base-searches": 1,
     "memtrain-steps": 4, "memagent-steps": 3, "mem1-steps": 2, "eval-pairs": 2, "threads": 1, "seed": 3,
-    "kl": "1e-3", "lr": "0.01", "entities": "rules", "save-every": 1, "run": "t"}
+    "memory": 20, "response": 21, "window": 240, "kl": "1e-3", "lr": "0.01", "entities": "rules", "save-every": 1,
+    "run": "t"}
 STAGES = "base,memtrain,memagent,mem1,eval,report"
 SYSTEMS = ("base", *TRAINED)
 TIMES = {"seconds", "seconds_sampling", "tokens_per_s"}
@@ -328,14 +329,11 @@ def show(result: dict) -> str:
     cells = {(stage, phase): n for stage, phase, n in result["table"]}
     stages, phases = (list(dict.fromkeys(x)) for x in zip(*cells, strict=True)) if cells else ([], [])
     stages = [s for s in ("start", *SYSTEMS, "eval", "report") if s in stages]
-    lines = [f"{'killed':34s}" + "".join(f"{s:>19s}" for s in stages) + f"{'all':>6s}"]
-    for phase in sorted(phases):
-        row = [cells.get((s, phase), 0) for s in stages]
-        lines.append(f"{phase:34s}" + "".join(f"{n or '':>19}" for n in row) + f"{sum(row):6d}")
-    total = [sum(cells.get((s, p), 0) for p in phases) for s in stages]
-    lines.append(f"{'all':34s}" + "".join(f"{n:19d}" for n in total) + f"{sum(total):6d}")
-    lines.append(f"\n{result['kills']} kills in {result['runs']} runs of {result['steps']} steps; after one kill at "
-                 f"most {result['most_steps_redone']} step done again")
+    counts = [(phase, [cells.get((s, phase), 0) for s in stages]) for phase in sorted(phases)]
+    counts.append(("all", [sum(row) for row in zip(*(row for _, row in counts), strict=True)]))
+    rows = [["killed", *stages, "all"], *([name, *(str(n or "") for n in (*row, sum(row)))] for name, row in counts)]
+    lines = [columns(rows), f"\n{result['kills']} kills in {result['runs']} runs of {result['steps']} steps; after one "
+                            f"kill at most {result['most_steps_redone']} step done again"]
     return "\n".join(lines + (result["problems"] or ["weights, metrics and results equal those of a run left alone, "
                                                      "bit for bit; no step twice, none missing"]))
 

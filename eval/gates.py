@@ -43,13 +43,18 @@ def gates(agent, config, n: int = 200) -> dict[str, float]:
     value = _answering(agent, demo, n) | _recall(agent, demo, n) | _keeping(agent, demo, n)
     answers = [world.question(i, 7).answers[0] for i in range(1000)]
     value["constant_guess"] = max(map(answers.count, set(answers))) / len(answers)
-    print("\ngate             value  passes within   (of the base model, training world, sampled as in training)")
-    for name, (low, high, meaning) in GATES.items():
+    show(value, GATES, WHY, "of the base model, training world, sampled as in training")
+    return value
+
+
+def show(value: dict[str, float], asked: dict[str, tuple[float, float, str]], more: dict[str, str], of: str) -> None:
+    """Prints a table: the gates with what they let through, then what says why."""
+    print(f"\n{'gate':16s} value  passes within   ({of})")
+    for name, (low, high, meaning) in asked.items():
         ok = "ok  " if low <= value[name] <= high else "FAIL"
         print(f"{name:16s} {value[name]:5.3f}  {low:.2f}-{high:.2f}  {ok}    {meaning}")
-    for name, meaning in WHY.items():
+    for name, meaning in more.items():
         print(f"{name:16s} {value[name]:5.3f}                     {meaning}")
-    return value
 
 
 def _episodes(demo: Demonstrator, masked: bool, sections: int, n: int) -> list[Episode]:
@@ -159,11 +164,7 @@ def real_gates(agent, config, data, n: int = 0) -> dict[str, float]:
     turns, hits = agent.recall(*zip(*recalls, strict=True), [("gate r", i) for i in range(n)])
     value |= {"recalled": mean(hits), "finished": mean(boxes + [agent.boxed(t) is not None for t in turns])}
     value |= _copying(agent, reader, masked[:n // 2] + cloze[:n // 2], length)
-    print("\ngate       value  passes from   (after the warm-up, held-out passages, sampled as in training)")
-    for name, (low, _, meaning) in REAL_GATES.items():
-        print(f"{name:10s} {value[name]:5.3f}  {low:.2f}  {'ok  ' if value[name] >= low else 'FAIL'}    {meaning}")
-    for name, meaning in REAL_WHY.items():
-        print(f"{name:10s} {value[name]:5.3f}                {meaning}")
+    show(value, REAL_GATES, REAL_WHY, "after the warm-up, held-out passages, sampled as in training")
     return value
 
 

@@ -53,7 +53,7 @@ class Step:
 
 # most of a test's time on a card goes into compiling its kernels, for which one core does little
 SPREAD = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
-KERNELS = ("kernels/**/*.py", "eval/bench/gpu_steps.py")
+KERNELS = ("kernels/**/*.py", "eval/bench/gpu_steps.py", "eval/bench/measure.py")
 AGENT = (*KERNELS, "memtrain.py", "data/**/*.py", "eval/*.py")
 BENCH = (*AGENT, "eval/bench/*.py")
 TESTS = (*AGENT, "tests/conftest.py", "tests/test_kernels.py", "tests/test_kernels_triton.py",

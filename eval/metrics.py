@@ -169,18 +169,6 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
 
-def bootstrap_difference(a, b, n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of a - b and its 95% interval, paired by question and seed, as `bootstrap_mean` makes it.
-
-    a, b: (seeds, questions), or (questions,) for one seed; 0/1 or any per-question score. Entry [s, q] of
-    both is the same question and the same seed.
-    """
-    a, b = np.atleast_2d(np.asarray(a, dtype=float)), np.atleast_2d(np.asarray(b, dtype=float))
-    if a.shape != b.shape or a.ndim != 2 or a.size == 0:
-        raise ValueError(f"a paired bootstrap needs equal (seeds, questions) arrays: {a.shape}, {b.shape}")
-    return bootstrap_mean([a - b], n, seed)
-
-
 def bootstrap_mean(parts: Sequence[np.ndarray], n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Mean over `parts` of their means, with its 95% interval: a bootstrap over questions, Student's t over seeds.
 

@@ -16,10 +16,8 @@ Legend as everywhere: T packed tokens, M scored tokens, C width, H query heads, 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,8 +27,9 @@ from typing import NamedTuple
 
 from data import InputError
 from data.arms import jobs
-from data.config import TRAINED, is_study, kind_of, readers, searchers, systems_of
+from data.config import TRAINED, CommandParser, is_study, kind_of, readers, searchers, systems_of
 from data.run.files import output, write_json
+from data.run.terminal import columns
 
 GB = 1e9
 CONTEXT = 0.5 * GB  # CUDA's context, compiled kernels and the libraries' workspaces: an allowance
@@ -41,8 +40,6 @@ KERNELS = 11, 40  # of a block in a decoding step, as tests/fake_card.py counts;
 DEMONSTRATE = 22e-6  # seconds on one core to make a token of demonstrations: 16 to 26, measured on a shared AMD EPYC
 START = 30 / 3600  # hours until a run of a study is at work: libraries, data, kernels compiled, graphs: assumed
 WORKERS = 8  # processes that make them beside a GPU, as in memtrain.train_base
-SINGLE = 1 / 12  # float32 rate without tensor cores, as a share of bfloat16's, of a card that is not named: assumed
-BANDWIDTH = 4  # GB/s for each TFLOP/s of a card that is not named: assumed; 3.4 on H100, 6.5 on A100
 ANSWER_SHARE = 8  # an answer is response / 8 tokens long; with the paper's window 128
 
 
@@ -448,18 +445,19 @@ PROMPTS = "prompts' activations, or logits"
 @cache
 def memory(c, vocab: int) -> dict[str, dict[str, float]]:
     """Bytes by part for each phase: sampling, training, base, evaluation (those that --stages has)."""
-    e, (base, extra) = element(c), parameters(c, vocab)
-    trained = extra or base
-    stages, kinds = c.stages.split(","), kinds_of(c)
-    always = {"weights": base * e, "CUDA context (allowance)": CONTEXT}
-    if extra:
-        always["adapters"] = 4.0 * extra
-    own = projections(c)
+    e, (base, extra), own = element(c), parameters(c, vocab), projections(c)
+    trained, stages, kinds = extra or base, c.stages.split(","), kinds_of(c)
+    always = {"weights": base * e, "CUDA context (allowance)": CONTEXT} | ({"adapters": 4.0 * extra} if extra else {})
     copied = [math.prod(own[n]) for n in adapter_sizes(c)] if c.lora_merge else []
     merged = {"second copy of adapted weights": e * c.layers * sum(copied) + 8.0 * max(copied)} if copied else {}
-    calls = [x for kind in kinds for x in step(c, kind)]
+    calls, graphs = [x for kind in kinds for x in step(c, kind)], 0.0
     phases: dict[str, dict[str, float]] = {}
-    graphs = 0.0
+
+    def learning(c, most: int, scored: int, weights: float) -> dict[str, float]:
+        kept, work = activations(c, most, scored)
+        work = max(work, 4.0 * weights - kept)  # AdamW's temporaries come when activations are gone
+        return {"gradients": 4.0 * weights, "activations kept": kept, "one block at work": work}
+
     if calls:
         made = slots(c, calls)
         rows = max(m[0] for m in made)
@@ -469,33 +467,27 @@ def memory(c, vocab: int) -> dict[str, dict[str, float]]:
         if c.kl and not c.lora_rank:
             stays["reference model"] = 4.0 * base
         prompts = forward_bytes(c, prefill(c, calls, made).most)
-        phases["sampling"] = stays | merged | {PROMPTS: max(prompts, rows * vocab * DRAW)}
+        phases["sampling"] = stays | merged | {PROMPTS: max(prompts, graphs)}
         passes = [training(step(c, kind), c.micro_tokens) for kind in kinds]
-        kept, work = activations(c, max(p.most for p in passes), max(p.most_scored for p in passes))
-        head = (1 << 25) * 4.0  # kernels.grpo: a chunk of logits in fp32, and their gradients in its place
-        work = max(work, 4.0 * trained - kept)  # AdamW's temporaries come when activations are gone
-        phases["training"] = stays | {"gradients": 4.0 * trained, "activations kept": kept,
-                                      "one block at work": work, "logits": head}
+        most, scored = (max(getattr(p, name) for p in passes) for name in ("most", "most_scored"))
+        # kernels.grpo: a chunk of logits in fp32, and their gradients in its place
+        phases["training"] = stays | learning(c, most, scored, trained) | {"logits": (1 << 25) * 4.0}
     if "base" in stages:
-        p = demonstrated(c)
-        p = dataclasses.replace(p, most=max(p.most, min(COPIED, c.micro_tokens)))
-        kept, work_ = activations(dataclasses.replace(c, kl=0.0), p.most, max(p.most_scored, p.most * 6 // 10))
-        hidden = c.layers * sum(math.prod(x) for x in own.values())
-        phases["base"] = always | {
-            "moments of Muon and AdamW": 4.0 * hidden + 8.0 * (base - hidden), "gradients": 4.0 * base,
-            "activations kept": kept, "one block at work": max(work_, 4.0 * base - kept),
-            # kernels.logprob: a block of dz, two of sums
-            "logits gradient": (1 << 25) * e + 2 * 4096 * c.width * 4.0}
+        p, hidden = demonstrated(c), c.layers * sum(math.prod(x) for x in own.values())
+        most = max(p.most, min(COPIED, c.micro_tokens))
+        phases["base"] = always | {"moments of Muon and AdamW": 4.0 * hidden + 8.0 * (base - hidden)} | learning(
+            dataclasses.replace(c, kl=0.0), most, max(p.most_scored, most * 6 // 10), base) | {
+                # kernels.logprob: a block of dz, two of sums
+                "logits gradient": (1 << 25) * e + 2 * 4096 * c.width * 4.0}
     if "eval" in stages:
         systems = [x for s in ("base", "base-one-window") for x in evaluation(c, s)]
         systems += searches(c) if searched(c) else []
         made = slots(c, calls + systems)
-        rows = max(m[0] for m in made[len(calls):])
-        nucleus = (DRAW_NUCLEUS if c.eval_top_p < 1 else DRAW) * vocab
+        drawn = (DRAW_NUCLEUS if c.eval_top_p < 1 else DRAW) * vocab * max(m[0] for m in made[len(calls):])
         prompts = forward_bytes(c, prefill(c, systems, made[len(calls):]).most)
         phases["evaluation"] = always | merged | {
-            "KV cache": cache_bytes(c, made), "captured decoding steps": max(graphs, rows * nucleus),
-            PROMPTS: max(prompts, rows * nucleus)}
+            "KV cache": cache_bytes(c, made), "captured decoding steps": max(graphs, drawn),
+            PROMPTS: max(prompts, drawn)}
     return phases or {"start": always}
 
 
@@ -506,35 +498,28 @@ def peak(c, vocab: int) -> tuple[str, float]:
     return worst, totals[worst]
 
 
-def fitting(c, vocab: int, limit: float) -> list[dict[str, object]]:
-    """Changes of fields that bring the peak below `limit` bytes: each that does it alone, with its mildest value, or
-    one combination of them; [] if none does."""
-    turn = token_bytes(c) * (c.window + c.response) / GB  # the cache has to hold a prompt and a response
-    halved = {"micro_tokens": c.window, "sample_rows": c.group}  # down to
-    values: dict[str, list] = {
-        "recompute": [True] * (not c.recompute), "lora_merge": [False] * (c.lora_merge and c.lora_rank > 0),
-        "cache_gb": [g for k in range(1, 40) if (g := round(c.cache_gb * (1 - k / 40), 2)) >= 1.1 * turn]}
-    values |= {n: [v for k in range(1, 24) if (v := max(getattr(c, n) >> k, least)) < getattr(c, n)]
-               for n, least in halved.items()}
+def fitting(c, vocab: int, limit: float) -> dict[str, object]:
+    """Fields to change so that the peak is at most `limit` bytes: of the mildest changes, one after the other, those
+    that lower it; {} if that is not enough."""
+    now, changes = c, {}
+    while peak(now, vocab)[1] > limit:
+        milder = {"recompute": True, "cache_gb": round(0.75 * now.cache_gb, 2),
+                  "micro_tokens": max(c.window, now.micro_tokens // 2),
+                  "sample_rows": max(c.group, now.sample_rows // 2), "lora_merge": False}
+        least = 1.1 * token_bytes(c) * (c.window + c.response) / GB  # the cache has to hold a prompt and a response
+        tried = ((name, value, dataclasses.replace(now, **{name: value})) for name, value in milder.items()
+                 if value != getattr(now, name) and (name != "cache_gb" or value >= least))
+        found = next((x for x in tried if peak(x[2], vocab)[1] < peak(now, vocab)[1]), None)
+        if found is None:
+            return {}
+        now, changes = found[2], changes | {found[0]: found[1]}
+    return changes
 
-    def enough(c, name: str) -> list:
-        """The mildest value of this field that is enough, if there is one."""
-        fits = (v for v in values[name] if peak(dataclasses.replace(c, **{name: v}), vocab)[1] <= limit)
-        return list(itertools.islice(fits, 1))
 
-    if alone := [{name: value[0]} for name in values if (value := enough(c, name))]:
-        return alone
-    for last in (False, True):  # of a field that isn't enough, the value in the middle; or the smallest
-        now, changes = c, {}
-        for name in (n for n in values if values[n]):
-            found = enough(now, name)
-            value = found[0] if found else values[name][-1 if last else len(values[name]) // 2]
-            changed = dataclasses.replace(now, **{name: value})
-            if peak(changed, vocab)[1] < peak(now, vocab)[1]:
-                now, changes = changed, changes | {name: value}
-            if found:
-                return [changes]
-    return []
+def remedy(c, vocab: int, limit: float) -> str:
+    changes = fitting(c, vocab, limit)
+    return " ".join(f"--{name.replace('_', '-')} {str(value).lower()}" for name, value in changes.items()
+                    ) or "a smaller preset"
 
 
 # ---- Work and time -------------------------------------------------------------------------------------------------
@@ -604,51 +589,38 @@ def seconds(c, work: dict[str, float], card: Card, mfu: float) -> float:
     return work["prefill"] / peak_flops + max(moved, work["decode"] / peak_flops, launched)
 
 
-def base_stage(c, vocab: int, card: Card, mfu: float) -> dict:
-    """The row of `stages` for the base: its demonstrations are made on the CPU, beside the training."""
-    copied = Passes(1, COPIED, COPIED * 6 // 10, 64 * _pairs(32, 32, 1))
-    own = dataclasses.replace(c, kl=0.0)
-    flops = [training_flops(own, vocab, p, False) for p in (demonstrated(c), copied)]
-    learn = [x / (rate(c, card) * 1e12 * mfu) for x in flops]
-    make = demonstrated(c).tokens * DEMONSTRATE / WORKERS
-    total = c.base_steps * max(learn[0], make) + c.base_copy_steps * learn[1]
-    count = c.base_steps + c.base_copy_steps
-    return {"stage": "base", "steps": count, "sample_seconds": max(0.0, make - learn[0]), "train_seconds": learn[0],
-            "flops": (c.base_steps * flops[0] + c.base_copy_steps * flops[1]) / max(1, count), "sample_rows": 0,
-            "hours": total / 3600}
-
-
 def stages(c, vocab: int, card: Card, mfu: float) -> list[dict]:
     """For each stage: steps, seconds and FLOPs of a step, hours."""
-    rows, before = [], []
-    if "base" in c.stages.split(","):
-        rows.append(base_stage(c, vocab, card, mfu))
-    if "warmup" in c.stages.split(","):
-        flops = training_flops(dataclasses.replace(c, kl=0.0), vocab, warmed(c), False)
-        learn = flops / (rate(c, card) * 1e12 * mfu)
-        rows.append({"stage": "warmup", "steps": c.demo_steps, "sample_seconds": 0.0, "train_seconds": learn,
-                     "flops": flops, "sample_rows": 0, "hours": c.demo_steps * learn / 3600})
-    trained = trainings(c)
+    rows, before, trained, peak_flops = [], [], trainings(c), rate(c, card) * 1e12 * mfu
+
+    def add(stage: str, steps: int, sampling_: float, training_: float, flops: float, side: int = 0) -> None:
+        rows.append({"stage": stage, "steps": steps, "sample_seconds": sampling_, "train_seconds": training_,
+                     "flops": flops, "sample_rows": side, "hours": steps * (sampling_ + training_) / 3600})
+
+    taught = dataclasses.replace(c, kl=0.0)  # the stages without a reference
+    if "base" in trained:  # its demonstrations are made on the CPU, beside the training
+        flops = training_flops(taught, vocab, demonstrated(c), False)
+        copied = training_flops(taught, vocab, Passes(1, COPIED, COPIED * 6 // 10, 64 * _pairs(32, 32, 1)), False)
+        make = demonstrated(c).tokens * DEMONSTRATE / WORKERS
+        add("base", c.base_steps, max(0.0, make - flops / peak_flops), flops / peak_flops, flops)
+        add("base, copying", c.base_copy_steps, 0.0, copied / peak_flops, copied)
+    if "warmup" in trained:
+        flops = training_flops(taught, vocab, warmed(c), False)
+        add("warmup", c.demo_steps, 0.0, flops / peak_flops, flops)
     for kind in kinds_of(c):
         calls = step(c, kind)
-        work, p = sampling(c, vocab, calls, before, c.top_p), training(calls, c.micro_tokens)
+        work = sampling(c, vocab, calls, before, c.top_p)
+        learn = training_flops(c, vocab, training(calls, c.micro_tokens))
         before = [*before, *calls]
-        learn = training_flops(c, vocab, p)
-        spent = seconds(c, work, card, mfu), learn / (rate(c, card) * 1e12 * mfu)
         names = [n for n in trained if kind_of(n) == kind]
-        count = sum(trained[n] for n in names)
-        rows.append({"stage": names[0] + " (twice)" * (len(names) > 1), "steps": count, "sample_seconds": spent[0],
-                     "train_seconds": spent[1], "flops": work["prefill"] + work["decode"] + learn,
-                     "sample_rows": work["rows"], "hours": count * sum(spent) / 3600})
+        add(names[0] + " (twice)" * (len(names) > 1), sum(trained[n] for n in names), seconds(c, work, card, mfu),
+            learn / peak_flops, work["prefill"] + work["decode"] + learn, work["rows"])
     if "eval" in c.stages.split(","):
-        systems = evaluated(c)
         works = [sampling(c, vocab, evaluation(c, s), before, c.eval_top_p)
-                 for s in systems + _wanted(c, ["base-one-window"])]
+                 for s in evaluated(c) + _wanted(c, ["base-one-window"])]
         works += [sampling(c, vocab, searches(c), before, c.eval_top_p) for _ in searched(c)]
-        spent = sum(seconds(c, w, card, mfu) for w in works)
-        rows.append({"stage": f"eval of {len(systems)} systems", "steps": 1, "sample_seconds": spent,
-                     "train_seconds": 0.0, "flops": sum(w["prefill"] + w["decode"] for w in works),
-                     "sample_rows": max((w["rows"] for w in works), default=0), "hours": spent / 3600})
+        add(f"eval of {len(evaluated(c))} systems", 1, sum(seconds(c, w, card, mfu) for w in works), 0.0,
+            sum(w["prefill"] + w["decode"] for w in works), max((w["rows"] for w in works), default=0))
     return rows
 
 
@@ -686,7 +658,6 @@ def make_plan(c, card: Card, name: str, mfu: float = MFU, limit: float = 0.0) ->
     """Everything the command prints, as JSON values. limit: bytes of the card, 0: not asked."""
     vocab = vocabulary(c)
     base, extra = parameters(c, vocab)
-    kinds = kinds_of(c)
     phase, most = peak(c, vocab)
     rows = stages(c, vocab, card, mfu)
     hours, flops = sum(r["hours"] for r in rows), sum(r["steps"] * r["flops"] for r in rows)
@@ -694,129 +665,84 @@ def make_plan(c, card: Card, name: str, mfu: float = MFU, limit: float = 0.0) ->
     if arms:
         hours, flops = sum(r["hours"] for r in arms), sum(r["flops"] for r in arms)
         phase, most = max((peak(job.config, vocab) for job in jobs(c)), key=lambda x: x[1])
-    orders = {order: {k: tokens(dataclasses.replace(c, prompt_order=order), k) for k in kinds}
+    orders = {order: {k: tokens(dataclasses.replace(c, prompt_order=order), k) for k in kinds_of(c)}
               for order in ("section-first", "paper")}
+    fits = not limit or most <= limit
     return {"preset": c.preset, "model": c.model, "parameters": base, "adapters": extra,
-            "dtype": "bfloat16" if c.half else "float32",
-            "memory": memory(c, vocab), "peak_phase": phase, "peak": most, "limit": limit,
-            "fits": not limit or most <= limit, "changes": fitting(c, vocab, limit) if limit and most > limit else [],
-            "tokens": orders, "stages": rows, "hours": hours, "kwh": hours * card.watts / 1000 if card.watts else None,
-            "study": arms, "flops": flops, "card": name, "tflops": rate(c, card), "mfu": mfu,
-            "bandwidth": card.bandwidth}
-
-
-def products(c) -> str:
-    return "bfloat16" if c.half else "float32 as TF32" if c.tf32 else "float32"
-
-
-def said(changes: dict[str, object]) -> str:
-    return " ".join(f"--{name.replace('_', '-')} {str(value).lower()}" for name, value in changes.items())
+            "dtype": "bfloat16" if c.half else "float32", "memory": memory(c, vocab), "peak_phase": phase, "peak": most,
+            "limit": limit, "fits": fits, "remedy": "" if fits else remedy(c, vocab, limit), "tokens": orders,
+            "stages": rows, "hours": hours, "kwh": hours * card.watts / 1000, "study": arms, "flops": flops,
+            "card": name, "tflops": rate(c, card), "mfu": mfu, "bandwidth": card.bandwidth}
 
 
 def text(c, p: dict) -> str:
     """The plan for a terminal."""
-    lines = [f"plan     preset {c.preset}  {c.model or 'own decoder'}  {p['parameters'] / 1e6:,.1f} M parameters in "
-             f"{p['dtype']}" + (f", {p['adapters'] / 1e6:.1f} M in adapters (rank {c.lora_rank})" if p["adapters"] else
-                             ", all trained")]
+    adapters = f"{p['adapters'] / 1e6:.1f} M in adapters (rank {c.lora_rank})" if p["adapters"] else "all trained"
     phases = p["memory"]
-    lines += ["", "memory, GB".ljust(36) + "".join(f"{name:>12}" for name in phases)]
-    for part in dict.fromkeys(part for parts in phases.values() for part in parts):
-        lines.append(f"  {part:<34}" + "".join(f"{parts[part] / GB:12.2f}" if part in parts else " " * 12
-                                               for parts in phases.values()))
-    lines.append("  " + "total".ljust(34) + "".join(f"{sum(parts.values()) / GB:12.2f}" for parts in phases.values()))
-    room = f" of {p['limit'] / GB:g} GB" if p["limit"] else " GB"
-    fits = ": fits" if p["limit"] and p["fits"] else ""
-    lines.append(f"  peak {p['peak'] / GB:.1f}{room}, in {p['peak_phase']}{fits}")
-    lines += warning(p)
-    lines += ["", "tokens a step, thousands".ljust(36) + "".join(f"{x:>12}" for x in (
-        "sampled", "prompts", "trained", "unshared"))]
-    for order, of in p["tokens"].items():
-        for kind, t in of.items():
-            mark = "*" if order == c.prompt_order else " "
-            lines.append(f" {mark}{kind + ', ' + order:<34}" + "".join(
-                f"{t[x] / 1e3:12,.0f}" for x in ("sampled", "prompts", "packed", "unshared")))
-    lines += ["", f"time, on {p['card']}".ljust(36) + "".join(f"{x:>12}" for x in (
-        "steps", "sample s", "train s", "PFLOP", "hours"))]
-    for r in p["stages"]:
-        lines.append(f"  {r['stage']:<34}{r['steps']:12d}{r['sample_seconds']:12.1f}{r['train_seconds']:12.1f}"
-                     f"{r['flops'] / 1e15:12.2f}{r['hours']:12.2f}")
-    if p["study"]:
-        lines += ["", "the study, one run after the other".ljust(36) + "".join(f"{x:>12}" for x in (
-            "runs", "steps", "", "PFLOP", "hours"))]
-        lines += [f"  {r['arm']:<34}{r['runs']:12d}{r['steps']:12d}{'':12}{r['flops'] / 1e15:12.2f}{r['hours']:12.2f}"
-                  for r in p["study"]]
-    energy = f", {p['kwh']:,.1f} kWh of the card" if p["kwh"] is not None else ""
-    hours = f"{p['hours']:,.1f}" if p["hours"] >= 10 else f"{p['hours']:.2f}"
-    lines += [f"  in all {p['flops'] / 1e18:.3g} EFLOP, {hours} hours{energy}", "",
-              f"Assumed: {p['mfu']:.0%} of {p['tflops']:g} TFLOP/s ({products(c)}) in prefill and training, "
-              f"{BANDWIDTH_SHARE:.0%} of {p['bandwidth']:g} GB/s in decoding;",
-              f"sections, memories and documents of full length, answers of {answer_tokens(c)} tokens, a signal in "
-              "every group: an upper",
-              "estimate, planned and not measured."]
-    return "\n".join(lines)
-
-
-def warning(p: dict) -> list[str]:
-    if p["fits"]:
-        return []
-    changes = [said(x) for x in p["changes"]]
-    if not changes:
-        return [f"  DOES NOT FIT {p['limit'] / GB:g} GB, and no batch size helps: a smaller preset would"]
-    return [f"  DOES NOT FIT {p['limit'] / GB:g} GB; it would with {', or '.join(changes)}"]
+    memory_ = [["memory, GB", *phases]]
+    memory_ += [[f"  {part}", *(f"{parts[part] / GB:.2f}" if part in parts else "" for parts in phases.values())]
+                for part in dict.fromkeys(part for parts in phases.values() for part in parts)]
+    memory_.append(["  total", *(f"{sum(parts.values()) / GB:.2f}" for parts in phases.values())])
+    passed = [["tokens a step, thousands", "sampled", "prompts", "trained", "unshared"]]
+    passed += [[f" {'*' if order == c.prompt_order else ' '}{kind}, {order}", *(
+        f"{t[x] / 1e3:,.0f}" for x in ("sampled", "prompts", "packed", "unshared"))]
+        for order, of in p["tokens"].items() for kind, t in of.items()]
+    time = [[f"time, on {p['card']}", "steps", "sample s", "train s", "PFLOP", "hours"]]
+    time += [[f"  {r['stage']}", str(r["steps"]), f"{r['sample_seconds']:.1f}", f"{r['train_seconds']:.1f}",
+              f"{r['flops'] / 1e15:.2f}", f"{r['hours']:.2f}"] for r in p["stages"]]
+    runs = [["the study, one run after the other", "runs", "steps", "PFLOP", "hours"]]
+    runs += [[f"  {r['arm']}", str(r["runs"]), str(r["steps"]), f"{r['flops'] / 1e15:.2f}", f"{r['hours']:.2f}"]
+             for r in p["study"]]
+    fits = "fits" if p["fits"] else f"DOES NOT FIT {p['limit'] / GB:g} GB; it would with {p['remedy']}"
+    products = "bfloat16" if c.half else "float32 as TF32" if c.tf32 else "float32"
+    return (f"plan     preset {c.preset}  {c.model or 'own decoder'}  {p['parameters'] / 1e6:,.1f} M parameters in "
+            f"{p['dtype']}, {adapters}\n\n{columns(memory_)}\n  peak {p['peak'] / GB:.1f} of {p['limit'] / GB:g} GB, "
+            f"in {p['peak_phase']}: {fits}\n\n{columns(passed)}\n\n{columns(time)}\n\n"
+            + f"{columns(runs)}\n" * bool(p["study"]) +
+            f"  in all {p['flops'] / 1e18:.3g} EFLOP, {p['hours']:,.2f} hours, {p['kwh']:,.1f} kWh of the card\n\n"
+            f"Assumed: {p['mfu']:.0%} of {p['tflops']:g} TFLOP/s ({products}) in prefill and training, "
+            f"{BANDWIDTH_SHARE:.0%} of {p['bandwidth']:g} GB/s in decoding;\nsections, memories and documents of full "
+            f"length, answers of {answer_tokens(c)} tokens, a signal in every group: an upper\nestimate, planned and "
+            f"not measured.")
 
 
 def refuse_too_large(c, vocab: int, limit: float) -> None:
     """InputError where the plan's peak exceeds a card of `limit` bytes, with what to change."""
     phase, most = peak(c, vocab)
     if most > limit:
-        changes = ", or ".join(said(x) for x in fitting(c, vocab, limit)) or "a smaller preset"
         raise InputError(f"--device cuda: {limit / GB:.1f} GB of GPU memory, less than the {most / GB:.1f} GB that the "
-                         f"plan needs in {phase}; give {changes}")
+                         f"plan needs in {phase}; give {remedy(c, vocab, limit)}")
 
 
 def main(argv: Sequence[str], parse: Callable, presets: dict[str, dict]) -> None:
     """parse, presets: of memtrain.py. Prints the plan; InputError on what can't be planned."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise InputError(f"plan: {message}; python memtrain.py plan --help lists its options")
-
-    parser = Parser(prog="memtrain.py plan", allow_abbrev=False, usage="python memtrain.py plan [--option value ...]",
-                    epilog="Every field of the configuration can be given, too: python memtrain.py --help lists them.")
+    parser = CommandParser("plan", "What a configuration will need: memory, tokens, FLOPs, hours, kWh.")
     parser.add_argument("--gpu", metavar="NAME", help=f"the card: {', '.join(CARDS)} (default: 4090 for a memory of "
                         f"24 GB and -consumer presets, else H100)")
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="its memory (default: the card's)")
     parser.add_argument("--tflops", type=float, metavar="N", help="dense bfloat16 TFLOP/s (default: the card's)")
     parser.add_argument("--mfu", type=float, default=MFU, metavar="SHARE", help=f"share of it that is reached in "
                         f"prefill and training: an assumption (default: {MFU})")
-    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--out", metavar="FILE", help="write JSON")
     known, rest = parser.parse_known_args(list(argv))
     c = parse(rest)
-    for name in ("gpu_memory", "tflops", "mfu"):
+    for name, most in (("gpu_memory", math.inf), ("tflops", math.inf), ("mfu", 1.0)):
         value = getattr(known, name)
-        if value is not None and not (math.isfinite(value) and value > 0 and (name != "mfu" or value <= 1)):
+        if value is not None and not (0 < value <= most and math.isfinite(value)):
             raise InputError(f"--{name.replace('_', '-')} {value:g}: expected a number above 0"
                              f"{' and at most 1' if name == 'mfu' else ''}")
-    cards = {n.lower(): n for n in CARDS}
     small = (known.gpu_memory or 99) <= 24 or (known.gpu_memory is None and c.preset.endswith("-consumer"))
-    name = cards.get((known.gpu or ("4090" if small else "H100")).lower())
+    name = {n.lower(): n for n in CARDS}.get((known.gpu or ("4090" if small else "H100")).lower())
     if name is None:
-        raise InputError(f"--gpu {known.gpu}: unknown; choose one of {', '.join(CARDS)}, or give --gpu-memory and "
-                         f"--tflops")
+        raise InputError(f"--gpu {known.gpu}: unknown; choose one of {', '.join(CARDS)}, with --gpu-memory and "
+                         f"--tflops of another")
     if c.model and not Path(c.model).exists() and c.model != presets[c.preset].get("model"):
         raise InputError(f"--model {c.model}: its shape is not known before it is downloaded; give its folder, or one "
                          f"of the presets")
     card = CARDS[name]
-    if known.tflops and known.gpu:
+    if known.tflops:
         card, name = card._replace(tflops=known.tflops), f"{name} with {known.tflops:g} TFLOP/s"
-    elif known.tflops:  # some card: its memory and power are not known, its bandwidth is assumed to be in proportion
-        card = Card(0, known.tflops, BANDWIDTH * known.tflops, 0, SINGLE * known.tflops)
-        name = f"a card of {known.tflops:g} TFLOP/s"
     p = make_plan(c, card, name, known.mfu, (known.gpu_memory or card.memory) * GB)
     if known.out:
         write_json(output(Path(known.out), inputs=[]), p)
-    if known.json:
-        print(json.dumps(p, indent=1))
-    else:
-        print(text(c, p))
+    print(text(c, p))

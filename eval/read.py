@@ -17,8 +17,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -242,24 +242,16 @@ def _reading(agent, text: Text, asked: Sequence[str], answered: Sequence[str], w
         write({"question": question, "answer": answer, "response": response.strip()})
 
 
-class _list:
+@contextmanager
+def _list(path: Path) -> Iterator[Callable[[dict], None]]:
     """A JSON list written entry by entry, in constant memory; it gets its name when it is complete."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        before = "[\n"
 
-    def __init__(self, path: Path):
-        self.replacing, self.count = replacing(path), 0
+        def write(entry: dict) -> None:
+            nonlocal before
+            file.write(before + json.dumps(entry))
+            before = ",\n"
 
-    def __enter__(self):
-        self.path = self.replacing.__enter__()
-        self.path.write_text("[", encoding="utf-8")
-        return self
-
-    def __call__(self, entry: dict) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write((",\n" if self.count else "\n") + json.dumps(entry))
-        self.count += 1
-
-    def __exit__(self, *error):
-        if error[0] is None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n]\n")
-        return self.replacing.__exit__(*error)
+        yield write
+        file.write("\n]\n")

@@ -136,30 +136,6 @@ def test_a_deviation_is_reported(data):
     assert not bench.deviation((0.0, bad), (0.0, good))["gradient"] <= 1e-5
 
 
-def test_timed():
-    """Linux starts a child's peak at what its parent had resident (here pytest with torch): ask for more than that."""
-    row = bench.timed([sys.executable, "-c", "import sys; x = b'x' * (800 << 20); sys.exit(3)"])
-    assert row["code"] == 3 and 0 < row["seconds"] < 60 and 800 < row["peak_mb"] < 900 and row["cpu_seconds"] > 0
-
-
-def test_time_command(tmp_path, monkeypatch, capsys):
-    """A run a seed in folders of their own, the fields are passed on, the figures come out; never over a run."""
-    monkeypatch.chdir(tmp_path)
-    commands = []
-    monkeypatch.setattr(bench, "timed", lambda command: commands.append(command) or {
-        "seconds": 90.0 + len(commands), "peak_mb": 512.0, "cpu_seconds": 150.0, "code": 0})
-    assert bench.main(["time", "--runs", "2", "--seed", "4", "--out", "time.json"]) == 0
-    assert [c[-4:] for c in commands] == [["--seed", str(k), "--run", f"time-{k}"] for k in (4, 5)]
-    result = json.loads((tmp_path / "time.json").read_text())
-    assert [r["seconds"] for r in result["runs"]] == [91.0, 92.0] and result["config"]["seed"] == 4
-    printed = capsys.readouterr().out
-    assert "91.0" in printed and "512" in printed and "91.5" in printed
-    monkeypatch.setattr(bench, "timed", lambda command: {"code": 2})
-    assert bench.main(["time", "--runs", "1"]) == 2 and "exit code 2" in capsys.readouterr().err
-    (tmp_path / "runs" / "time-1").mkdir(parents=True)
-    assert bench.main(["time"]) == 2 and "runs/time-1 exists" in capsys.readouterr().err
-
-
 SEEN = """
 import os, runpy, sys
 sys.path.insert(0, sys.argv[1])
@@ -215,7 +191,7 @@ def test_threads_command(tmp_path, monkeypatch):
     assert bench.main(["threads", "--init", str(log), "--steps", "3", "--threads", "2", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [r["beside"] for r in rows] == [False] * 4 + [True] * 4 and len({r["way"] for r in rows}) == 4
-    assert all(r["seconds"] == 1.5 and r["cpu_seconds"] > 0.2 and 0 <= r["others"] <= 1 for r in rows)
+    assert all(r["seconds"] == 1.5 and r["cpu_seconds"] > 0.2 for r in rows)
     assert log.read_text().splitlines() == 2 * [
         "1 (None, None, None)", "2 ('300000', None, None)", "2 (None, None, None)", "2 (None, 'PASSIVE', None)"]
     program.write_text("import time; time.sleep(60)")
@@ -243,24 +219,23 @@ def test_documents_command(tmp_path, capsys):
 
 @pytest.mark.parametrize(("argv", "says"), [
     (["speed"], "speed: unknown benchmark; choose one of step, kernels, compile, sample, trl, documents, "
-     "retrieval, time, threads, length"),
+     "threads, length"),
     (["step", "--repeats", "0"], "--repeats 0: must be at least 1"),
     (["step", "--repeats", "x"], "--repeats"), (["step", "--grup", "4"], "--grup"),
     (["step", "--group", "1"], "--group 1"), (["step", "--update-documents", "2"], "leave it out"),
     (["step", "--update_documents=2"], "leave it out"), (["step", "--documents", "0"], "--documents 0"),
     (["step", "--seeds", "0,1"], "--seeds: the benchmark chooses it"),
     (["step", "--init", "nowhere.safetensors"], "nowhere.safetensors"),
-    (["step", "--out", "nowhere/x.json"], "--out nowhere/x.json"), (["time", "--run", "mine"], "leave it out"),
+    (["step", "--out", "nowhere/x.json"], "--out nowhere/x.json"),
     (["documents", "--tokenizer", "no.tiktoken"], "no.tiktoken"), (["documents", "--repeats", "0"], "--repeats 0"),
     (["documents", "--corpus", "none.txt"], "none.txt"), (["documents", "--related", "99"], "--related 99"),
-    (["retrieval", "--repeats", "0"], "--repeats 0"), (["retrieval", "--corpus", "none.txt"], "none.txt"),
     (["sample", "--shape", "7b"], "--shape 7b: choose tiny or 0.6b"), (["sample", "--response", "0"], "--response 0"),
-    (["sample", "--device", "tpu"], "--device tpu"), (["sample", "--lora-rank", "4"], "--lora-rank: unknown option"),
+    (["sample", "--device", "tpu"], "--device"), (["sample", "--lora-rank", "4"], "--lora-rank: unknown option"),
     (["sample", "--vocabulary", "9"], "--vocabulary 9"), (["trl", "--lora-rank", "-1"], "--lora-rank -1"),
     (["trl", "--trl-batch", "0"], "--trl-batch 0"), (["trl", "--trl-batch", "3"], "--trl-batch 3: must divide"),
     (["trl", "--group", "1"], "--group 1"), (["trl", "--groups", "0"], "--groups 0"),
     (["threads", "--steps", "0"], "--steps 0"), (["threads", "--device", "cuda"], "--device: the benchmark chooses"),
-    (["time", "--runs", "-1"], "--runs -1"), (["time", "--preset", "huge"], "--preset huge")])
+    (["threads", "--preset", "huge"], "--preset huge")])
 def test_bad_arguments(argv, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert bench.main(argv) == 2
@@ -278,10 +253,10 @@ def test_peers_of_the_kernels_compute_the_same():
             bench_kernels.decode_case(cpu, f, 2, 7, 3, 4, 4, 2, 8),
             *(bench_kernels.fused_case(cpu, f, name, 5, 8, 4, 2, 8, False) for name in ("add_norm", "norm_rope",
                                                                                         "swiglu"))]
-    rows = [r for case in made for r in bench_kernels.measure(case, cpu, 2, lambda work: 1.0, (1e9, 1e9))]
+    rows = [r for case in made for r in bench_kernels.measure(case, cpu, 2, (1e9, 1e9))]
     assert len(rows) == 17 and all(r.deviation < 1e-4 for r in rows), rows
     assert all(0 < r.fastest <= r.seconds <= r.slowest and r.compute_share + r.copy_share > 0 for r in rows)
-    text = bench_kernels.table(rows, {"float32": (1e9, 1e9)}, 2)
+    text = bench_kernels.table(rows, {"float32": (1e9, 1e9)})
     assert all(r.by in text for r in rows) and text.count("memtrain") == 8
 
 
@@ -302,7 +277,7 @@ def test_a_longer_document_takes_no_more_memory_and_time_by_its_length(tmp_path,
     assert long["sections"] > 12 * short["sections"] and long["peak_mb"] < 1.05 * short["peak_mb"]
     assert 0.5 < long["seconds"] / long["tokens"] / (short["seconds"] / short["tokens"]) < 2
     table = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
-    assert "+0.0%" in table["4x"] and table["64x"].count("%") == 2
+    assert "+0.0%" in table["4"] and table["64"].count("%") == 2
 
 
 # ---- sample, trl
@@ -363,7 +338,7 @@ def test_another_objective_is_found(tmp_path, monkeypatch):
     options = SimpleNamespace(shape="tiny", vocabulary=1024, group=4, groups=2, prompt=20, response=5, repeats=1,
                               lora_rank=0, trl_batch=8)
     monkeypatch.setattr(memtrain, "linear_grpo_loss", lambda *a: linear_grpo_loss(*a[:10], 0.19, *a[11:]))
-    result = bench_peers.run_trl(options, tmp_path, torch.device("cpu"), lambda d: None, lambda d: 0.0)
+    result = bench_peers.run_trl(options, tmp_path, torch.device("cpu"))
     assert not bench_peers.same_step(result) and "DIFFERENT" in bench_peers.trl_table(result)
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load
 
 from eval import gpu
+from eval.bench import gpu_steps
 from eval.gpu import Step
 
 PYTHON = "import json, os, sys, time; "
@@ -171,18 +172,36 @@ def test_the_real_steps_run_on_a_cpu(tmp_path):
 
 
 def test_a_training_cut_short_brings_its_weights_and_goes_on(tmp_path):
-    def start() -> dict:
-        step = next(s for s in gpu.STEPS if s.name == "train")
-        return gpu.run(step, "cpu", tmp_path, 60.0)  # with 40 a slow processor had no time to save
+    """Stopped by SIGTERM as by its time limit, but once two steps are logged: no processor is too slow for that."""
+    log, result = tmp_path / "train/runs/small/metrics.jsonl", tmp_path / "result.json"
 
-    first = start()
-    assert first["state"] == "green" and first["result"]["stage"] == "base", first["lines"]
-    steps = first["result"]["stages"]["base"]["steps"]
-    whole = b"".join((tmp_path / f"small.safetensors.{i}").read_bytes() for i in range(first["result"]["parts"]))
-    tensors = load(whole)
+    def start(rows: int) -> dict:
+        command = [sys.executable, "-m", "eval.bench.gpu_steps", "train", "--device", "cpu", "--result", str(result),
+                   "--out", str(tmp_path)]
+        with subprocess.Popen(command, cwd=gpu.ROOT) as process:
+            while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= rows):
+                time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+        assert process.returncode == 0
+        return json.loads(result.read_text())
+
+    first = start(2)
+    steps = first["stages"]["base"]["steps"]
+    assert first["stage"] == "base" and first["exit"] == 130 and steps >= 2
+    tensors = load(b"".join((tmp_path / f"small.safetensors.{i}").read_bytes() for i in range(first["parts"])))
     assert tensors["model.embed"].dtype == torch.bfloat16 and not any("optimizer" in k for k in tensors)
-    again = start()
-    assert again["state"] == "green" and again["result"]["stages"]["base"]["steps"] > steps > 0
+    assert start(steps + 2)["stages"]["base"]["steps"] >= steps + 2
+
+
+def test_a_step_is_told_to_stop_in_time():
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(time.monotonic()))
+    began = time.monotonic()
+    gpu_steps.stop_after(1)
+    while not told and time.monotonic() < began + 60:
+        time.sleep(0.05)
+    assert told and told[0] - began >= 4.9, "at least five seconds, or it would have nothing to say"
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def test_a_committed_battery_can_be_read():

@@ -3,7 +3,8 @@
 import random
 
 import memtrain
-from eval.health import ROOM, differing, filled_memory, health, show
+from eval.gates import show
+from eval.health import ROOM, differing, filled_memory, health
 
 
 def test_a_group_has_a_signal_where_its_rewards_differ():
@@ -32,6 +33,6 @@ def test_health_of_a_step(agent, lottery, capsys):
     assert value.keys() == {*ROOM, "tokens"} and value == health(a, a.c, memtrain.recall_probe, 2)
     assert value["tokens"] > 0 and 0.2 < value["recall_signal"] <= 1 and 0.2 < value["reading_signal"] <= 1
     assert all(0 < value[name] < 1 for name in ("recall_own", "recall_filled"))
-    show(value | {"recall_own": 0.149, "recall_filled": 0.4})
+    show(value | {"recall_own": 0.149, "recall_filled": 0.4}, ROOM, {"tokens": "sampled"}, "one step")
     out = capsys.readouterr().out
-    assert "recall_own       0.149  0.15  FAIL" in out and "recall_filled    0.400  0.40  ok" in out
+    assert "recall_own       0.149  0.15-1.00  FAIL" in out and "recall_filled    0.400  0.40-1.00  ok" in out

@@ -178,7 +178,7 @@ def test_what_a_run_trains_and_evaluates():
     assert plan.evaluated(arm) == ["memtrain+memagent"] and plan.searched(arm) == []
     assert plan.trainings(parse(["--stages", "memagent,eval"])) == {"memagent": 15}
     steps = [row["steps"] for row in plan.stages(c, 1536, plan.CARDS["H100"], 0.3)]
-    assert steps == [6200, 60, 30, 12, 1], "memagent and mem1 twice, from the base and from memtrain"
+    assert steps == [6000, 200, 60, 30, 12, 1], "memagent and mem1 twice, from the base and from memtrain"
     assert [row["steps"] for row in plan.stages(arm, 1536, plan.CARDS["H100"], 0.3)] == [60, 15, 1]
     assert set(plan.work(c)) == {*plan.trainings(c), "eval"} and min(plan.work(c).values()) > 0
 
@@ -331,10 +331,8 @@ def test_what_is_proposed_fits(argv, gb):
     c = parse(argv)
     assert plan.peak(c, c.vocab)[1] > gb * plan.GB
     changes = plan.fitting(c, c.vocab, gb * plan.GB)
-    assert changes
-    for change in changes:
-        assert plan.peak(replace(c, **change), c.vocab)[1] <= gb * plan.GB
-    assert plan.fitting(c, c.vocab, 1 * plan.GB) == []
+    assert changes and plan.peak(replace(c, **changes), c.vocab)[1] <= gb * plan.GB
+    assert plan.fitting(c, c.vocab, 1 * plan.GB) == {}
 
 
 def test_a_run_is_refused_where_the_card_is_too_small(monkeypatch):
@@ -360,11 +358,10 @@ def test_it_answers_at_once_and_loads_no_torch():
     assert max(map(len, done.stdout.splitlines())) <= 130 and len(done.stdout.splitlines()) < 40
 
 
-def test_json_to_a_file_and_to_the_terminal(tmp_path, capsys):
+def test_json_to_a_file(tmp_path):
     path = tmp_path / "plan.json"
-    assert main(["plan", "--preset", "qwen3-4b", "--gpu", "a100-80", "--mfu", "0.5", "--json", "--out", str(path)]) == 0
-    p = json.loads(capsys.readouterr().out)
-    assert p == json.loads(path.read_text())
+    assert main(["plan", "--preset", "qwen3-4b", "--gpu", "a100-80", "--mfu", "0.5", "--out", str(path)]) == 0
+    p = json.loads(path.read_text())
     assert p["fits"] and p["card"] == "A100-80" and p["hours"] > 0 and p["kwh"] == pytest.approx(0.4 * p["hours"])
     half = plan.make_plan(parse(["--preset", "qwen3-4b"]), plan.CARDS["A100-80"], "", 0.25)
     assert half["stages"][0]["train_seconds"] == pytest.approx(2 * p["stages"][0]["train_seconds"])

@@ -332,7 +332,8 @@ def test_a_study_needs_no_torch(folder, stand_in):
 def test_a_study_of_real_runs(folder, base_checkpoint, monkeypatch):
     """Two seeds with their report, and an arm, which trains and evaluates what it needs alone."""
     base = base_checkpoint()
-    argv = [*SMALLEST, "--init", base, "--seeds", "0,1", "--ablations"]
+    argv = [*SMALLEST, "--init", base, "--seeds", "0,1", "--ablations", "--stages", "memtrain,memagent,eval,report",
+            "--eval-masked", "1"]
     wanted = [job for job in jobs(parse(argv)) if job.run in ("t.s0", "t.s1", "t.s0.end-to-end")]
     monkeypatch.setattr(eval.study, "jobs", lambda c: wanted)
     assert main(argv) == 0

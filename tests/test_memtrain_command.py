@@ -322,10 +322,14 @@ def test_one_process_a_run_folder(folder, base_checkpoint, capsys):
     assert main(command) == 0
 
 
+SHORT = ["--stages", "memtrain,memagent,eval,report", "--memagent-steps", "1", "--eval-lengths", "1", "--eval-masked",
+         "1"]  # to its report without search, which takes longest
+
+
 @pytest.mark.parametrize("room", [1_000, 10_000])  # bytes a file may have: no configuration; no checkpoint
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(room, folder, base_checkpoint, capsys, monkeypatch):
     monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
-    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--memtrain-steps", "1", "--memagent-steps", "1"]
+    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--memtrain-steps", "1", *SHORT]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
@@ -359,8 +363,7 @@ def test_a_disk_that_fills_up(room, small_disk, base_checkpoint, capsys, monkeyp
     """A real one: what was saved stays whole, and the run goes on once there is room."""
     monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     small_disk(room)
-    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--memtrain-steps", "2", "--memagent-steps", "1",
-               "--save-every", "1"]
+    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--memtrain-steps", "2", *SHORT, "--save-every", "1"]
     assert main(command) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("memtrain: runs/t") and "make room" in line
@@ -657,13 +660,23 @@ def timeless(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
+FEW_GATES = """
+import runpy, sys
+del sys.argv[0]
+sys.path.insert(0, sys.argv[0].removesuffix("memtrain.py"))
+import eval.gates
+eval.gates.gates = lambda agent, c, gates=eval.gates.gates: gates(agent, c, 2)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The command as a user runs it, its output in files: (folder, stdout, stderr)."""
+    """The command as a user runs it, but with two problems a gate, its output in files: (folder, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("smoke")
     with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
-        done = subprocess.run([sys.executable, ROOT / "memtrain.py", *SMOKE], cwd=folder, stdout=out, stderr=err,
-                              timeout=170, check=False)
+        done = subprocess.run([sys.executable, "-c", FEW_GATES, str(ROOT / "memtrain.py"), *SMOKE], cwd=folder,
+                              stdout=out, stderr=err, timeout=170, check=False)
     assert done.returncode == 0, (folder / "err").read_text()[-2000:]
     return folder, (folder / "out").read_text(), (folder / "err").read_text()
 
@@ -745,7 +758,7 @@ def test_real_text_runs_to_its_report(folder, base_checkpoint, monkeypatch):
     write(c__jsonl=passages(250), q__jsonl=questions(*range(6)), t__jsonl=questions(*range(6, 9)))
     assert main([*TINY, "--corpus", "c.jsonl", "--questions", "q.jsonl", "--train-questions", "t.jsonl",
                  "--run", "real", "--init", base_checkpoint(), "--memtrain-steps", "1", "--memagent-steps", "1",
-                 "--eval-masked", "2", "--eval-lengths", "1"]) == 0
+                 "--eval-masked", "2", "--eval-lengths", "1", "--turns", "3"]) == 0
     results = json.loads((folder / "runs/real/results.json").read_text())
     assert len(results["long_qa"]) == 5 and all(r["n"] == 4 for r in results["long_qa"])
     assert "learns little from real text" in (folder / "runs/real/report.md").read_text()

@@ -681,7 +681,8 @@ def test_every_stage_is_held_to_the_policy_that_it_starts_from(folder, base_chec
     in the middle of one."""
     monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     command = [*TINY, "--stages", "memtrain,memagent,mem1", "--init", base_checkpoint(), "--memtrain-steps", "2",
-               "--memagent-steps", "3", "--lr", "0.01", "--warmup", "1", "--save-every", "1", "--group", "6", *fields]
+               "--memagent-steps", "3", "--lr", "0.01", "--warmup", "1", "--save-every", "1", "--group", "6", "--turns",
+               "3", *fields]
 
     def divergences(run: str) -> dict[str, list[float]]:
         found = {}

@@ -180,7 +180,7 @@ def test_a_run_on_hostile_text(folder, base_checkpoint, monkeypatch, capfd):
     (folder / "t.jsonl").write_text("\n".join(map(json.dumps, asked[6:])))
     command = [*TINY, "--corpus", name, "--questions", "q.jsonl", "--train-questions", "t.jsonl", "--run", "t",
                "--init", base_checkpoint(), "--memtrain-steps", "1", "--memagent-steps", "1", "--eval-masked", "2",
-               "--eval-lengths", "1"]
+               "--turns", "3", "--eval-lengths", "1"]
     assert memtrain.main(command) == 0
     said = capfd.readouterr()
     assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x80-\x9f\u202e]", said.out), "no escape reaches the terminal"

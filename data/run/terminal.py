@@ -9,6 +9,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 
@@ -27,6 +28,13 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     r"""`text` as a message of one line: also what ends one, such as the \n in a file's name, is spelled out."""
     return LINE_END.sub(lambda m: m[0].encode("unicode_escape").decode(), printable(text))
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of a table: the first column on the left, figures on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(
+        row[1:], widths[1:], strict=True))]).rstrip() for row in rows)
 
 
 @cache

@@ -346,30 +346,14 @@ def export_weights(folder: Path, model, source: Path | None) -> None:
     source: the checkpoint the weights came from, whose config.json and tokenizer files are taken along; None writes a
     config.json for our own decoder. A norm behind the embedding, which no published family has, is folded into it.
     """
-    from safetensors.torch import save_file
+    from huggingface_hub import save_torch_state_dict
 
     from data.weights.tokenizer import NANO_RANKS
 
     tensors = dict(_merged(model))
-    plan, size = [[]], 0
-    for name, tensor in tensors.items():
-        bytes_ = tensor.numel() * tensor.element_size()
-        if plan[-1] and size + bytes_ > SHARD:
-            plan.append([])
-            size = 0
-        plan[-1].append(name)
-        size += bytes_
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    files = [f"model-{i:05d}-of-{len(plan):05d}.safetensors" if len(plan) > 1 else "model.safetensors"
-             for i in range(1, len(plan) + 1)]
-    for file, names in zip(files, plan, strict=True):
-        with replacing(folder / file) as temporary:
-            save_file({n: tensors[n].cpu().contiguous() for n in names}, temporary, metadata={"format": "pt"})
-    if len(plan) > 1:
-        total = sum(t.numel() * t.element_size() for t in tensors.values())
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": {
-            name: file for file, names in zip(files, plan, strict=True) for name in names}})
+        save_torch_state_dict(tensors, folder, max_shard_size=SHARD)
     if source:
         raw = read_json(source / "config.json", "give the checkpoint it came from")
         write_json(folder / "config.json", raw | {"dtype": model.c.dtype, "torch_dtype": model.c.dtype,

@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from data.run.terminal import columns
 from kernels import attention, decode, draw, fused, grpo, logprob
 
 GENERATIONS = {80: ("A100", 163), 86: ("3090", 99), 89: ("4090", 99), 90: ("H100", 227), 100: ("B200", 227),
@@ -181,17 +182,11 @@ def build_all(capabilities=tuple(GENERATIONS), dtypes=tuple(DTYPES), head_sizes=
 
 
 def compile_table(rows: list[Compiled]) -> str:
-    lines = ["card  sm   kernel                      dtype  D    shared KB (limit)  registers  spilled  tiles"]
-    for r in rows:
-        lines.append(f"{r.card:5s} {r.capability:<4d} {r.kernel:27s} {r.dtype:5s} {r.head_size or '':>3}  "
-                     f"{r.shared_kb:9.1f} ({r.limit_kb:3d})    {r.registers:5d}    {r.spilled:6d}   {r.constants}"
-                     + ("   TOO LARGE" if r.shared_kb > r.limit_kb else ""))
+    lines = [["card", "sm", "kernel", "dtype", "D", "shared KB", "limit", "registers", "spilled", "tiles"]]
+    lines += [[r.card, str(r.capability), r.kernel, r.dtype, str(r.head_size or ""), f"{r.shared_kb:.1f}",
+               f"{r.limit_kb}" + " TOO LARGE" * (r.shared_kb > r.limit_kb), str(r.registers), str(r.spilled),
+               r.constants] for r in rows]
     worst = max(rows, key=lambda r: r.spilled)
-    lines.append(f"\n{len(rows)} kernels built for {len({r.card for r in rows})} generations; most shared memory "
-                 f"{max(r.shared_kb / r.limit_kb for r in rows):.0%} of its card's limit; most spilled: "
-                 f"{worst.spilled} bytes a thread ({worst.kernel}, {worst.dtype}, D {worst.head_size}, {worst.card})")
-    return "\n".join(lines)
-
-
-def result(rows: list[Compiled]) -> dict:
-    return {"kernels": [asdict(r) for r in rows]}
+    return (f"{columns(lines)}\n\n{len(rows)} kernels built for {len({r.card for r in rows})} generations; most shared "
+            f"memory {max(r.shared_kb / r.limit_kb for r in rows):.0%} of its card's limit; most spilled: "
+            f"{worst.spilled} bytes a thread ({worst.kernel}, {worst.dtype}, D {worst.head_size}, {worst.card})")

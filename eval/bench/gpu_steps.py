@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from data.run.files import replacing
+from eval.bench.measure import Capture, seconds
 from kernels import attention, decode, fused, grpo, logprob, synchronise
 from kernels.layout import Layout
 
@@ -41,14 +42,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 def timed(work: Callable, device: torch.device, repeats: int = 5) -> float:
     """Median seconds of a call, after one that does not count."""
     work()
-    spent = []
-    for _ in range(repeats):
-        synchronise(device)
-        began = time.perf_counter()
-        work()
-        synchronise(device)
-        spent.append(time.perf_counter() - began)
-    return statistics.median(spent)
+    return statistics.median(seconds(work, device) for _ in range(repeats))
 
 
 def random(device: torch.device, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -318,19 +312,11 @@ def gradients(c, batch, model) -> dict[str, torch.Tensor]:
     """The gradient of one update, on the CPU in fp64."""
     import memtrain
 
-    class Capture:
-        def step(self):
-            self.kept = {n: p.grad.double().cpu() for n, p in model.named_parameters() if p.grad is not None}
-
-        def zero_grad(self, set_to_none=True):
-            for p in model.parameters():
-                p.grad = None
-
-    capture = Capture()
+    capture = Capture(model)
     row = memtrain.update(model, memtrain.reference_of(model, c), capture, replace(c, grad_clip=1e30), batch,
                           set(batch.entry))
     assert not row["skipped"], "loss or gradient is not finite"
-    return capture.kept
+    return {n: g.double().cpu() for n, g in capture.gradient.items()}
 
 
 def parity(device: torch.device, result: Result, options) -> bool:
@@ -416,7 +402,8 @@ def main_command(device: torch.device, result: Result, options, *argv: str) -> b
         return code == 0
 
 
-SHORT = ("--people", "60", "--documents", "2", "--update-documents", "2", "--group", "3", "--recall-group", "2")
+SHORT = ("--people", "60", "--passages", "12", "--related", "3", "--documents", "2", "--update-documents", "2",
+         "--group", "3", "--recall-group", "2", "--threads", "1")
 
 
 def nano(device: torch.device, result: Result, options) -> bool:
@@ -452,7 +439,8 @@ def train(device: torch.device, result: Result, options) -> bool:
     import memtrain
 
     tiny = () if device.type == "cuda" else ("--people", "60", "--width", "32", "--hidden", "64", "--layers", "1",
-                                             "--head-size", "8", "--base-documents", "1", "--passages", "60")
+                                             "--head-size", "8", "--base-documents", "1", "--passages", "60",
+                                             "--threads", "1")
     home = options.out / "train"
     home.mkdir(exist_ok=True)
     os.chdir(home)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,6 +21,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
+from data.run.terminal import columns
+from eval.bench.measure import extra_mb, seconds
 from kernels import fused, use_triton
 from kernels.attention import memory_attention
 from kernels.decode import Members, memory_decode
@@ -357,19 +358,9 @@ def ceilings(device, dtype) -> tuple[float, float]:
     a = torch.randn(n, n, device=device, dtype=dtype)
     big = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     other = torch.empty_like(big)
-    product = min(_seconds(lambda: a @ a, device) for _ in range(5))
-    copy = min(_seconds(lambda: other.copy_(big), device) for _ in range(5))
+    product = min(seconds(lambda: a @ a, device) for _ in range(5))
+    copy = min(seconds(lambda: other.copy_(big), device) for _ in range(5))
     return 2 * n**3 / product, 2 * big.numel() / copy
-
-
-def _seconds(work: Callable, device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -378,9 +369,8 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / (b.abs().max().clamp(min=1e-30) if b.ndim else 1.0))
 
 
-def measure(case: Case, device, repeats: int, extra_mb: Callable[[Callable], float],
-            limits: tuple[float, float]) -> list[Row]:
-    """A row a peer. extra_mb(work): peak memory beyond what was held before."""
+def measure(case: Case, device, repeats: int, limits: tuple[float, float]) -> list[Row]:
+    """A row a peer."""
     rows, truth = [], None
     for name, peer in case.peers.items():
         result = peer()  # also the warm-up, and what torch.compile compiles
@@ -388,39 +378,34 @@ def measure(case: Case, device, repeats: int, extra_mb: Callable[[Callable], flo
         deviation = max(difference(a.float(), b.float()) for a, b in zip(result, truth, strict=True))
         del result
         gc.collect()
-        extra = extra_mb(peer)
-        seconds = [_seconds(peer, device) for _ in range(repeats)]
-        middle = statistics.median(seconds)
-        rows.append(Row(case.operation, case.shape, name, middle, min(seconds), max(seconds), extra, deviation,
+        extra = extra_mb(peer, device)
+        spent = [seconds(peer, device) for _ in range(repeats)]
+        middle = statistics.median(spent)
+        rows.append(Row(case.operation, case.shape, name, middle, min(spent), max(spent), extra, deviation,
                         case.flops / middle / limits[0], case.bytes / middle / limits[1]))
     return rows
 
 
-def run(device: torch.device, repeats: int, extra_mb: Callable[[Callable], float]) -> Iterator[tuple[list[Row], dict]]:
+def run(device: torch.device, repeats: int) -> Iterator[tuple[list[Row], dict]]:
     """(rows so far, ceilings) after every case: what was measured is kept, whatever becomes of the rest."""
     rows, limits = [], {}
     for make in tqdm(cases(device), desc="kernels", unit="case"):
         case = make()
         limits.setdefault(case.dtype, ceilings(device, case.dtype))
-        rows += measure(case, device, repeats, extra_mb, limits[case.dtype])
+        rows += measure(case, device, repeats, limits[case.dtype])
         del case
         gc.collect()
         yield rows, {str(k).removeprefix("torch."): v for k, v in limits.items()}
 
 
-def table(rows: list[Row], limits: dict, repeats: int) -> str:
-    lines = [f"{'':26s}{'ms':>10s}{'fastest':>10s}{'slowest':>10s}{'extra MB':>10s}{'differs':>10s}"
-             f"{'of product':>12s}{'of copy':>9s}"]
-    last = ""
-    for r in rows:
-        if (head := f"{r.operation}: {r.shape}") != last:
-            lines.append(f"\n{head}")
-            last = head
-        lines.append(f"  {r.by:24s}{r.seconds * 1e3:10.2f}{r.fastest * 1e3:10.2f}{r.slowest * 1e3:10.2f}"
-                     f"{r.extra_mb:10.0f}{r.deviation:10.1e}{r.compute_share:12.0%}{r.copy_share:9.0%}")
-    lines += ["", *(f"ceilings in {k}: matrix product {a / 1e12:.2f} TFLOP/s, copy {b / 1e9:.0f} GB/s"
-                    for k, (a, b) in limits.items())]
-    lines.append(f"forward and backward (decode, draw: forward), median of {repeats}; extra: peak memory beyond the "
-                 "inputs; differs: from the first line, in units of its largest value, losses in units of an advantage")
-    lines += [f"not measured: {name} (not installed)" for module, name in PACKAGES.items() if not installed(module)]
-    return "\n".join(lines)
+def table(rows: list[Row], limits: dict) -> str:
+    lines = [["", "ms", "fastest", "slowest", "extra MB", "differs", "of product", "of copy"]]
+    lines += [[f"{r.operation}: {r.shape}, {r.by}", f"{r.seconds * 1e3:.2f}", f"{r.fastest * 1e3:.2f}",
+               f"{r.slowest * 1e3:.2f}", f"{r.extra_mb:.0f}", f"{r.deviation:.1e}", f"{r.compute_share:.0%}",
+               f"{r.copy_share:.0%}"] for r in rows]
+    said = [f"ceilings in {k}: matrix product {a / 1e12:.2f} TFLOP/s, copy {b / 1e9:.0f} GB/s"
+            for k, (a, b) in limits.items()]
+    said.append("forward and backward (decode, draw: forward), medians; extra: peak memory beyond the inputs; differs: "
+                "from the first line, in units of its largest value, losses in units of an advantage")
+    said += [f"not measured: {name} (not installed)" for module, name in PACKAGES.items() if not installed(module)]
+    return "\n".join([columns(lines), "", *said])

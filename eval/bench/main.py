@@ -1,40 +1,13 @@
-"""Benchmarks. Each prints a table and, with --out FILE, writes the same figures as JSON.
+"""Benchmarks: `python -m eval.bench NAME [options]`, and without a name what there is.
 
-    python -m eval.bench step [--repeats 3] [--out FILE] [any field of memtrain.Config]
-        one GRPO step of MemTrain, by memtrain.py and by the plain implementation in eval/bench/plain.py: seconds,
-        tokens through the model, memory; that both sampled the same tokens and have the same loss and gradient
-    python -m eval.bench kernels [--repeats 5] [--device cpu|cuda] [--out FILE]
-        each kernel beside peers that compute the same: seconds, extra memory, share of the measured ceilings
-    python -m eval.bench compile [--out FILE]
-        every kernel compiled for six GPU generations, without a GPU: shared memory, registers, spills
-    python -m eval.bench documents [--tokenizer FILE] [--repeats 50] [--out FILE] [any field of memtrain.Config]
-        masked documents of --corpus, built one after the other: milliseconds, tokens, passages, memory
-    python -m eval.bench retrieval [--repeats 5] [--out FILE] [any field of memtrain.Config]
-        BM25 over --corpus: seconds to build the index and to read it back; milliseconds a query of --questions
-    python -m eval.bench sample [--repeats 5] [--shape tiny|0.6b] [--device cpu|cuda] [--out FILE]
-        tokens/s of our sampler beside transformers' generate, on the same random Qwen3; share of the bandwidth limit
-    python -m eval.bench trl [--repeats 5] [--shape tiny|0.6b] [--device cpu|cuda] [--out FILE]
-        a whole GRPO step beside TRL's GRPOTrainer: seconds, peak memory; that both have the same loss and gradient
-    python -m eval.bench time [--runs 3] [--out FILE] [any field of memtrain.Config]
-        the whole of `python memtrain.py`, once a seed, in runs/time-SEED: wall seconds and peak memory of each run
-    python -m eval.bench threads [--steps 2] [--limit 120] [--out FILE] [any field of memtrain.Config]
-        training steps on --threads threads (default: all cores) under OpenMP's ways to wait and ours, alone and beside
-        one busy process: wall and CPU seconds, and the share of the cores that other processes took meanwhile
-    python -m eval.bench length [--read-mb 1,4,16] [--out FILE] [any field of memtrain.Config]
-        the evaluation of --eval-questions questions at each of --eval-lengths (default: 32 at 1,4,16,64), each in a
-        process of its own and on one thread: peak memory, CPU seconds by its tokens
-    python -m eval.bench all --to DIR [--repeats 3] [--device cpu|cuda] [--threads N]
-        kernels, step, sample and trl; DIR/table.md has each beside its peers, with its share of the ceilings
-
-It measures memtrain.py from outside, so it imports it; nothing imports this file.
+Each prints a table and, with --out FILE, writes the same figures as JSON. It measures memtrain.py from outside, so it
+imports it; nothing imports this file. A whole run is measured by `/usr/bin/time -v python memtrain.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
-import gc
 import json
 import os
 import random
@@ -55,10 +28,10 @@ import memtrain
 from data import InputError
 from data.config import STUDY, as_evaluated, dashes
 from data.run.files import output, replacing, write_json, writing
-from data.run.terminal import StrictParser, one_line
-from data.text.corpus import load_passages, load_questions
+from data.run.terminal import StrictParser, columns, one_line
 from data.world.miniwiki import MiniWorld
 from eval.bench import plain
+from eval.bench.measure import Capture, extra_mb, forget_peak, peak_mb, seconds
 from eval.longqa import long_qa_row
 from eval.stage import environment
 
@@ -85,7 +58,8 @@ class Meter:
 
     def __init__(self, models: Sequence[torch.nn.Module], bar: tqdm):
         self.tokens, self.bar, self.device = 0, bar, next(models[0].parameters()).device
-        self.hooks = [m.register_forward_pre_hook(self._count) for m in models]
+        for model in models:
+            model.register_forward_pre_hook(self._count)
 
     def _count(self, model, args) -> None:
         self.tokens += len(args[0])
@@ -93,47 +67,11 @@ class Meter:
     def __call__(self, name: str, work: Callable):
         """Runs work(); returns its value and its Cost."""
         self.bar.set_postfix_str(name)
-        self.tokens = 0
-        _forget_peak(self.device)
-        began = time.perf_counter()
-        value = work()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        cost = Cost(time.perf_counter() - began, self.tokens, _peak_mb(self.device))
+        self.tokens, value = 0, []
+        forget_peak(self.device)
+        spent = seconds(lambda: value.append(work()), self.device)
         self.bar.update()
-        return value, cost
-
-
-def _forget_peak(device) -> None:
-    """Starts a new peak: of GPU memory, or of the process's resident memory (Linux; elsewhere peaks only grow)."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        ctypes.CDLL(None).malloc_trim(0)  # what the phase before freed is not this one's
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_mb(device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    lines = Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
-
-
-class Capture:
-    """In the optimiser's place: keeps the gradient and leaves the weights alone."""
-
-    def __init__(self, model: memtrain.Decoder):
-        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.gradient: dict[str, torch.Tensor] = {}
-
-    def step(self) -> None:
-        self.gradient = {n: p.grad.clone() for n, p in self.parameters.items()}
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for p in self.parameters.values():
-            p.grad = None
+        return value[0], Cost(spent, self.tokens, peak_mb(self.device))
 
 
 class Pair:
@@ -265,28 +203,21 @@ def summarise(rows: list[dict]) -> dict:
 def step_table(result: dict) -> str:
     """The figures of compare() for a terminal."""
     median, same = statistics.median, result["same_tokens"]
-    lines = [f"weights {result['weights']}\n"
-             f"one MemTrain step: {result['documents']} documents x {result['group']} rollouts x "
-             f"{result['recall_group']} recalls, {result['turns']} turns, {result['tokens_sampled']:,} tokens sampled; "
-             f"{result['signal']:.0%} of the groups carry a signal, {result['trained_turns']} turns"]
-    if result["coin_rewards"]:
-        lines.append("no group carried a signal (weak weights or a small batch): rewards are coin flips here")
-    lines.append(f"\n{'':18s}{'':10s}{'seconds':>9s}{'min':>9s}{'ours is faster':>16s}{'min':>7s}"
-                 f"{'tokens through':>16s}{'peak MB':>9s}")
-    for side, phases in result["sides"].items():
-        for phase, cost in phases.items():
-            faster = f"{median(cost['speedup']):15.1f}x{min(cost['speedup']):6.1f}x" if side != "ours" else " " * 23
-            lines.append(f"{side if phase == 'sampling' else '':18s}{phase:10s}{median(cost['seconds']):9.3f}"
-                         f"{min(cost['seconds']):9.3f}{faster}{cost['tokens']:16,d}{cost['peak_mb']:9.0f}")
-    repeats = len(result["sides"]["ours"]["total"]["seconds"])
-    lines.append(f"seconds and factors: median of {repeats}; plain samples {result['plain_rows'][0]} rows "
-                 f"at a time and trains {result['plain_rows'][1]}; 'filtered' leaves out groups without signal, "
-                 f"as ours does\n")
-    lines.append(f"same tokens sampled: {same['share']:.2%}; largest difference of a log-prob {same['logprob']:.1e}")
-    for name, d in result["deviation"].items():
-        lines.append(f"same turns in fp64, {name + ':':16s} {_differences(d)}  {'ok' if _within(d) else 'DIFFERENT'}")
-    lines.append(f"same turns in fp32, as timed:    {_differences(result['rounding'])}")
-    return "\n".join(lines)
+    rows = [["", "seconds", "min", "ours is faster", "tokens through", "peak MB"]]
+    rows += [[f"{side}: {phase}", f"{median(cost['seconds']):.3f}", f"{min(cost['seconds']):.3f}",
+              f"{median(cost['speedup']):.1f}x", f"{cost['tokens']:,d}", f"{cost['peak_mb']:.0f}"]
+             for side, phases in result["sides"].items() for phase, cost in phases.items()]
+    coins = "; no group carried one: rewards are coin flips here" if result["coin_rewards"] else ""
+    lines = [f"weights {result['weights']}\none MemTrain step: {result['documents']} documents x {result['group']} "
+             f"rollouts x {result['recall_group']} recalls, {result['turns']} turns, {result['tokens_sampled']:,} "
+             f"tokens sampled; {result['signal']:.0%} of the groups carry a signal, {result['trained_turns']} "
+             f"turns{coins}\n",
+             columns(rows), f"medians; plain samples {result['plain_rows'][0]} rows at a time and trains "
+             f"{result['plain_rows'][1]}; 'filtered' leaves out groups without signal, as ours does\n",
+             f"same tokens sampled: {same['share']:.2%}; largest difference of a log-prob {same['logprob']:.1e}"]
+    lines += [f"same turns in fp64, {name}: {_differences(d)}  {'ok' if _within(d) else 'DIFFERENT'}"
+              for name, d in result["deviation"].items()]
+    return "\n".join([*lines, f"same turns in fp32, as timed: {_differences(result['rounding'])}"])
 
 
 def _differences(d: dict[str, float]) -> str:
@@ -317,15 +248,12 @@ def load_weights(c: memtrain.Config, model: memtrain.Decoder, tokenizer) -> str:
 
 
 def step(argv: Sequence[str]) -> int:
-    parser = Parser("step", "one GRPO step of MemTrain by memtrain.py and by eval/bench/plain.py")
-    parser.add_argument("--repeats", type=int, default=3, help="timed repeats (default: 3)")
-    parser.add_argument("--plain-train-rows", type=int, default=plain.TRAIN_ROWS, metavar="N",
-                        help=f"rows of a training batch of the plain side (default: {plain.TRAIN_ROWS})")
-    parser.add_argument("--plain-sample-rows", type=int, default=plain.SAMPLE_ROWS, metavar="N",
-                        help=f"rows of a sampling batch of the plain side (default: {plain.SAMPLE_ROWS})")
-    parser.add_argument("--step", type=int, default=0, help="which step's documents (default: 0)")
-    options, fields = parser.read(argv, at_least_one=("repeats", "plain_train_rows", "plain_sample_rows"))
-    refuse_own(fields, "stages", "run", "update-documents")
+    """One GRPO step of MemTrain, by memtrain.py and by eval/bench/plain.py: seconds, tokens, memory; that both sample
+    the same tokens and have the same loss and gradient."""
+    parser = Parser(step, {
+        "repeats": (3, "timed repeats"), "plain_train_rows": (plain.TRAIN_ROWS, "rows of the plain side's training"),
+        "plain_sample_rows": (plain.SAMPLE_ROWS, "rows of the plain side's sampling")})
+    options, fields = parser.read(argv, "stages", "run", "update-documents")
     c = memtrain.parse(["--stages", "memtrain", "--update-documents", "1", *fields])
     c = replace(c, update_documents=c.documents)  # one update of everything sampled
     torch.set_num_threads(c.threads or os.cpu_count() or 1)
@@ -333,243 +261,127 @@ def step(argv: Sequence[str]) -> int:
     model = memtrain.Decoder(c, tokenizer.size).to(device)
     weights = load_weights(c, model, tokenizer)
     pair = Pair(c, model, tokenizer, memtrain.Data(c, tokenizer), options.plain_train_rows, options.plain_sample_rows)
-    result = {"weights": weights} | compare(pair, options.step, options.repeats)
+    result = {"weights": weights} | compare(pair, 0, options.repeats)
     finish("step", argv, options.out, device, result | {"config": asdict(c)}, step_table(result))
     return 0 if agree(result) else 1
 
 
-# ---- kernels: each operation beside its peers, and what the compiler makes of it ------------------------------------
+# ---- kernels, compile, sample, trl: without a configuration ----------------------------------------------------------
 
 
 def kernels(argv: Sequence[str]) -> int:
+    """Each kernel beside peers that compute the same: seconds, extra memory, share of the measured ceilings."""
     from eval.bench import kernels as bench_kernels
 
-    parser = Parser("kernels", "each kernel beside peers that compute the same")
-    parser.add_argument("--repeats", type=int, default=5, help="timed repeats (default: 5)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
-    options, rest = parser.read(argv, at_least_one=("repeats",))
-    if rest:
-        raise InputError(f"{rest[0]}: unknown option; python -m eval.bench lists them")
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
-    device = memtrain.choose_device(options.device)
-
-    def extra_mb(work: Callable) -> float:
-        _forget_peak(device)
-        before = _peak_mb(device)
-        work()
-        return max(0.0, _peak_mb(device) - before)
-
-    for rows, limits in bench_kernels.run(device, options.repeats, extra_mb):
+    options, _ = Parser(kernels, {"repeats": (5, "timed repeats")}, own=True).read(argv)
+    for rows, limits in bench_kernels.run(options.device, options.repeats):
         result = {"rows": [asdict(r) for r in rows], "ceilings": limits}
         if options.out:
-            write_json(options.out, {"environment": where_measured("kernels", argv, device)} | result)
-    finish("kernels", argv, options.out, device, result, bench_kernels.table(rows, limits, options.repeats))
+            write_json(options.out, {"environment": where_measured("kernels", argv, options.device)} | result)
+    finish("kernels", argv, options.out, options.device, result, bench_kernels.table(rows, limits))
     return 0
 
 
 def compile_kernels(argv: Sequence[str]) -> int:
+    """Every kernel compiled for six GPU generations, without a GPU: shared memory, registers, spills."""
     from eval.bench import compile as bench_compile  # needs Triton, and kernels that are not interpreted
 
-    parser = Parser("compile", "every kernel compiled for six GPU generations")
-    options, rest = parser.read(argv, at_least_one=())
-    if rest:
-        raise InputError(f"{rest[0]}: unknown option; python -m eval.bench lists them")
+    options, _ = Parser(compile_kernels, own=True).read(argv)
     rows = bench_compile.build_all()
-    finish("compile", argv, options.out, torch.device("cpu"), bench_compile.result(rows),
+    finish("compile", argv, options.out, torch.device("cpu"), {"kernels": [asdict(r) for r in rows]},
            bench_compile.compile_table(rows))
     return int(any(r.shared_kb > r.limit_kb for r in rows))
 
 
-# ---- sample, trl: beside the libraries that people use ---------------------------------------------------------------
+PEERS = {"repeats": (5, "timed repeats"), "group": (8, "G, rows of a prompt"), "groups": (2, "prompts")}
 
 
-def peers_parser(name: str, text: str) -> Parser:
-    parser = Parser(name, text)
-    parser.add_argument("--repeats", type=int, default=5, help="timed repeats (default: 5)")
-    parser.add_argument("--shape", default="tiny", help="tiny (default) or 0.6b")
-    parser.add_argument("--vocabulary", type=int, default=0, help="rows of the embedding; 0: the shape's")
-    parser.add_argument("--group", type=int, default=8, help="G, rows of a prompt (default: 8)")
-    parser.add_argument("--groups", type=int, default=2, help="prompts (default: 2)")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
-    return parser
-
-
-def read_peers(parser: Parser, argv: Sequence[str], *at_least_one: str) -> tuple[argparse.Namespace, torch.device]:
+def peer(parser: Parser, argv: Sequence[str], packages: Sequence[str], run: Callable, table: Callable,
+         same: Callable) -> int:
+    """One of the two benchmarks beside a library: on a random Qwen3, of which both sides load the same files."""
     from eval.bench import peers as bench_peers
 
-    options, rest = parser.read(argv, at_least_one=("repeats", "group", "groups", *at_least_one))
-    if rest:
-        raise InputError(f"{rest[0]}: unknown option; python -m eval.bench lists them")
+    parser.add_argument("--shape", default="tiny", help="tiny (default) or 0.6b")
+    parser.add_argument("--vocabulary", type=int, default=0, help="rows of the embedding; 0: the shape's")
+    options, _ = parser.read(argv)
     if options.shape not in bench_peers.SHAPES:
         raise InputError(f"--shape {options.shape}: choose {' or '.join(bench_peers.SHAPES)}")
-    if options.device not in ("cpu", "cuda"):
-        raise InputError(f"--device {options.device}: choose cpu or cuda")
     if options.vocabulary and options.vocabulary < 1024:
         raise InputError(f"--vocabulary {options.vocabulary}: give at least 1024, or leave it out")
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
-    return options, memtrain.choose_device(options.device)
+    bench_peers.require(*packages)
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(options, Path(folder), options.device)
+    finish(parser.name, argv, options.out, options.device, result, table(result))
+    return 0 if same(result) else 1
 
 
 def sample(argv: Sequence[str]) -> int:
+    """Tokens/s of our sampler beside transformers' generate, on the same random Qwen3; share of the bandwidth limit."""
     from eval.bench import peers as bench_peers
 
-    parser = peers_parser("sample", "tokens/s of our sampler beside transformers' generate")
-    parser.add_argument("--prompt", type=int, default=640, help="tokens of a prompt (default: 640)")
-    parser.add_argument("--response", type=int, default=64, help="new tokens of a row (default: 64)")
-    options, device = read_peers(parser, argv, "prompt", "response")
-    bench_peers.require("transformers")
-    with tempfile.TemporaryDirectory() as folder:
-        result = bench_peers.run_sample(options, Path(folder), device)
-    finish("sample", argv, options.out, device, result, bench_peers.sample_table(result))
-    return 0 if bench_peers.same_sampling(result) else 1
+    parser = Parser(sample, PEERS | {
+        "prompt": (640, "tokens of a prompt"), "response": (64, "new tokens of a row")}, own=True)
+    return peer(parser, argv, ["transformers"], bench_peers.run_sample, bench_peers.sample_table,
+                bench_peers.same_sampling)
 
 
 def trl(argv: Sequence[str]) -> int:
+    """A whole GRPO step beside TRL's GRPOTrainer: seconds, peak memory; that both have the same loss and gradient."""
     from eval.bench import peers as bench_peers
 
-    parser = peers_parser("trl", "a whole GRPO step beside TRL's GRPOTrainer")
-    chosen = bench_peers.TRL
-    for name, text in (("prompt", "tokens of a prompt"), ("response", "tokens of a completion"),
-                       ("lora-rank", "rank of the adapters; 0 trains all weights"),
-                       ("trl-batch", "rows of TRL's micro-batches")):
-        values = ", ".join(f"{shape} {d[name.replace('-', '_')]}" for shape, d in chosen.items())
-        parser.add_argument(f"--{name}", type=int, help=f"{text} (default: {values})")
-    options, device = read_peers(parser, argv)
-    if options.group < 2:
-        raise InputError("--group 1: a group of one has no mean to compare with; use at least 2")
-    for name in ("prompt", "response", "lora_rank", "trl_batch"):
-        least = int(name != "lora_rank")
-        if getattr(options, name) is not None and getattr(options, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
-    bench_peers.require("transformers", "trl", "peft", "datasets")
-    with tempfile.TemporaryDirectory() as folder:
-        result = bench_peers.run_trl(options, Path(folder), device, _forget_peak, _peak_mb)
-    finish("trl", argv, options.out, device, result, bench_peers.trl_table(result))
-    return 0 if bench_peers.same_step(result) else 1
+    parser = Parser(trl, PEERS | {
+        "prompt": (None, "tokens of a prompt"), "response": (None, "tokens of a completion"),
+        "trl_batch": (None, "rows of TRL's micro-batches")}, own=True)
+    parser.add_argument("--lora-rank", type=int, help="rank of the adapters; 0 trains all weights (default: the "
+                        "shape's)")
+    return peer(parser, argv, ["transformers", "trl", "peft", "datasets"], bench_peers.run_trl, bench_peers.trl_table,
+                bench_peers.same_step)
 
 
-# ---- documents: masked documents of a corpus ------------------------------------------------------------------------
+# ---- documents: of a corpus ------------------------------------------------------------------------------------------
 
 
 def documents(argv: Sequence[str]) -> int:
-    parser = Parser("documents", "masked documents of a corpus, built one after the other")
+    """Masked documents of --corpus, built one after the other: milliseconds, tokens, passages, memory."""
+    parser = Parser(documents, {"repeats": (50, "how many documents")})
     parser.add_argument("--tokenizer", type=Path, help=".tiktoken file to count with (default: the nano preset's)")
-    parser.add_argument("--repeats", type=int, default=50, help="how many documents (default: 50)")
-    options, fields = parser.read(argv, at_least_one=("repeats",))
-    refuse_own(fields, "stages", "run")
+    options, fields = parser.read(argv, "stages", "run")
     c = memtrain.parse(["--stages", "memtrain", *fields])
     tokenizer = memtrain.load_tokenizer(*filter(None, [options.tokenizer]))
     began = time.perf_counter()
     data = memtrain.Data(c, tokenizer)  # reads and indexes the corpus, and builds document 0
-    ready = time.perf_counter() - began
-    cpu, rows = torch.device("cpu"), []
-    _forget_peak(cpu)
-    before = _peak_mb(cpu)
-    for i in tqdm(range(options.repeats), "documents", unit="document"):
-        began = time.perf_counter()
-        problem = data.masked_problem(i)
-        rows.append({"ms": 1e3 * (time.perf_counter() - began), "passages": len(problem.passages),
-                     "tokens": sum(len(tokenizer.encode(p + "\n")) for p in problem.passages)})
-    result = {"corpus": data.train.name, "corpus_passages": len(data.train), "ready_seconds": ready,
-              "entities": data.finder.name, "extra_mb": _peak_mb(cpu) - before, "documents": rows}
-    finish("documents", argv, options.out, cpu, result | {"config": asdict(c)}, documents_table(result))
-    return 0
+    ready, cpu, rows = time.perf_counter() - began, torch.device("cpu"), []
 
+    def build() -> None:
+        for i in tqdm(range(options.repeats), "documents", unit="document"):
+            began = time.perf_counter()
+            problem = data.masked_problem(i)
+            rows.append({"ms": 1e3 * (time.perf_counter() - began), "passages": len(problem.passages),
+                         "tokens": sum(len(tokenizer.encode(p + "\n")) for p in problem.passages)})
 
-def documents_table(result: dict) -> str:
-    lines = [f"{len(result['documents'])} masked documents of {result['corpus']}: {result['corpus_passages']:,} "
-             f"passages, read and indexed in {result['ready_seconds']:.1f} s; entities: {result['entities']}\n",
-             f"{'':12s}{'min':>10s}{'median':>10s}{'p90':>10s}{'max':>10s}"]
+    extra, lines = extra_mb(build, cpu), [["", "min", "median", "p90", "max"]]
     for name in ("ms", "tokens", "passages"):
-        values = sorted(row[name] for row in result["documents"])
+        values = sorted(row[name] for row in rows)
         figures = (values[0], statistics.median(values), values[-(-9 * len(values) // 10) - 1], values[-1])
-        lines.append(f"{name:12s}" + "".join(f"{v:10,.1f}" if name == "ms" else f"{v:10,.0f}" for v in figures))
-    return "\n".join([*lines, f"\nbuilding them took at most {result['extra_mb']:.1f} MB more than before"])
-
-
-# ---- retrieval: the search of search QA -----------------------------------------------------------------------------
-
-
-def retrieval(argv: Sequence[str]) -> int:
-    from eval.bench import retrieval as bench_retrieval
-
-    parser = Parser("retrieval", "BM25 over a corpus: building, loading, searching")
-    parser.add_argument("--repeats", type=int, default=5, help="how often each is timed (default: 5)")
-    options, fields = parser.read(argv, at_least_one=("repeats",))
-    refuse_own(fields, "stages", "run")
-    c = memtrain.parse(["--stages", "memtrain", *fields])
-    corpus = MiniWorld(c.people, 0, "train").corpus() if c.corpus == "miniworld" else load_passages(c.corpus)
-    queries = ([q.question for q in load_questions(c.questions)] if c.questions
-               else bench_retrieval.queries_of(corpus))
-    result = bench_retrieval.run(corpus, queries, options.repeats)
-    finish("retrieval", argv, options.out, torch.device("cpu"), result, bench_retrieval.table(result))
+        lines.append([name, *(f"{v:,.1f}" if name == "ms" else f"{v:,.0f}" for v in figures)])
+    result = {"corpus": data.train.name, "corpus_passages": len(data.train), "ready_seconds": ready,
+              "entities": data.finder.name, "extra_mb": extra, "documents": rows, "config": asdict(c)}
+    finish("documents", argv, options.out, cpu, result,
+           f"{len(rows)} masked documents of {data.train.name}: {len(data.train):,} passages, read and indexed in "
+           f"{ready:.1f} s; entities: {data.finder.name}; at most {extra:.1f} MB more\n\n{columns(lines)}")
     return 0
-
-
-# ---- time: the whole command ---------------------------------------------------------------------------------------
-
-
-def timed(command: Sequence[str]) -> dict:
-    """Runs a command to its end: wall seconds, peak resident memory of its largest
-    process in MB, exit code.
-
-    Linux starts a child's peak at its parent's resident memory, here about 300 MB with torch: as much as memtrain.py
-    needs before it does anything."""
-    began = time.perf_counter()
-    child = subprocess.Popen(command)
-    try:
-        _, status, usage = os.wait4(child.pid, 0)
-    except KeyboardInterrupt:  # the terminal sent it to the child too, which now saves and leaves
-        child.wait()
-        raise
-    child.returncode = os.waitstatus_to_exitcode(status)
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes there, kilobytes on Linux
-    return {"seconds": time.perf_counter() - began, "peak_mb": usage.ru_maxrss / unit, "cpu_seconds":
-            usage.ru_utime + usage.ru_stime, "code": child.returncode}
-
-
-def time_runs(argv: Sequence[str]) -> int:
-    parser = Parser("time", "the whole of python memtrain.py, once a seed, one after the other")
-    parser.add_argument("--runs", type=int, default=3, help="how many, from --seed on (default: 3)")
-    options, fields = parser.read(argv, at_least_one=("runs",))
-    refuse_own(fields, "run")
-    c, rows = memtrain.parse(fields), []
-    names = [f"time-{seed}" for seed in range(c.seed, c.seed + options.runs)]
-    if there := next((name for name in names if Path("runs", name).exists()), None):
-        raise InputError(f"runs/{there} exists: a finished run would only be read again; move it away or give --seed")
-    for seed, name in enumerate(names, c.seed):
-        command = [sys.executable, str(Path(memtrain.__file__)), *fields, "--seed", str(seed), "--run", name]
-        print(f"runs/{name}", flush=True)
-        rows.append({"run": name} | timed(command))
-        if rows[-1]["code"]:
-            raise InputError(f"runs/{name} ended with exit code {rows[-1]['code']}; what it said is above")
-    finish("time", argv, options.out, memtrain.choose_device(c.device), {"runs": rows, "config": asdict(c)},
-           time_table(rows))
-    return 0
-
-
-def time_table(rows: Sequence[dict]) -> str:
-    lines = [f"{'run':20s}{'seconds':>10s}{'minutes':>9s}{'CPU seconds':>13s}{'peak MB':>9s}"]
-    lines += [f"{r['run']:20s}{r['seconds']:10.1f}{r['seconds'] / 60:9.2f}{r['cpu_seconds']:13.1f}{r['peak_mb']:9.0f}"
-              for r in rows]
-    seconds = [r["seconds"] for r in rows]
-    lines.append(f"{'median':20s}{statistics.median(seconds):10.1f}{statistics.median(seconds) / 60:9.2f}")
-    return "\n".join(lines)
 
 
 # ---- threads: ways to wait ------------------------------------------------------------------------------------------
 
 
 def threads(argv: Sequence[str]) -> int:
+    """Training steps on --threads threads (default: all cores) under OpenMP's ways to wait and ours, alone and beside
+    one busy process: wall and CPU seconds."""
     from eval.bench import threads as bench_threads
 
-    parser = Parser("threads", "training steps under several ways to wait, alone and beside one busy process")
-    parser.add_argument("--steps", type=int, default=2, help="how many (default: 2)")
-    parser.add_argument("--limit", type=int, default=120, help="seconds after which one is given up (default: 120)")
-    options, fields = parser.read(argv, at_least_one=("steps", "limit"))
-    refuse_own(fields, "stages", "run", "memtrain-steps", "device")
+    parser = Parser(threads, {"steps": (2, "how many"), "limit": (120, "seconds after which one is given up")})
+    options, fields = parser.read(argv, "stages", "run", "memtrain-steps", "device")
     c = memtrain.parse(fields)
     count = c.threads or os.cpu_count() or 1
     rows = bench_threads.run(fields, count, options.steps, options.limit)
@@ -582,18 +394,19 @@ def threads(argv: Sequence[str]) -> int:
 
 
 def length(argv: Sequence[str]) -> int:
-    parser = Parser("length", "evaluation at growing lengths: peak memory, and time by the document's tokens")
+    """The evaluation of --eval-questions questions at each of --eval-lengths (default: 32 at 1,4,16,64), each in a
+    process of its own and on one thread: peak memory, CPU seconds by its tokens."""
+    parser = Parser(length)
     parser.add_argument("--read-mb", default="1,4,16", metavar="MB", help="sizes of the text that `python memtrain.py "
                         "read` reads, ascending; 0: none (default: 1,4,16)")
     parser.add_argument("--only", type=int, default=0, help=argparse.SUPPRESS)  # measure this length, here; for itself
-    options, fields = parser.read(argv, at_least_one=())
+    options, fields = parser.read(argv, "stages", "run", "eval-masked")
     try:
         sizes = sorted({float(x) for x in options.read_mb.split(",")} - {0.0})
         if sizes and not 0 < sizes[0] <= sizes[-1] < 1e6:
             raise ValueError
     except ValueError:
         raise InputError(f"--read-mb {options.read_mb}: expected sizes in MB, like 1,4,16") from None
-    refuse_own(fields, "stages", "run", "eval-masked")
     c = memtrain.parse(["--eval-questions", "32", "--eval-lengths", "1,4,16,64", "--threads", "1", *fields,
                         "--stages", "eval", "--eval-masked", "0"])
     torch.set_num_threads(c.threads or os.cpu_count() or 1)
@@ -603,15 +416,24 @@ def length(argv: Sequence[str]) -> int:
         return 0
     rows = []
     for n in tqdm(memtrain.lengths_of(c), desc="length", unit="process"):
-        done = subprocess.run([sys.executable, "-m", "eval.bench", "length", "--only", str(n), *fields], text=True,
-                              cwd=Path(__file__).parents[2], capture_output=True, check=False)
-        if done.returncode:
-            raise InputError(f"at length {n}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        said = alone(f"length {n}", ["-m", "eval.bench", "length", "--only", str(n), *fields]).stdout
+        rows.append(json.loads(said.splitlines()[-1]))
     read = read_texts(sizes)
+    # below a length of 4 other things than the document make the peak
+    tables = [costs(rows, "length", next((r for r in rows if r["length"] >= 4), rows[0]), "tokens")]
+    tables += [costs(read, "mb", read[0], "sections")] if read else []
     finish("length", argv, options.out, device, {"evaluation": rows, "read": read, "config": asdict(c)},
-           "\n\n".join([length_table(rows), *([read_table(read)] if read else [])]))
+           "\n\n".join(tables))
     return 0
+
+
+def alone(name: str, arguments: Sequence[str]) -> subprocess.CompletedProcess:
+    """python with these arguments in a process of its own; InputError with its last line where it fails."""
+    done = subprocess.run([sys.executable, *arguments], text=True, cwd=Path(memtrain.__file__).parent,
+                          capture_output=True, check=False)
+    if done.returncode:
+        raise InputError(f"at {name}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+    return done
 
 
 READER = {"width": 16, "layers": 1, "heads": 1, "key-heads": 1, "head-size": 16, "hidden": 32, "window": 2100,
@@ -621,7 +443,7 @@ READER = [text for name, value in READER.items() for text in (f"--{name}", str(v
 
 # the process itself tells its peak: to whoever started it, its own would be counted in
 READ = ("import sys, memtrain, eval.bench.main; code = memtrain.main(sys.argv[1:]);"
-        "print(f'\\n{eval.bench.main._peak_mb(memtrain.choose_device(\"cpu\"))}', file=sys.stderr); sys.exit(code)")
+        "print(f'\\n{eval.bench.main.peak_mb(memtrain.choose_device(\"cpu\"))}', file=sys.stderr); sys.exit(code)")
 
 
 def read_texts(sizes: Sequence[float]) -> list[dict]:
@@ -639,23 +461,11 @@ def read_texts(sizes: Sequence[float]) -> list[dict]:
                     file.write(text[:int(mb * 1e6) - start])
             memories = Path(folder, "memories.json")
             began = time.perf_counter()
-            done = subprocess.run([sys.executable, "-c", READ, "read", str(path), "--init", str(weights), "--out",
-                                   str(memories), *READER], cwd=Path(memtrain.__file__).parent, text=True,
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
-            if done.returncode:
-                raise InputError(f"read on {mb:g} MB: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+            said = alone(f"{mb:g} MB", ["-c", READ, "read", str(path), "--init", str(weights), "--out", str(memories),
+                                        *READER]).stderr
             rows.append({"mb": mb, "sections": len(json.loads(memories.read_text())),
-                         "seconds": time.perf_counter() - began, "peak_mb": float(done.stderr.splitlines()[-1])})
+                         "seconds": time.perf_counter() - began, "peak_mb": float(said.splitlines()[-1])})
     return rows
-
-
-def read_table(rows: Sequence[dict]) -> str:
-    first, beside = rows[0], f"beside {rows[0]['mb']:g}"
-    lines = [f"{'read, MB':>10s}{'sections':>10s}{'peak MB':>10s}{beside:>12s}{'seconds':>10s}"
-             f"{'s an MB':>10s}"]
-    lines += [f"{r['mb']:10g}{r['sections']:10,d}{r['peak_mb']:10.1f}{r['peak_mb'] / first['peak_mb'] - 1:+12.1%}"
-              f"{r['seconds']:10.1f}{r['seconds'] / r['mb']:10.2f}" for r in rows]
-    return "\n".join(lines)
 
 
 def evaluated_at(c: memtrain.Config, device, n: int) -> dict:
@@ -673,44 +483,38 @@ def evaluated_at(c: memtrain.Config, device, n: int) -> dict:
     clock = time.perf_counter if device.type == "cuda" else time.process_time  # others may be at work on this CPU
     began = clock()
     result = row(n)
-    seconds = clock() - began
     return {"length": n, "weights": weights, "sections": result["sections"], "tokens": result["tokens"],
-            "seconds": seconds, "peak_mb": _peak_mb(device)}
+            "seconds": clock() - began, "peak_mb": peak_mb(device)}
 
 
-def length_table(rows: Sequence[dict]) -> str:
-    """Peak and time per token of the documents, each beside that of the first length of at least 4: below, other
-    things than the document make the peak."""
-    first = next((r for r in rows if r["length"] >= 4), rows[0])
-    each = [1e6 * r["seconds"] / r["tokens"] for r in rows]
-    unit, beside = each[rows.index(first)], f"beside {first['length']}x"
-    lines = [f"weights {rows[0]['weights']}", f"{'length':>8s}{'sections':>10s}{'tokens':>10s}{'peak MB':>10s}"
-             f"{beside:>12s}{'seconds':>10s}{'us a token':>12s}{beside:>12s}"]
-    lines += [f"{r['length']:7d}x{r['sections']:10.1f}{r['tokens']:10,.0f}{r['peak_mb']:10.1f}"
-              f"{r['peak_mb'] / first['peak_mb'] - 1:+12.1%}{r['seconds']:10.2f}{x:12.0f}{x / unit - 1:+12.1%}"
-              for r, x in zip(rows, each, strict=True)]
-    return "\n".join(lines)
+def costs(rows: Sequence[dict], size: str, first: dict, unit: str) -> str:
+    """Peak and time per `unit` of the text, each beside the row `first`."""
+    def beside(row: dict, of: Callable[[dict], float]) -> str:
+        return f"{of(row) / of(first) - 1:+.1%}"
+
+    def each(row: dict) -> float:
+        return row["seconds"] / row[unit]
+
+    lines = [[size, "sections", "peak MB", "", "seconds", f"ms of one of {unit}", ""]]
+    lines += [[f"{r[size]:g}", f"{r['sections']:,.1f}", f"{r['peak_mb']:.1f}", beside(r, lambda x: x["peak_mb"]),
+               f"{r['seconds']:.2f}", f"{1e3 * each(r):.3f}", beside(r, each)] for r in rows]
+    return f"{columns(lines)}\n%: beside {size} {first[size]:g}"
 
 
 # ---- Command line --------------------------------------------------------------------------------------------------
 
 
 def everything(argv: Sequence[str]) -> int:
+    """kernels, step, sample and trl; DIR/table.md has each beside its peers, with its share of the ceilings."""
     from eval.bench import table as bench_table
 
-    parser = Parser("all", "kernels, step, sample and trl in one table")
+    parser = Parser(everything, {"repeats": (3, "timed repeats")}, own=True)
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where the table and all figures go")
-    parser.add_argument("--repeats", type=int, default=3, help="timed repeats (default: 3)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
-    options, rest = parser.read(argv, at_least_one=("repeats",))
-    if rest or options.out:
-        raise InputError(f"{rest[0] if rest else '--out'}: not an option of all; python -m eval.bench lists them")
+    options, _ = parser.read(argv)
     out = output(options.to, "--to")
-    device = memtrain.choose_device(options.device).type
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    found = bench_table.run(bench_table.commands(device, options.repeats, options.threads), out)
+    found = bench_table.run(bench_table.commands(options.device.type, options.repeats, options.threads), out)
     text = bench_table.table(found)
     with replacing(out / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -719,31 +523,42 @@ def everything(argv: Sequence[str]) -> int:
 
 
 class Parser(StrictParser):
-    """Options of one benchmark; whatever it does not know goes to memtrain's own command line, which is strict."""
+    """Options of one benchmark: --out, and whole numbers of at least 1, {name: (default, text)}. own: --device and
+    --threads, and nothing else; otherwise what it does not know goes to memtrain's command line, which is strict."""
 
-    def __init__(self, name: str, text: str):
-        super().__init__(prog=f"python -m eval.bench {name}", description=text, allow_abbrev=False,
-                         epilog="Any other option is a field of the configuration: python memtrain.py --help")
+    def __init__(self, command: Callable, numbers: dict[str, tuple[int | None, str]] | None = None, own: bool = False):
+        name = next(name for name, known in COMMANDS.items() if known is command)
+        super().__init__(prog=f"python -m eval.bench {name}", description=command.__doc__, allow_abbrev=False,
+                         epilog=None if own else "Any other option is a field of the configuration: python memtrain.py "
+                                                 "--help")
+        self.name, self.numbers, self.own = name, numbers or {}, own
         self.add_argument("--out", type=Path, help="also write the figures there, as JSON")
+        for number, (default, what) in self.numbers.items():
+            self.add_argument(f"--{number.replace('_', '-')}", type=int, default=default,
+                              help=f"{what} (default: {default or 'those of --shape'})")
+        if own:
+            self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+            self.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
 
-    def read(self, argv: Sequence[str], at_least_one: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    def read(self, argv: Sequence[str], *chosen: str) -> tuple[argparse.Namespace, list[str]]:
+        """(options, fields of the configuration). chosen: fields that the benchmark sets itself."""
         options, fields = self.parse_known_args([dashes(a) for a in argv])
-        refuse_own(fields, *STUDY)  # one run is measured
-        for name in at_least_one:
-            if getattr(options, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+        if self.own and fields:
+            raise InputError(f"{fields[0]}: unknown option; python -m eval.bench lists them")
+        for name in (*chosen, *STUDY):  # one run is measured
+            if any(f == f"--{name}" or f.startswith(f"--{name}=") for f in fields):
+                raise InputError(f"--{name}: the benchmark chooses it; leave it out")
+        for name in self.numbers:
+            if (value := getattr(options, name)) is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if options.out and not os.access(options.out.parent, os.W_OK):
             raise InputError(f"--out {options.out}: can't be written; give a file in a writable folder")
         if options.out:
             output(options.out, inputs=[])
+        if self.own:
+            torch.set_num_threads(options.threads or os.cpu_count() or 1)
+            options.device = memtrain.choose_device(options.device)
         return options, fields
-
-
-def refuse_own(fields: Sequence[str], *names: str) -> None:
-    """Fields that the benchmark sets itself."""
-    for name in names:
-        if any(f == f"--{name}" or f.startswith(f"--{name}=") for f in fields):
-            raise InputError(f"--{name}: the benchmark chooses it; leave it out")
 
 
 def where_measured(name: str, argv: Sequence[str], device) -> dict:
@@ -762,14 +577,14 @@ def finish(name: str, argv: Sequence[str], out: Path | None, device, result: dic
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": step, "kernels": kernels, "compile": compile_kernels,
                                                         "sample": sample, "trl": trl, "documents": documents,
-                                                        "retrieval": retrieval, "time": time_runs, "threads": threads,
-                                                        "length": length, "all": everything}
+                                                        "threads": threads, "length": length, "all": everything}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
+        print("\n".join(f"    {name:10s} {' '.join(command.__doc__.split())}" for name, command in COMMANDS.items()))
         return 0 if argv else 2
     try:
         if argv[0] not in COMMANDS:

@@ -31,15 +31,17 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 import memtrain
 from data import InputError
+from data.run.terminal import columns
 from data.weights.pretrained import adapter_names, load_weights, published
-from eval.bench.kernels import _seconds, ceilings
+from eval.bench.kernels import ceilings
+from eval.bench.measure import Capture, forget_peak, peak_mb, seconds
+from kernels import synchronise
 
 SHAPES = {  # transformers' names; trl: defaults of that benchmark
     "tiny": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -197,26 +199,26 @@ def run_sample(o, folder: Path, device: torch.device) -> dict:
     pair = Sampling(load_ours(folder, device, dtype, *rows), load_theirs(folder, device, dtype), prompts, o.group,
                     o.response)
     sides = {"memtrain": pair.sample, "transformers generate": pair.generate}
-    seconds = {name: {"all": [], "first": []} for name in sides}
+    spent = {name: {"all": [], "first": []} for name in sides}
     bar = tqdm(total=2 * (o.repeats + 1), desc="sample", unit="call")
     for repeat in range(o.repeats + 1):  # in turn, so that other work on the machine hits both
         for name, side in sides.items():
             got = []
-            whole = _seconds(lambda side=side, got=got: got.extend(side(o.response)), device)
-            first = _seconds(lambda side=side: side(1), device)
+            whole = seconds(lambda side=side, got=got: got.extend(side(o.response)), device)
+            first = seconds(lambda side=side: side(1), device)
             if [len(row) for row in got] != [o.response] * len(pair.rows):
                 raise InputError(f"{name}: did not give {o.response} tokens for each of {len(pair.rows)} rows")
             if repeat:  # the first call of each is slow, and counts for nobody
-                seconds[name]["all"].append(whole)
-                seconds[name]["first"].append(first)
+                spent[name]["all"].append(whole)
+                spent[name]["first"].append(first)
             bar.update()
     bar.close()
     copy = ceilings(device, dtype)[1]
     size = step_bytes(pair.ours, o.groups, len(pair.rows), o.prompt, o.response)
     return {"model": describe(shape, pair.ours), "device": device.type, "group": o.group, "groups": o.groups,
             "prompt": o.prompt, "response": o.response, "same": same, "bytes_per_step": size, "copy_bytes_per_s": copy,
-            "sides": {name: sampling_figures(s, seconds["memtrain"], len(pair.rows) * o.response, o.response - 1,
-                                             size / copy) for name, s in seconds.items()}}
+            "sides": {name: sampling_figures(s, spent["memtrain"], len(pair.rows) * o.response, o.response - 1,
+                                             size / copy) for name, s in spent.items()}}
 
 
 def sampling_figures(mine: dict, ours: dict, tokens: int, steps: int, limit: float) -> dict:
@@ -235,23 +237,19 @@ def same_sampling(result: dict) -> bool:
 
 def sample_table(result: dict) -> str:
     same, median = result["same"], statistics.median
-    lines = [f"{result['model']}\n{result['groups']} groups x {result['group']} rows, prompts of {result['prompt']} "
-             f"tokens, {result['response']} new tokens a row\n",
-             f"{'':23s}{'tokens/s':>10s}{'seconds':>9s}{'min':>9s}{'first token':>13s}{'ms a step':>11s}"
-             f"{'of bandwidth':>14s}{'ours is faster':>16s}{'min':>7s}"]
-    for name, s in result["sides"].items():
-        faster = f"{median(s['speedup']):15.2f}x{min(s['speedup']):6.2f}x" if name != "memtrain" else ""
-        lines.append(f"{name:23s}{s['tokens_per_s']:10,.0f}{median(s['seconds']):9.3f}{min(s['seconds']):9.3f}"
-                     f"{median(s['seconds_first_token']):13.3f}{s['ms_per_step']:11.2f}{s['bandwidth_share']:14.0%}"
-                     f"{faster}")
-    repeats = len(result["sides"]["memtrain"]["seconds"])
-    lines.append(f"\nmedians of {repeats}, in turn. 'first token': the prompts read, one token drawn; 'ms a step': the "
-                 f"rest, per step;\n'of bandwidth': the {result['bytes_per_step'] / 1e6:.1f} MB that a step must read, "
-                 f"at the {result['copy_bytes_per_s'] / 1e9:.1f} GB/s of a copy measured here, over that")
-    lines.append(f"float32, {same['rows']} rows x {same['tokens']} tokens: {same['greedy']:.2%} of the greedy tokens "
-                 f"are equal, a sampled token's log-prob differs by at most {same['logprob']:.1e}  "
-                 f"{'ok' if same_sampling(result) else 'DIFFERENT'}")
-    return "\n".join(lines)
+    rows = [["", "tokens/s", "seconds", "first token", "ms a step", "of bandwidth", "ours is faster", "min"]]
+    rows += [[name, f"{s['tokens_per_s']:,.0f}", f"{median(s['seconds']):.3f}",
+              f"{median(s['seconds_first_token']):.3f}", f"{s['ms_per_step']:.2f}",
+              f"{s['bandwidth_share']:.0%}", f"{median(s['speedup']):.2f}x",
+              f"{min(s['speedup']):.2f}x"] for name, s in result["sides"].items()]
+    return (f"{result['model']}\n{result['groups']} groups x {result['group']} rows, prompts of {result['prompt']} "
+            f"tokens, {result['response']} new tokens a row\n\n{columns(rows)}\n"
+            f"medians, in turn; first token: the prompts read, one token drawn; a step: the rest, per step; of "
+            f"bandwidth: the {result['bytes_per_step'] / 1e6:.1f} MB that a step must read,\nat the "
+            f"{result['copy_bytes_per_s'] / 1e9:.1f} GB/s of a copy measured here, over that\n"
+            f"float32, {same['rows']} rows x {same['tokens']} tokens: {same['greedy']:.2%} of the greedy tokens are "
+            f"equal, a sampled token's log-prob differs by at most {same['logprob']:.1e}  "
+            f"{'ok' if same_sampling(result) else 'DIFFERENT'}")
 
 
 # ---- trl -------------------------------------------------------------------------------------------------------------
@@ -272,27 +270,23 @@ class Cost:
     tokens: int
 
 
-@dataclass
 class Clock:
     """Seconds and memory of something that starts in one callback and ends in another."""
 
-    device: torch.device
-    forget_peak: Callable
-    peak_mb: Callable
+    def __init__(self, device: torch.device):
+        self.device = device
 
     def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronise(self.device)
         return time.perf_counter()
 
     def start(self) -> None:
-        self.forget_peak(self.device)
-        self.before, self.sampling, self.tokens = self.peak_mb(self.device), 0.0, 0
+        forget_peak(self.device)
+        self.before, self.sampling, self.tokens = peak_mb(self.device), 0.0, 0
         self.began = self.now()
 
     def stop(self) -> Cost:
-        seconds = self.now() - self.began
-        return Cost(self.sampling, seconds, self.peak_mb(self.device) - self.before, self.tokens)
+        return Cost(self.sampling, self.now() - self.began, peak_mb(self.device) - self.before, self.tokens)
 
 
 class OurStep:
@@ -392,10 +386,9 @@ def same_objective(ours: OurStep, trainer, prompts: Sequence[list[int]]) -> dict
         for name, mine in named.items():  # adapters start at random on either side
             parameters[name].copy_(model.get_parameter(mine))
 
-    mine: dict[str, torch.Tensor] = {}
-    keep = SimpleNamespace(step=lambda: mine.update({k: model.get_parameter(v).grad.float() for k, v in named.items()}),
-                           zero_grad=lambda set_to_none: model.zero_grad(set_to_none=set_to_none))
-    loss = memtrain.update(model, None, keep, replace(ours.c, grad_clip=1e30), batch, set(range(n)))["loss"]
+    capture = Capture(model)
+    loss = memtrain.update(model, None, capture, replace(ours.c, grad_clip=1e30), batch, set(range(n)))["loss"]
+    mine = {k: capture.gradient[v].float() for k, v in named.items()}
 
     device = old.device if model.embed.device.type == "cpu" else model.embed.device
     rewards = torch.tensor(batch.rewards).view(len(prompts), -1)
@@ -426,11 +419,14 @@ def resident_mb(model: torch.nn.Module, optimizer, caches: Sequence[torch.Tensor
     return sum(x.numel() * x.element_size() for x in (*held.values(), *state, *caches)) / 2**20
 
 
-def run_trl(o, folder: Path, device: torch.device, forget_peak: Callable, peak_mb: Callable) -> dict:
+def run_trl(o, folder: Path, device: torch.device) -> dict:
     """o: shape, vocabulary, group, groups, prompt, response, repeats, lora_rank, trl_batch."""
     for name, value in TRL[o.shape].items():
         if getattr(o, name) is None:
             setattr(o, name, value)
+    if o.group < 2 or o.lora_rank < 0:
+        raise InputError(f"--group {o.group}, --lora-rank {o.lora_rank}: a group of one has no mean to compare with, "
+                         f"a rank is not negative; give at least 2 and 0")
     if (o.groups * o.group) % o.trl_batch:
         raise InputError(f"--trl-batch {o.trl_batch}: must divide the {o.groups * o.group} rows of a step")
     quiet()
@@ -439,7 +435,7 @@ def run_trl(o, folder: Path, device: torch.device, forget_peak: Callable, peak_m
     save_checkpoint(folder, shape)
     prompts = make_prompts(o.groups * (o.repeats + 1), o.prompt, shape["vocab_size"], 0)
     dtype = torch.bfloat16 if device.type == "cuda" and o.lora_rank else torch.float32
-    clock = Clock(device, forget_peak, peak_mb)
+    clock = Clock(device)
     model = load_ours(folder, device, dtype, "--sample-rows", str(o.groups * o.group), "--cache-gb", "6",
                       "--lora-rank", str(o.lora_rank), "--lora-alpha", str(2 * o.lora_rank or 1), "--lr", "1e-6",
                       "--recompute", str(o.recompute).lower(), "--grad-clip", "1", "--micro-tokens", "16384")
@@ -487,25 +483,14 @@ def same_step(result: dict) -> bool:
 def trl_table(result: dict) -> str:
     same, median = result["same"], statistics.median
     trained = f"LoRA of rank {result['lora_rank']}" if result["lora_rank"] else "all weights"
-    lines = [f"{result['model']}\none GRPO step: {result['groups']} groups x {result['group']} completions of "
-             f"{result['response']} tokens behind prompts of {result['prompt']}; {trained}, AdamW"
-             f"{', activations recomputed' if result['recompute'] else ''}\n",
-             f"{'':18s}{'sampling':>10s}{'training':>10s}{'step s':>9s}{'min':>9s}{'ours is faster':>16s}{'min':>7s}"
-             f"{'peak MB':>9s}"]
-    for name, s in result["sides"].items():
-        faster = f"{median(s['speedup']):15.2f}x{min(s['speedup']):6.2f}x" if name != "memtrain" else " " * 23
-        rest = [a - b for a, b in zip(s["seconds"], s["seconds_sampling"], strict=True)]
-        lines.append(f"{name:18s}{median(s['seconds_sampling']):10.3f}{median(rest):10.3f}{median(s['seconds']):9.3f}"
-                     f"{min(s['seconds']):9.3f}{faster}{s['peak_mb']:9.0f}")
-    repeats = len(result["sides"]["memtrain"]["seconds"])
-    lines.append(f"\nmedians of {repeats} steps after one to warm up, in turn; memory: what a side holds, and its "
-                 f"peak beyond\n"
-                 f"memtrain: a prompt goes through the model once a group, in sampling and in the loss; log-probs are "
-                 f"recorded while sampling;\n  groups whose rewards tie are left out ({result['signal']:.0%} had a "
-                 f"signal)\nTRL: every completion carries its prompt, in one generate() and in micro-batches of "
-                 f"{result['trl_batch']}; all groups go through;\n  the stop token can't be drawn, by min_new_tokens; "
-                 f"entropy and clip fractions for its log, as ours")
-    lines.append(f"same completions, ratios off 1: loss {same['loss']:.6f} and {same['trl_loss']:.6f}, gradient "
-                 f"differs by {same['gradient_differs']:.1e} of its norm, the worst parameter by "
-                 f"{same['worst_parameter_differs']:.1e}  {'ok' if same_step(result) else 'DIFFERENT'}")
-    return "\n".join(lines)
+    rows = [["", "sampling", "step s", "ours is faster", "min", "peak MB"]]
+    rows += [[name, f"{median(s['seconds_sampling']):.3f}", f"{median(s['seconds']):.3f}",
+              f"{median(s['speedup']):.2f}x", f"{min(s['speedup']):.2f}x", f"{s['peak_mb']:.0f}"]
+             for name, s in result["sides"].items()]
+    return (f"{result['model']}\none GRPO step: {result['groups']} groups x {result['group']} completions of "
+            f"{result['response']} tokens behind prompts of {result['prompt']}; {trained}, AdamW"
+            f"{', activations recomputed' if result['recompute'] else ''}\n\n{columns(rows)}\n"
+            f"medians after one to warm up, in turn; memory: what a side holds, and its peak beyond; groups that carry "
+            f"a signal: {result['signal']:.0%}\nsame completions, ratios off 1: loss {same['loss']:.6f} and "
+            f"{same['trl_loss']:.6f}, gradient differs by {same['gradient_differs']:.1e} of its norm, the worst "
+            f"parameter by {same['worst_parameter_differs']:.1e}  {'ok' if same_step(result) else 'DIFFERENT'}")

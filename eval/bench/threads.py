@@ -1,6 +1,6 @@
 """Training steps on several threads, alone and beside a busy process, under ways to wait.
 
-What others do on these cores meanwhile is measured too: on a machine that is not idle, "alone" means beside them.
+On a machine that is not idle, "alone" means beside what else is at work there.
 Called by `python -m eval.bench threads`.
 """
 
@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import InputError
+from data.run.terminal import columns
 from data.run.threads import CHOSEN, SPINS
 
 PROGRAM = Path(__file__).parents[2] / "memtrain.py"
@@ -28,7 +28,7 @@ WAYS = {"300,000 looks, the default": {"GOMP_SPINCOUNT": "300000"}, f"{int(SPINS
 
 def run(fields: Sequence[str], threads: int, steps: int, limit: float) -> list[dict]:
     """A row for each way and one for a single thread, alone and beside a busy process: wall seconds of the steps (None
-    where `limit` was not enough), CPU seconds of the whole process, share of all cores that others took meanwhile."""
+    where `limit` was not enough), CPU seconds of the whole process."""
     ways = [(f"{threads} threads, {name}", threads, setting) for name, setting in WAYS.items()]
     ways = [("1 thread", 1, {}), *(ways if threads > 1 else [])]
     return [measure(fields, name, count, setting, steps, limit, beside)
@@ -40,20 +40,19 @@ def measure(fields, name: str, threads: int, setting: dict[str, str], steps: int
     with tempfile.TemporaryDirectory() as folder, busy(beside):
         command = [sys.executable, str(PROGRAM), *fields, "--stages", "memtrain", "--memtrain-steps", str(steps),
                    "--threads", str(threads), "--device", "cpu", "--run", "threads"]
-        own, all_, began = _children(), _machine(), time.perf_counter()
+        own = _children()
         try:
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit,
                                   check=False)
         except subprocess.TimeoutExpired:
             done = None
-        wall, own, used = time.perf_counter() - began, _children() - own, _machine() - all_
+        own = _children() - own
         if done and done.returncode:
             raise InputError(f"{name}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
         lines = Path(folder, "runs/threads/metrics.jsonl").read_text().splitlines() if done else []
     rows = [r for r in map(json.loads, lines) if r.get("stage") == "memtrain"]
-    others = max(0.0, used - own - (wall if beside else 0)) / (wall * (os.cpu_count() or 1))
     return {"way": name, "beside": beside, "seconds": sum(r["seconds"] for r in rows) if done else None,
-            "cpu_seconds": own, "others": others}
+            "cpu_seconds": own}
 
 
 @contextmanager
@@ -76,20 +75,8 @@ def _children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _machine() -> float:
-    """CPU seconds of everything on this machine since it started; 0 where /proc does not say it."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return 0.0
-    user, nice, system, *_ = map(int, stat.read_text().split(maxsplit=8)[1:5])
-    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
-
-
 def table(rows: Sequence[dict], limit: float) -> str:
-    lines = [f"{'':44s}{'seconds':>10s}{'CPU seconds':>13s}{'others':>9s}"]
-    for r in rows:
-        seconds = f"> {limit:.0f}" if r["seconds"] is None else f"{r['seconds']:.1f}"
-        name = r["way"] + (", beside one" if r["beside"] else "")
-        lines.append(f"{name:44s}{seconds:>10s}{r['cpu_seconds']:13.1f}{r['others']:9.0%}")
-    return "\n".join([*lines, "\nseconds: the steps alone; CPU seconds: the process with its start; others: share of "
-                              "all cores that processes\nbeside these took"])
+    lines = [["", "seconds", "CPU seconds"]]
+    lines += [[r["way"] + ", beside one" * r["beside"], f"> {limit:.0f}" if r["seconds"] is None else
+               f"{r['seconds']:.1f}", f"{r['cpu_seconds']:.1f}"] for r in rows]
+    return f"{columns(lines)}\nseconds: the steps alone; CPU seconds: the process with its start"
