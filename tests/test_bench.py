@@ -176,7 +176,7 @@ folder.mkdir(parents=True)
 waiting = os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY"), os.environ.get("OMP_NUM_THREADS")
 rows = [{"stage": "memtrain", "seconds": 0.5, "waiting": waiting}] * int(option["--memtrain-steps"])
 folder.joinpath("metrics.jsonl").write_text("".join(json.dumps(r) + "\\n" for r in [{"stage": "base"}, *rows]))
-print(option["--threads"], waiting, file=open(option["--init"], "a"))
+print(option["--processes"], option["--threads"], waiting, file=open(option["--init"], "a"))
 """
 
 
@@ -190,20 +190,21 @@ def test_threads_command(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert bench.main(["threads", "--init", str(log), "--steps", "3", "--threads", "2", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
-    assert [r["beside"] for r in rows] == [False] * 4 + [True] * 4 and len({r["way"] for r in rows}) == 4
+    assert [r["beside"] for r in rows] == [False] * 5 + [True] * 5 and len({r["way"] for r in rows}) == 5
     assert all(r["seconds"] == 1.5 and r["cpu_seconds"] > 0.2 for r in rows)
     assert log.read_text().splitlines() == 2 * [
-        "1 (None, None, None)", "2 ('300000', None, None)", "2 (None, None, None)", "2 (None, 'PASSIVE', None)"]
+        "1 1 (None, None, None)", "1 2 ('300000', None, None)", "1 2 (None, None, None)", "1 2 (None, 'PASSIVE', None)",
+        "2 1 (None, None, None)"]
     program.write_text("import time; time.sleep(60)")
     started = []
     monkeypatch.setattr(bench_threads.subprocess, "Popen", lambda *a, make=subprocess.Popen, **k: started.append(
         make(*a, **k)) or started[-1])
-    row = bench_threads.measure([], "slow", 1, {}, 1, 0.2, True)
+    row = bench_threads.measure([], "slow", 1, 1, {}, 1, 0.2, True)
     assert row["seconds"] is None and len(started) == 2 and all(p.poll() is not None for p in started)
     assert "> 0" in bench_threads.table([row], 0.2)
     program.write_text("raise SystemExit('no such thing')")
     with pytest.raises(memtrain.InputError, match="slow: no such thing"):
-        bench_threads.measure([], "slow", 1, {}, 1, 30, False)
+        bench_threads.measure([], "slow", 1, 1, {}, 1, 30, False)
 
 
 def test_documents_command(tmp_path, capsys):

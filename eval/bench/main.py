@@ -376,8 +376,8 @@ def documents(argv: Sequence[str]) -> int:
 
 
 def threads(argv: Sequence[str]) -> int:
-    """Training steps on --threads threads (default: all cores) under OpenMP's ways to wait and ours, alone and beside
-    one busy process: wall and CPU seconds."""
+    """Training steps on --threads threads (default: all cores) under OpenMP's ways to wait and ours, and in as many
+    processes, alone and beside one busy process: wall and CPU seconds."""
     from eval.bench import threads as bench_threads
 
     parser = Parser(threads, {"steps": (2, "how many"), "limit": (120, "seconds after which one is given up")})

@@ -1,4 +1,4 @@
-"""Training steps on several threads, alone and beside a busy process, under ways to wait.
+"""Training steps on several threads or processes, alone and beside a busy process, under ways to wait.
 
 On a machine that is not idle, "alone" means beside what else is at work there.
 Called by `python -m eval.bench threads`.
@@ -27,19 +27,20 @@ WAYS = {"300,000 looks, the default": {"GOMP_SPINCOUNT": "300000"}, f"{int(SPINS
 
 
 def run(fields: Sequence[str], threads: int, steps: int, limit: float) -> list[dict]:
-    """A row for each way and one for a single thread, alone and beside a busy process: wall seconds of the steps (None
-    where `limit` was not enough), CPU seconds of the whole process."""
-    ways = [(f"{threads} threads, {name}", threads, setting) for name, setting in WAYS.items()]
-    ways = [("1 thread", 1, {}), *(ways if threads > 1 else [])]
-    return [measure(fields, name, count, setting, steps, limit, beside)
-            for beside in (False, True) for name, count, setting in tqdm(ways, "beside" if beside else "alone")]
+    """A row for each way, one for as many processes and one for a single thread, alone and beside a busy process: wall
+    seconds of the steps (None where `limit` was not enough), CPU seconds of all processes of the run."""
+    ways = [(f"{threads} threads, {name}", threads, 1, setting) for name, setting in WAYS.items()]
+    ways = [("1 thread", 1, 1, {}), *([*ways, (f"{threads} processes of 1 thread", 1, threads, {})] * (threads > 1))]
+    return [measure(fields, *way, steps, limit, beside)
+            for beside in (False, True) for way in tqdm(ways, "beside" if beside else "alone")]
 
 
-def measure(fields, name: str, threads: int, setting: dict[str, str], steps: int, limit: float, beside: bool) -> dict:
+def measure(fields, name: str, threads: int, processes: int, setting: dict[str, str], steps: int, limit: float,
+            beside: bool) -> dict:
     environment = {k: v for k, v in os.environ.items() if k not in (*CHOSEN, "OMP_NUM_THREADS")} | setting
     with tempfile.TemporaryDirectory() as folder, busy(beside):
         command = [sys.executable, str(PROGRAM), *fields, "--stages", "memtrain", "--memtrain-steps", str(steps),
-                   "--threads", str(threads), "--device", "cpu", "--run", "threads"]
+                   "--threads", str(threads), "--processes", str(processes), "--device", "cpu", "--run", "threads"]
         own = _children()
         try:
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit,
@@ -79,4 +80,4 @@ def table(rows: Sequence[dict], limit: float) -> str:
     lines = [["", "seconds", "CPU seconds"]]
     lines += [[r["way"] + ", beside one" * r["beside"], f"> {limit:.0f}" if r["seconds"] is None else
                f"{r['seconds']:.1f}", f"{r['cpu_seconds']:.1f}"] for r in rows]
-    return f"{columns(lines)}\nseconds: the steps alone; CPU seconds: the process with its start"
+    return f"{columns(lines)}\nseconds: the steps alone; CPU seconds: all processes with their start"
