@@ -112,6 +112,14 @@ def gone(process: int) -> bool:
     return not status.exists() or "\nState:\tZ" in status.read_text()
 
 
+def listening(process: int) -> set[str]:
+    """Addresses, in hexadecimal, at which it takes connections."""
+    inodes = {os.readlink(fd) for fd in Path(f"/proc/{process}/fd").iterdir()}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/{process}/net/{name}").read_text()
+            .splitlines()[1:]]
+    return {r[1].partition(":")[0] for r in rows if r[3] == "0A" and f"socket:[{r[9]}]" in inodes}
+
+
 def said(tmp_path) -> str:
     return (tmp_path / "err").read_text().replace("\r", "\n").strip().splitlines()[-1]
 
@@ -119,7 +127,9 @@ def said(tmp_path) -> str:
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
 class TestEnds:
     def test_with_the_first_process_the_others_end(self, pair):
+        """And nobody outside this machine could have talked to them: what they hand on are pickles."""
         child, other = pair
+        assert set() < listening(child.pid) | listening(other) <= {"0100007F", f"{0:024X}01000000"}, "127.0.0.1 and ::1"
         child.kill()
         child.wait(10)
         ended = time.monotonic() + 60

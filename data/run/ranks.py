@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ STORE: dist.Store | None = None  # what all ranks read and write
 STARTED: list[tuple[subprocess.Popen, Any]] = []  # the other ranks, where this process started them; what they said
 PATIENCE = timedelta(days=7)  # a rank may have much to do before it meets the others
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # nobody else can connect, and no name of the machine has to resolve
+SHARED = "MEMTRAIN_STORE"  # the file of it that `start` hands on; not a port, to which others could send a pickle
 
 
 def start(count: int) -> None:
@@ -38,16 +40,15 @@ def start(count: int) -> None:
     global WORLD, STORE
     if count == 1 or WORLD > 1:
         return
-    STORE = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+    file = os.path.join(tempfile.mkdtemp(prefix="memtrain-"), "store")
     if sys.platform in LOOPBACK:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])
-    environment = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORE.port),
-                                "MEMTRAIN_FOLLOWS": "1"}
     for rank in range(1, count):
         said = tempfile.TemporaryFile()  # noqa: SIM115 (read when the process has ended)
-        STARTED.append((subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment | {"RANK": str(rank)},
-                                         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said), said))
-    WORLD = count
+        environment = os.environ | {"WORLD_SIZE": str(count), "RANK": str(rank), SHARED: file}
+        STARTED.append((subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, stdin=subprocess.PIPE,
+                                         stdout=subprocess.DEVNULL, stderr=said), said))
+    STORE, WORLD = dist.FileStore(file, count), count
 
 
 @contextmanager
@@ -70,7 +71,8 @@ def _follow() -> None:
     os._exit(1)
 
 
-if os.environ.pop("MEMTRAIN_FOLLOWS", None):
+if _file := os.environ.pop(SHARED, None):  # not for the processes that this one starts
+    STORE = dist.FileStore(_file, WORLD)
     threading.Thread(target=_follow, daemon=True).start()
 
 
@@ -90,16 +92,23 @@ def join(device: torch.device) -> None:
     global STORE
     if WORLD > 1 and not dist.is_initialized():
         STORE = STORE or next(dist.rendezvous("env://", RANK, WORLD, timeout=PATIENCE))[0]
+        STORE.set_timeout(PATIENCE)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, store=STORE, rank=RANK,
                                 world_size=WORLD)
 
 
 def leave() -> None:
+    """Ends the ranks that `start` started: this one needs nothing more of them."""
+    global STORE
     if dist.is_initialized():
         dist.destroy_process_group()
-    for process, _ in STARTED:
-        process.stdin.close()
+    for process, said in STARTED:
+        process.kill()
         process.wait()
+        said.close()
+    if STARTED:
+        shutil.rmtree(os.path.dirname(STORE.path))
+    STORE = None
 
 
 def wait() -> None:
