@@ -583,14 +583,14 @@ def with_signal(batch: Batch) -> set[int]:
     return {g for g, values in by_group.items() if len(values) > 1}
 
 
-def shared(batch: Batch, groups: set[int]) -> Batch:
+def shared(batch: Batch, groups: set[int], device: torch.device) -> Batch:
     """The rewards of all ranks and the turns of `groups`, at every rank: an update is dealt out evenly, whoever sampled
     what it learns from."""
-    first = sum(ranks.gather([len(batch.rewards)])[:ranks.RANK])
-    turns = ranks.gather([(t, first + e) for t, e in zip(batch.turns, batch.entry, strict=True)
-                          if batch.group[e] in groups])
-    return Batch([t for t, _ in turns], [e for _, e in turns],
-                 *map(ranks.gather, (batch.rewards, batch.group, batch.document)), batch.stats)
+    first = sum(ranks.gather([len(batch.rewards)], device)[:ranks.RANK])
+    kept = ranks.gather([(first + e, t.prefix, t.given, t.sampled, t.logprobs) for t, e in zip(
+        batch.turns, batch.entry, strict=True) if batch.group[e] in groups], device)
+    return Batch([Turn(*t) for _, *t in kept], [e for e, *_ in kept], *(
+        ranks.gather(values, device) for values in (batch.rewards, batch.group, batch.document)), batch.stats)
 
 
 def micro_batches(turns: Sequence[Turn], limit: int) -> Iterator[list[list[int]]]:
@@ -1011,7 +1011,7 @@ def train_step(run: Run, kind: str, step: int, reference, optimizer) -> dict:
     prompts = int(ranks.total([sampler.prompt_tokens - before], run.device)[0])
     sampled = time.perf_counter() - began
     signal_, groups = with_signal(batch), len(set(batch.group))
-    batch = shared(batch, signal_)
+    batch = shared(batch, signal_, run.device)
     for g in optimizer.param_groups:
         g["lr"] = c.lr * min(1.0, (step + 1) / max(1, c.warmup))
     rows = []

@@ -53,7 +53,8 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     """
     results = Results(run) if ranks.FIRST else None
     memories = Memories(run, lengths, results.value["memory"] if results else [])
-    jobs = pending(run, lengths, results, memories) if results else []
+    jobs = jobs_of(run, lengths)
+    missing = [i for i, j in enumerate(jobs) if results and not (results.has(*j) and memories.has(*j))]
     weights = ""
 
     def measure(job):
@@ -64,8 +65,8 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
         return rows_of(run, *job, memories, recall_probe)
 
     # the bar counts sections read, and turns of search for as many: that is what takes the time
-    bar = tqdm(total=sum(effort(run, *j) for j in jobs), desc="eval", unit="section", disable=not ranks.FIRST)
-    for (system, job), (rows, kept) in ranks.deal(jobs, measure, lambda: run.interrupt.asked):
+    bar = tqdm(total=sum(effort(run, *jobs[i]) for i in missing), desc="eval", unit="section", disable=not ranks.FIRST)
+    for (system, job), (rows, kept) in ranks.deal(jobs, missing, measure, lambda: run.interrupt.asked):
         bar.set_postfix_str(f"{system} {job}")
         memories.keep(system, kept)
         results.add(**rows)
@@ -82,9 +83,9 @@ def weights_of(system: str) -> str:
     return system.split("-")[0]
 
 
-def pending(run, lengths: Sequence[int], results: Results, memories: Memories) -> list[tuple]:
-    """(system, job) of all that is not measured yet. job: as in `Results.has`. One process goes from system to system;
-    of several each takes the largest that is left."""
+def jobs_of(run, lengths: Sequence[int]) -> list[tuple]:
+    """(system, job) of all that is to be measured. job: as in `Results.has`. One process goes from system to system; of
+    several each takes the largest that is left."""
     c, systems = run.c, systems_of(run.c)
     trained = [s for s in systems if s not in ("base", "base-one-window") and run.folder.finished(s)]
     jobs = [(s, n) for s in [*readers(trained), "base-one-window"] for n in lengths]
@@ -92,10 +93,8 @@ def pending(run, lengths: Sequence[int], results: Results, memories: Memories) -
     jobs += [(s, name) for s in searchers(trained) for name in run.data.benchmarks]
     jobs += [(s, ChangingLength(n)) for s in readers(trained) for n in lengths if c.changing]
     wanted = c.eval_systems.split(",") if c.eval_systems else systems
-    jobs = [j for j in jobs if j[0] in wanted and not (results.has(*j) and memories.has(*j))]
-    if ranks.WORLD > 1:
-        return sorted(jobs, key=lambda j: -effort(run, *j))
-    return sorted(jobs, key=lambda j: (weights_of(j[0]), str(j[1]).rjust(3)))
+    return sorted((j for j in jobs if j[0] in wanted), key=lambda j: (
+        -effort(run, *j) if ranks.WORLD > 1 else 0, weights_of(j[0]), str(j[1]).rjust(3)))
 
 
 class ChangingLength(int):

@@ -168,11 +168,11 @@ def test_sampling_keeps_to_its_budget(tiny, decoder, monkeypatch):
     def failing(times):
         left, forward = [times], memtrain.Decoder.forward
 
-        def forward_or_not(self, *arguments):
+        def forward_or_not(self, *arguments, **named):
             left[0] -= 1
             if left[0] in range(times):
                 raise torch.OutOfMemoryError
-            return forward(self, *arguments)
+            return forward(self, *arguments, **named)
         monkeypatch.setattr(memtrain.Decoder, "forward", forward_or_not)
 
     failing(1)

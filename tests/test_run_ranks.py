@@ -127,7 +127,7 @@ def said(tmp_path) -> str:
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
 class TestEnds:
     def test_with_the_first_process_the_others_end(self, pair):
-        """And nobody outside this machine could have talked to them: what they hand on are pickles."""
+        """And nobody outside this machine could have talked to them."""
         child, other = pair
         assert set() < listening(child.pid) | listening(other) <= {"0100007F", f"{0:024X}01000000"}, "127.0.0.1 and ::1"
         child.kill()
@@ -155,6 +155,6 @@ class TestEnds:
 
 
 def test_alone_nothing_is_dealt_out():
-    done = list(ranks.deal([3, 4], lambda x: x + 1, lambda: False))
-    assert done == [(3, 4), (4, 5)] and ranks.gather([1]) == [1]
-    assert list(ranks.deal([3, 4], lambda x: x, lambda: True)) == []
+    done = list(ranks.deal([3, 4, 5], [0, 2], lambda x: x + 1, lambda: False))
+    assert done == [(3, 4), (5, 6)] and ranks.gather([1]) == [1]
+    assert list(ranks.deal([3, 4], [0, 1], lambda x: x, lambda: True)) == []

@@ -7,8 +7,8 @@ summed, rank 0 writes.
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -31,7 +31,7 @@ STORE: dist.Store | None = None  # what all ranks read and write
 STARTED: list[tuple[subprocess.Popen, Any]] = []  # the other ranks, where this process started them; what they said
 PATIENCE = timedelta(days=7)  # a rank may have much to do before it meets the others
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # nobody else can connect, and no name of the machine has to resolve
-SHARED = "MEMTRAIN_STORE"  # the file of it that `start` hands on; not a port, to which others could send a pickle
+SHARED = "MEMTRAIN_STORE"  # the file of it that `start` hands on; not a port, to which others could write
 
 
 def start(count: int) -> None:
@@ -149,27 +149,35 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
             dist.all_reduce(p.grad)
 
 
-def gather(values: list) -> list:
-    """The values of all ranks, those of rank 0 first."""
+def gather(values: list, device: torch.device | str = "cpu") -> list:
+    """The values of all ranks, those of rank 0 first; what JSON can hold."""
     if WORLD == 1:
         return values
-    parts: list[list] = [[]] * WORLD
-    dist.all_gather_object(parts, values)
-    return [v for part in parts for v in part]
+    text = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
+    sizes = torch.zeros(WORLD, dtype=torch.long, device=device)
+    sizes[RANK] = len(text)
+    dist.all_reduce(sizes)
+    own = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=device)
+    own[:len(text)] = text
+    parts = [torch.empty_like(own) for _ in range(WORLD)]
+    dist.all_gather(parts, own)
+    return [v for part, size in zip(parts, sizes.tolist(), strict=True)
+            for v in json.loads(part[:size].cpu().numpy().tobytes())]
 
 
-def deal(jobs: Sequence, work: Callable, stop: Callable[[], bool]) -> Iterator[tuple]:
-    """(job, work(job)) of each of the jobs of rank 0, at rank 0, as they are done, whichever rank did them; the others
-    work, and yield nothing. Nothing new is begun once stop() says so. Once in the life of a run."""
+def deal(jobs: Sequence, chosen: Sequence[int], work: Callable, stop: Callable[[], bool]) -> Iterator[tuple]:
+    """(job, work(job)) of the jobs with these places in `jobs`, which all ranks know, at rank 0, as they are done,
+    whichever rank did them; the others work, and yield nothing. `chosen` is rank 0's; a result is what JSON can hold.
+    Nothing new is begun once stop() says so. Once in the life of a run."""
     if WORLD == 1:
-        yield from ((job, work(job)) for job in jobs if not stop())
+        yield from ((jobs[i], work(jobs[i])) for i in chosen if not stop())
         return
     if FIRST:
-        STORE.set("jobs", pickle.dumps(jobs))
-    jobs = pickle.loads(STORE.get("jobs"))
-    waited = list(range(len(jobs)))  # for the results of these
-    while not stop() and (i := STORE.add("taken", 1) - 1) < len(jobs):
-        STORE.set(f"result {i}", pickle.dumps(work(jobs[i])))
+        STORE.set("jobs", json.dumps(list(chosen)))
+    chosen = json.loads(STORE.get("jobs"))
+    waited = list(chosen)  # for the results of these
+    while not stop() and (n := STORE.add("taken", 1) - 1) < len(chosen):
+        STORE.set(f"result {chosen[n]}", json.dumps(work(jobs[chosen[n]])))
         if FIRST:
             yield from _results(jobs, waited)
     while FIRST and waited and not stop():
@@ -182,5 +190,5 @@ def deal(jobs: Sequence, work: Callable, stop: Callable[[], bool]) -> Iterator[t
 def _results(jobs: Sequence, waited: list[int]) -> Iterator[tuple]:
     for i in [i for i in waited if STORE.check([f"result {i}"])]:
         waited.remove(i)
-        yield jobs[i], pickle.loads(STORE.get(f"result {i}"))
+        yield jobs[i], json.loads(STORE.get(f"result {i}"))
         STORE.delete_key(f"result {i}")
