@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-SPINS = "10000"  # looks, 0.2 ms; not yet timed on idle cores: `python -m eval.bench threads` does
+SPINS = "1000"  # looks, 0.02 ms: idle as fast as any other number, kernels/README.md
 CHOSEN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # by the user, who is obeyed
 
 
