@@ -638,15 +638,14 @@ def micro_loss(model: Decoder, reference: Reference, c: Config, batch: Batch, en
 
 
 def accumulate(model: Decoder, reference: Reference, c: Config, batch: Batch, chosen: Sequence[int],
-               interactions: float, limit: int) -> tuple[dict[str, float], float]:
-    """Adds this rank's share of the gradient of the objective over the chosen turns, micro-batch by micro-batch.
-    Returns SUMS by name with `trained`, the packed tokens, and the largest mismatch. interactions: the number of turns
-    that the objective is a mean of."""
+               limit: int) -> tuple[dict[str, float], float]:
+    """Adds this rank's share of the gradient of the objective, a mean over the chosen turns, by micro-batches. Returns
+    SUMS by name with `trained`, the packed tokens, and the largest mismatch."""
     turns, entry = [batch.turns[i] for i in chosen], [batch.entry[i] for i in chosen]
     total = torch.zeros(len(SUMS), dtype=torch.float64, device=model.embed.device)
     largest, trained = total.new_zeros(()), 0
-    for micro in list(micro_batches(turns, limit))[ranks.RANK::ranks.WORLD]:
-        loss, sums, most, tokens = micro_loss(model, reference, c, batch, entry, micro, turns, interactions)
+    for micro in itertools.islice(micro_batches(turns, limit), ranks.RANK, None, ranks.WORLD):
+        loss, sums, most, tokens = micro_loss(model, reference, c, batch, entry, micro, turns, len(turns))
         loss.backward()
         total += sums
         largest = torch.maximum(largest, most)
@@ -662,8 +661,7 @@ def update(model: Decoder, reference: Reference, optimizer, c: Config, batch: Ba
     device = model.embed.device
     while True:
         try:
-            total, largest = accumulate(model, reference, c, batch, chosen, len(chosen),
-                                        int(c.micro_tokens * model.share))
+            total, largest = accumulate(model, reference, c, batch, chosen, int(c.micro_tokens * model.share))
             break
         except torch.OutOfMemoryError:
             if model.share < 1:

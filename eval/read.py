@@ -246,7 +246,8 @@ def _reading(agent, text: Text, asked: Sequence[str], answered: Sequence[str], w
 def _list(path: Path) -> Iterator[Callable[[dict], None]]:
     """A JSON list written entry by entry, in constant memory; it gets its name when it is complete."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        before = "[\n"
+        file.write("[")
+        before = "\n"
 
         def write(entry: dict) -> None:
             nonlocal before

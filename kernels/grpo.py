@@ -312,13 +312,13 @@ def linear_grpo_loss(hidden: torch.Tensor, head: torch.Tensor, target: torch.Ten
     function after the other. `old` may be of any float type. ValueError as these two have it.
     """
     arguments = rewards, group, rollout, offsets
-    check(hidden, head, target, temperature)
     old = old.to(torch.promote_types(hidden.dtype, torch.float32))
     if not (use_triton(hidden.device, hidden.dtype) and torch.is_grad_enabled() and (
             hidden.requires_grad or head.requires_grad)):
         new, entropy = linear_logprob(hidden, head, target, temperature)
         loss, stats = grpo_loss(new, old, ref, *arguments, interactions, eps_low, eps_high, beta, divide_by_std)
         return loss, stats, new.detach(), entropy.detach()
+    check(hidden, head, target, temperature)
     _check(hidden.new_empty(len(hidden), dtype=torch.float32), old, ref, *arguments, beta)
     advantages = _launch_advantages(rewards.double().contiguous(), group.contiguous(), divide_by_std)
     loss, parts, new, entropy = _LinearGrpoLoss.apply(

@@ -36,6 +36,14 @@ def cpu_seconds(call) -> float:
     return min(timeit.repeat(call, number=1, repeat=3, timer=time.process_time))
 
 
+def waited(condition, seconds=60) -> bool:
+    """Whether it comes true within so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not condition():
+        time.sleep(0.05)
+    return bool(condition())
+
+
 @pytest.fixture(autouse=True)
 def undisturbed():
     """One thread, as beside a training; a run installs signal handlers, which must not outlive its test."""

@@ -277,7 +277,7 @@ def test_a_grpo_step(cuda, tiny, tokenizer, fields):
     reference = memtrain.reference_of(model, c)
     row = memtrain.update(model, reference, optimizer, c, batch, {0, 1, 2})
     assert {"mismatch", "kl", "grad_norm"} <= row.keys()
-    memtrain.accumulate(model, reference, c, batch, [0, 1, 2], 3, c.micro_tokens)  # what is read back says "broken"
+    memtrain.accumulate(model, reference, c, batch, [0, 1, 2], c.micro_tokens)  # what is read back says "broken"
     assert {p.grad.device for p in model.parameters() if p.requires_grad} == {CUDA}
     optimizer.step()
 

@@ -11,14 +11,13 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, waited
 
 import memtrain
 from data import InputError
@@ -289,13 +288,6 @@ def test_the_same_seed_gives_the_same_metrics(threads, folder, base_checkpoint, 
 # ---- terminals and signals
 
 COMMAND = [sys.executable, str(ROOT / "memtrain.py"), *TINY, "--run", "t"]
-
-
-def waited(condition, seconds=60) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not condition():
-        time.sleep(0.05)
-    return bool(condition())
 
 
 def test_a_run_goes_on_when_its_terminal_is_closed(folder, base_checkpoint):

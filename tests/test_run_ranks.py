@@ -6,18 +6,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, waited
 from safetensors.torch import load_file
 
 from data.config import Config, processes
 from data.run import ranks
+from data.run.files import ROOT
 
-ROOT = Path(__file__).parents[1]
 # a random policy as tiny as this never answers: an answer is right by what it says, whatever that is
 RANKS = """
 import sys, zlib
@@ -97,10 +96,7 @@ def pair(tmp_path, base_checkpoint):
     with err, subprocess.Popen(command, cwd=tmp_path, stderr=err, stdout=subprocess.DEVNULL,
                                start_new_session=True) as child:
         try:
-            ended = time.monotonic() + 120
-            while not (log.exists() and log.read_bytes().count(b"\n") > 3) and child.poll() is None:
-                assert time.monotonic() < ended
-                time.sleep(0.05)
+            assert waited(lambda: log.exists() and log.read_bytes().count(b"\n") > 3, 120)
             (other,) = map(int, Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split())
             yield child, other
         finally:
@@ -132,10 +128,7 @@ class TestEnds:
         assert set() < listening(child.pid) | listening(other) <= {"0100007F", f"{0:024X}01000000"}, "127.0.0.1 and ::1"
         child.kill()
         child.wait(10)
-        ended = time.monotonic() + 60
-        while not gone(other):
-            assert time.monotonic() < ended
-            time.sleep(0.05)
+        assert waited(lambda: gone(other))
 
     def test_a_lost_process_is_named(self, pair, tmp_path):
         child, other = pair

@@ -41,6 +41,7 @@ def start(count: int) -> None:
     if count == 1 or WORLD > 1:
         return
     file = os.path.join(tempfile.mkdtemp(prefix="memtrain-"), "store")
+    STORE, WORLD = dist.FileStore(file, count), count
     if sys.platform in LOOPBACK:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])
     for rank in range(1, count):
@@ -48,7 +49,6 @@ def start(count: int) -> None:
         environment = os.environ | {"WORLD_SIZE": str(count), "RANK": str(rank), SHARED: file}
         STARTED.append((subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, stdin=subprocess.PIPE,
                                          stdout=subprocess.DEVNULL, stderr=said), said))
-    STORE, WORLD = dist.FileStore(file, count), count
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def leave() -> None:
         process.kill()
         process.wait()
         said.close()
-    if STARTED:
+    if isinstance(STORE, dist.FileStore) and FIRST:
         shutil.rmtree(os.path.dirname(STORE.path))
     STORE = None
 
