@@ -171,7 +171,7 @@ class Reader:
         return rows
 
     def answer(self, e: Episode, rng: random.Random) -> tuple:
-        memory = self.oracle_memory(e, rng, named=rng.random() < 0.6)
+        memory = self.oracle_memory(e, rng, named=rng.random() < 0.85)
         prefix, given = self.prompts.answer(e.problem, self.memory_ids(memory))
         return prefix, [(given, self.boxed(e.answer), WEIGHTS["answer"])]
 
