@@ -120,7 +120,7 @@ def _decode_suffix(Q, K, V, lengths, ACC, M, L, O, scale, room, splits, N, H: tl
                    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     """One rollout's own suffix under one key head, joined with the parts of its prefix."""
     n, kh = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    length = tl.load(lengths + n)
+    length = tl.minimum(tl.load(lengths + n), room)  # a row that is not in use counts one past its slot
     r, d = tl.arange(0, BM), tl.arange(0, BD)
     row = n * H + kh * R + r
     here = (r < R)[:, None] & (d < D)[None, :]

@@ -213,6 +213,17 @@ def test_decode_with_rows_that_belong_to_nobody(idle):
     assert decode_agrees(decode, idle=idle)
 
 
+def test_decode_reads_nothing_past_the_slot_of_a_row_that_ran_out_of_it():
+    """A row that is not in use counts on: behind the last slot lies memory of others."""
+    q, prefix, lengths = randn(2, 4, 16)[0], randn(1, 2, 5, 16)[0], torch.tensor([4, 7], device=DEVICE)
+    storage = torch.full((2 * 3 * 2 * 6 * 16,), torch.nan, device=DEVICE)  # each of two caches with a slot behind
+    keys, values = (part.view(3, 2, 6, 16)[:2].copy_(randn(2, 2, 6, 16)[0].detach()) for part in storage.chunk(2))
+    args = q.detach(), prefix.detach(), prefix.detach(), torch.tensor([5], device=DEVICE), keys, values
+    members = decode.Members([0, 0], 1, device=DEVICE)
+    out = decode.memory_decode(*args, lengths, members)
+    assert torch.equal(out, decode.memory_decode(*args, lengths.clamp(max=6), members)) and out.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_decode_in_half_precision(dtype):
     assert decode_agrees(decode, dtype=dtype)
