@@ -212,7 +212,7 @@ def test_demonstrated_episodes_are_valid(searcher, tokenizer):
     """Every state holds only what the old one or the result says, every action is well formed, every turn fits, and
     answers other than `unknown` are right."""
     search, c = searcher
-    given_answers = 0
+    known, given_answers = answers_known(search), 0
     for i in range(60):
         demo = search.episode(5, 2 * i, random.Random(i))
         assert 1 <= len(demo.suffixes) <= c.turns
@@ -225,17 +225,22 @@ def test_demonstrated_episodes_are_valid(searcher, tokenizer):
             written = tokenizer.decode(state)
             if written != " No memory yet.":
                 assert all(s in shown for s in sentences(written.strip()))
-            for answer, asked in zip(action.answers, answers_of(search, demo), strict=bool(action.answers)):
+            for answer, asked in zip(action.answers, answers_of(known, search, demo),
+                                     strict=bool(action.answers)):
                 assert answer in (asked, "unknown")
                 given_answers += answer == asked
     assert given_answers > 20
 
 
-def answers_of(search, demo):
+def answers_known(search):
+    """{question: answer} of the world."""
+    return {q.question: q.answers[0] for f in FAMILIES for i in range(120)
+            for q in [search.demo.world.family_facts(f, i, 5)[0]]}
+
+
+def answers_of(known, search, demo):
     """Answers of the two questions in a demonstration's prompt, looked up in the world."""
     text = search.demo.tokenizer.decode(demo.prefix)
-    known = {q.question: q.answers[0] for f in FAMILIES for i in range(120)
-             for q in [search.demo.world.family_facts(f, i, 5)[0]]}
     return [a for q, a in sorted(known.items(), key=lambda item: text.find(item[0])) if q in text]
 
 
