@@ -26,13 +26,11 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data import InputError
-from data.config import TRAINED
 from data.run.files import output, write_json
 from data.run.terminal import columns, one_line
 
@@ -47,61 +45,46 @@ TINY = {  # seconds long, and every stage has steps
     "memory": 20, "response": 21, "window": 240, "kl": "1e-3", "lr": "0.01", "entities": "rules", "save-every": 1,
     "run": "t"}
 STAGES = "base,memtrain,memagent,mem1,eval,report"
-SYSTEMS = ("base", *TRAINED)
 TIMES = {"seconds", "seconds_sampling", "tokens_per_s"}
-# phases in which the step already counts as done
-COMMITTED = {"checkpoint.safetensors renamed", "before checkpoint.json", "results.json renamed"}
-
-
-@dataclass(frozen=True)
-class Moment:
-    """The n-th time that a step of a stage reaches a phase. Steps of the evaluation are its rows."""
-
-    stage: str
-    step: int
-    phase: str
-    n: int
-
-    @property
-    def committed(self) -> bool:
-        return self.phase in COMMITTED
+FILES = ("checkpoint.safetensors", "checkpoint.json", "results.json", "readings.json", "config.json", "report.md",
+         "report.html")
+Moment = tuple[str, str, str]  # stage, step (of the evaluation: a row), phase
 
 
 # ---- inside the run ------------------------------------------------------------------------------------------------
 
 
 class Announcer:
-    """Writes every moment to a file, and ends the process at the one it is given."""
+    """Writes every moment to a file, one line each, and ends the process at the one it is given."""
 
-    def __init__(self, target: Moment | None, trace: Path):
-        self.target, self.stage, self.step, self.seen = target, "start", 0, Counter()
-        self.trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.write(self.trace, b'"start"\n')
+    def __init__(self, target: Moment | None):
+        self.target, self.stage, self.step = target, "start", ""
+        self.trace = os.open("trace", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self("")
 
-    def enter(self, stage: str, step: int) -> None:
-        self.stage, self.step = stage, step
+    def enter(self, stage: str, step: object) -> None:
+        self.stage, self.step = stage, str(step)
 
     def __call__(self, phase: str, mess: Callable[[], None] = lambda: None) -> None:
         """mess: leaves a file as a kill in the middle of its writing would."""
-        moment = Moment(self.stage, self.step, phase, self.seen[self.stage, self.step, phase])
-        self.seen[self.stage, self.step, phase] += 1
-        os.write(self.trace, json.dumps([moment.stage, moment.step, moment.phase, moment.n]).encode() + b"\n")
+        moment = self.stage, self.step, phase
+        os.write(self.trace, json.dumps(moment).encode() + b"\n")
         if moment == self.target:
             mess()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def wrap(owner, name: str, before: Callable) -> None:
-    """Calls before(*arguments) ahead of every call of owner.name."""
+def before(owner, name: str, work: Callable) -> None:
+    """Calls work(*arguments) ahead of every call of owner.name."""
     real = getattr(owner, name)
 
     def wrapped(*arguments, **named):
-        before(*arguments)
+        work(*arguments)
         return real(*arguments, **named)
     setattr(owner, name, wrapped)
 
 
-def announced_run(target: Moment | None, trace: Path, fields: Sequence[str]) -> int:
+def announced_run(target: Moment | None, fields: Sequence[str]) -> int:
     """memtrain.main with every moment announced."""
     import torch
 
@@ -116,48 +99,38 @@ def announced_run(target: Moment | None, trace: Path, fields: Sequence[str]) -> 
     memtrain.Agent.boxed = lambda agent, turn: agent.tokenizer.decode(turn.sampled)
     memtrain.exact_match = longqa.exact_match = lambda text, answers: float(zlib.crc32(text.encode()) % 2)
     memtrain.Search.hits = property(lambda e: [float(zlib.crc32(repr(e.turns[-1].sampled).encode()) % 2)] * 2)
-    here, real_gates, save, replace = Announcer(target, trace), gates.gates, checkpoint.save_file, os.replace
-    wrap(memtrain, "train_policy", lambda run, name, start: here.enter(name, -1))
-    wrap(memtrain, "train_step", lambda run, kind, step, *_: here.enter(here.stage, step))
-    wrap(memtrain, "imitate", lambda model, rows, c, step, *_: here.enter("base", step))
-    wrap(memtrain.Agent, "sample", lambda *_: here("sampling"))
-    wrap(torch.Tensor, "backward", lambda *_: here("backward"))
-    for optimizer in (torch.optim.AdamW, torch.optim.Muon):
-        wrap(optimizer, "step", lambda *_: here("optimiser"))
-    wrap(report, "write_report", lambda *_: here.enter("report", 0))
-    wrap(plots, "plot_table1", lambda *_: here("plotting"))
-
-    def few_gates(agent, c):  # two problems of each kind instead of 200: what they measure does not matter here
-        here.enter("base", c.base_copy_steps + c.base_steps)
-        return real_gates(agent, c, 2)
+    here, real_gates, save, replace = Announcer(target), gates.gates, checkpoint.save_file, os.replace
+    gates.gates = lambda agent, c: real_gates(agent, c, 2)  # problems of each kind: what they measure does not matter
+    before(memtrain, "train_policy", lambda run, name, start: here.enter(name, ""))
+    before(memtrain, "train_step", lambda run, kind, step, *_: here.enter(here.stage, step))
+    before(memtrain, "imitate", lambda model, rows, c, step, *_: here.enter("base", step))
+    before(stage, "rows_of", lambda run, system, job, *_: here.enter("eval", f"{system} {job}"))
+    before(report, "write_report", lambda *_: here.enter("report", ""))
+    before(memtrain.Agent, "sample", lambda *_: here("sampling"))
+    before(torch.Tensor, "backward", lambda *_: here("backward"))
+    before(torch.optim.AdamW, "step", lambda *_: here("optimiser"))
+    before(plots, "plot_table1", lambda *_: here("plotting"))
 
     def saved(tensors, path, metadata):
         save(tensors, path, metadata=metadata)
         here("checkpoint half written", lambda: os.truncate(path, path.stat().st_size // 2))
 
     def renamed(source, other):
-        name = Path(other).name
-        if name in ("checkpoint.safetensors", "checkpoint.json", "results.json", "readings.json", "config.json",
-                    "report.md", "report.html"):
-            here(f"before {name}")
+        known = Path(other).name in FILES
+        if known:
+            here(f"before {Path(other).name}")
         replace(source, other)
-        if name in ("checkpoint.safetensors", "results.json"):
-            here(f"{name} renamed")
+        if known:
+            here(f"{Path(other).name} renamed")
 
-    def half_a_line(log, row):
-        def torn():
+    def torn(log, row):
+        def half_a_line():
             with log.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row)[:40])
-        here("metrics, half a line", torn)
+        here("metrics, half a line", half_a_line)
 
-    def rows(results):
-        here.enter("eval", sum(len(results.value[k]) for k in ("long_qa", "masked", "search_qa")))
-
-    wrap(Log, "write", half_a_line)
-    gates.gates, checkpoint.save_file, os.replace = few_gates, saved, renamed
-    add, start = stage.Results.add, stage.Results.__init__
-    stage.Results.__init__ = lambda results, run: (start(results, run), rows(results))[0]
-    stage.Results.add = lambda results, **more: (add(results, **more), rows(results))[0]
+    before(Log, "write", torn)
+    checkpoint.save_file, os.replace = saved, renamed
     return memtrain.main(fields)
 
 
@@ -174,13 +147,13 @@ class Victim:
 
     def start(self, target: Moment | None = None, after: float | None = None) -> bool:
         """Starts the run; True if it was killed, at `target` or `after` seconds of work. InputError if it failed."""
-        what = [sys.executable, "-m", "eval.faults", "--run-until", json.dumps(target and vars(target)), *self.fields]
+        what = [sys.executable, "-m", "eval.faults", "--run-until", json.dumps(target), *self.fields]
         known = self.trace.stat().st_size
-        with (self.folder / "output").open("w", encoding="utf-8") as output_:
-            child = subprocess.Popen(what, cwd=self.folder, stdout=output_, stderr=output_,
+        with (self.folder / "output").open("w", encoding="utf-8") as said:
+            child = subprocess.Popen(what, cwd=self.folder, stdout=said, stderr=said,
                                      env=os.environ | {"PYTHONPATH": str(ROOT)})
             if after is not None:
-                while child.poll() is None and self.trace.stat().st_size < known + 20:  # loading torch is not working
+                while child.poll() is None and self.trace.stat().st_size == known:  # loading torch is not working
                     time.sleep(0.02)
                 try:
                     child.wait(after)
@@ -188,19 +161,18 @@ class Victim:
                     child.kill()
             code = child.wait()
         if code not in (0, -signal.SIGKILL):
-            said = (self.folder / "output").read_text(encoding="utf-8").strip().splitlines()
-            raise InputError(f"{self.folder}: the run ended with exit code {code} and said: {said[-1] if said else ''}")
+            last = (self.folder / "output").read_text(encoding="utf-8").strip().splitlines()[-1:]
+            raise InputError(f"{self.folder}: the run ended with exit code {code} and said: {''.join(last)}")
         return code != 0
 
     def starts(self) -> list[list[Moment]]:
-        """The moments of each start. A last one that was cut off in the middle of its line is left out."""
+        """The moments of each start, the first of which has no phase."""
         found: list[list[Moment]] = []
         for line in self.trace.read_text(encoding="utf-8").splitlines():
-            value = json.loads(line)
-            if value == "start":
+            moment = tuple(json.loads(line))
+            if not moment[2]:
                 found.append([])
-            else:
-                found[-1].append(Moment(*value))
+            found[-1].append(moment)
         return found
 
     def outcome(self) -> dict:
@@ -239,36 +211,24 @@ def tensors(path: Path) -> str:
 
 
 def choose(moments: Sequence[Moment], kills: int, rng: random.Random) -> list[Moment]:
-    """`kills` moments in the order of the run, spread as evenly as they go over stages and phases.
-
-    A step whose checkpoint has its name is not done again: of the moments behind that at most one a step can be met.
-    """
-    pairs: dict[tuple[str, str], list[Moment]] = {}
-    for m in moments:
-        pairs.setdefault((m.stage, m.phase), []).append(m)
-    for own in pairs.values():
-        rng.shuffle(own)
-    chosen, spent = [], set()
-    while len(chosen) < kills and any(pairs.values()):
-        for own in rng.sample(list(pairs.values()), len(pairs)):
-            m = next((m for m in own if not (m.committed and (m.stage, m.step) in spent)), None)
-            own[:] = own[own.index(m) + 1:] if m else []
-            if m and len(chosen) < kills:
-                chosen.append(m)
-                spent |= {(m.stage, m.step)} if m.committed else set()
+    """At most `kills` moments in the order of the run, spread over stages and phases; one a step at most, so that all
+    can be met in one run: a step whose checkpoint has its name is not done again."""
+    left, chosen, seen = [m for m in moments if m[2]], [], Counter()
+    while left and len(chosen) < kills:
+        stage, step, phase = m = min(left, key=lambda m: (seen[m[0]] + seen[m[2]], rng.random()))
+        chosen.append(m)
+        seen.update((stage, phase))
+        left = [x for x in left if x[:2] != (stage, step)]
     return sorted(chosen, key=list(moments).index)
 
 
-def most_redone(whole: Sequence[Moment], starts: Sequence[Sequence[Moment]]) -> int:
-    """The most steps that any start did again: 1 where it took up the step that the one before was killed in. The
-    report is no step: it is written by every start."""
-    all_steps = dict.fromkeys((m.stage, m.step) for m in whole if m.stage not in ("start", "report"))
-    order = {s: i for i, s in enumerate(all_steps)}
-    worst = reached = 0
+def most_redone(starts: Sequence[Sequence[Moment]]) -> int:
+    """The most steps of training and rows of evaluation that any start did again: 1 where it took up the one that the
+    start before was killed in. The report is no step: it is written by every start."""
+    worst, seen = 0, set()
     for start in starts:
-        steps = [order[m.stage, m.step] for m in start if (m.stage, m.step) in order]
-        if steps:
-            worst, reached = max(worst, reached - steps[0]), max(reached, steps[-1] + 1)
+        steps = {(stage, step) for stage, step, _ in start if step}
+        worst, seen = max(worst, len(seen & steps)), seen | steps
     return worst
 
 
@@ -288,61 +248,42 @@ def trial(kills: int, seed: int, folder: Path, stages: str = STAGES) -> dict:
     began = time.perf_counter()
     whole.start()
     work, expected, moments = time.perf_counter() - began, whole.outcome(), whole.starts()[0]
-    inside = choose(moments, kills - kills // 5, rng)
-    problems: list[str] = []
-    table: Counter = Counter()
-    bar = tqdm(total=kills, desc="faults", unit="kill")
-
-    def killed_in(victim: Victim, stage: str, phase: str) -> None:
-        table[stage, phase] += 1
-        bar.set_postfix_str(f"{stage}: {phase}")
-        bar.update()
-
-    victim, redone = Victim(folder / "killed", fields), 0
-    for target in inside:
-        if not victim.start(target):
-            raise InputError(f"{victim.folder}: the run ended before it came to {target}")
-        killed_in(victim, target.stage, target.phase)
-    victim.start()
-    victims, left, n = [victim], kills - len(inside), 0
-    while left:
-        victims.append(victim := Victim(folder / f"killed-{n}", fields))
-        n += 1
-        while left and victim.start(after=rng.uniform(0, work / 2)):
-            last = [m for start in victim.starts() for m in start][-1]
-            killed_in(victim, last.stage, "from outside")
-            left -= 1
-        victim.start()
-    bar.close()
-    for victim in victims:
-        problems += [f"{victim.folder.name}: {x}" for x in compare(expected, victim.outcome())]
-        redone = max(redone, most_redone(moments, victim.starts()))
+    inside, killed, victims = kills - kills // 5, [], []
+    with tqdm(total=kills, desc="faults", unit="kill") as bar:
+        while len(killed) < kills:
+            victims.append(victim := Victim(folder / f"killed-{len(victims)}", fields))
+            for target in choose(moments, inside - len(killed), rng):
+                if not victim.start(target):
+                    raise InputError(f"{victim.folder}: the run ended before it came to {target}")
+                killed.append((target[2], target[0]))
+                bar.update()
+            while inside <= len(killed) < kills and victim.start(after=rng.uniform(0, work / 2)):
+                killed.append(("from outside", victim.starts()[-1][-1][0]))
+                bar.update()
+            victim.start()
+    redone = max(most_redone(victim.starts()) for victim in victims)
+    problems = [f"{v.folder.name}: {x}" for v in victims for x in compare(expected, v.outcome())]
     if redone > 1:
         problems.append(f"{redone} steps were done again after one kill")
-    return {"kills": sum(table.values()), "seed": seed, "runs": len(victims), "steps": len(expected["metrics"]),
-            "rows": len(expected["results"]["long_qa"]), "most_steps_redone": redone, "problems": problems,
-            "table": [[stage, phase, n] for (stage, phase), n in table.items()]}
+    return {"kills": kills, "seed": seed, "runs": len(victims), "steps": len(expected["metrics"]),
+            "most_steps_redone": redone, "problems": problems,
+            "table": [[*where, n] for where, n in sorted(Counter(killed).items())]}
 
 
 def show(result: dict) -> str:
-    """The table of kill points and what came of them."""
-    cells = {(stage, phase): n for stage, phase, n in result["table"]}
-    stages, phases = (list(dict.fromkeys(x)) for x in zip(*cells, strict=True)) if cells else ([], [])
-    stages = [s for s in ("start", *SYSTEMS, "eval", "report") if s in stages]
-    counts = [(phase, [cells.get((s, phase), 0) for s in stages]) for phase in sorted(phases)]
-    counts.append(("all", [sum(row) for row in zip(*(row for _, row in counts), strict=True)]))
-    rows = [["killed", *stages, "all"], *([name, *(str(n or "") for n in (*row, sum(row)))] for name, row in counts)]
-    lines = [columns(rows), f"\n{result['kills']} kills in {result['runs']} runs of {result['steps']} steps; after one "
-                            f"kill at most {result['most_steps_redone']} step done again"]
-    return "\n".join(lines + (result["problems"] or ["weights, metrics and results equal those of a run left alone, "
-                                                     "bit for bit; no step twice, none missing"]))
+    """The kills by phase and stage, and what came of them."""
+    rows = [["killed", "in", "times"], *([phase, stage, str(n)] for phase, stage, n in result["table"])]
+    said = result["problems"] or ["weights, metrics and results equal those of a run left alone, bit for bit; no step "
+                                  "twice, none missing"]
+    return "\n".join([columns(rows), f"\n{result['kills']} kills in {result['runs']} runs of {result['steps']} steps; "
+                      f"after one kill at most {result['most_steps_redone']} step done again", *said])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["--run-until"]:
         target = json.loads(argv[1])
-        return announced_run(target and Moment(**target), Path("trace"), argv[2:])
+        return announced_run(target and tuple(target), argv[2:])
     parser = argparse.ArgumentParser(prog="python -m eval.faults", description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="how often the run is killed (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")

@@ -173,7 +173,7 @@ def test_the_real_steps_run_on_a_cpu(tmp_path):
 
 def test_a_training_cut_short_brings_its_weights_and_goes_on(tmp_path):
     """Stopped by SIGTERM as by its time limit, but once two steps are logged: no processor is too slow for that."""
-    log, result = tmp_path / "train/runs/small/metrics.jsonl", tmp_path / "result.json"
+    log, result = tmp_path / "train/runs/battery/metrics.jsonl", tmp_path / "result.json"
 
     def start(rows: int) -> dict:
         command = [sys.executable, "-m", "eval.bench.gpu_steps", "train", "--device", "cpu", "--result", str(result),

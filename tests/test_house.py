@@ -6,7 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ROOMS = ("kernels", "data", "eval", "memtrain")
 # Programs that start memtrain.py and measure it from outside; nothing imports them.
-ABOVE = {"eval.bench.main", "eval.bench.peers", "eval.bench.plain", "eval.bench.gpu_steps", "eval.faults"}
+ABOVE = {"eval.bench.main", "eval.bench.peers", "eval.bench.plain", "eval.bench.step", "eval.bench.gpu_steps",
+         "eval.faults"}
 
 
 def modules() -> dict[str, Path]:

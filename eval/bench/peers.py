@@ -9,10 +9,10 @@ there. What is timed is what a user of either would run; before that, both sides
     trl      loss and gradient of the same completions, with ratios away from 1, are equal. Timed: from prompts to
              changed weights (sampling, rewards, loss, backward, clipping, AdamW). Both train all weights or the same
              LoRA. Theirs: GRPOTrainer with dr_grpo, no scaling by the deviation, no KL, no vLLM, the rows of a
-             step in micro-batches of --trl-batch; every row carries its prompt through generation and through the
-             loss, and the stop token is suppressed by min_new_tokens. Ours: Sampler and memtrain.update, prompts once
-             a group in both; log-probs are recorded while sampling, and groups whose rewards tie are left out, as
-             in training (theirs go through the model with an advantage of zero).
+             step in micro-batches; every row carries its prompt through generation and through the loss, and the stop
+             token is suppressed by min_new_tokens. Ours: Sampler and memtrain.update, prompts once a group in both;
+             log-probs are recorded while sampling, and groups whose rewards tie are left out, as in training (theirs
+             go through the model with an advantage of zero).
 
 With completions of one length, dr_grpo's sum over (rows x longest completion) is our mean of token means.
 
@@ -24,12 +24,12 @@ sides on the card: it must hold both, although each side's memory is reported al
 from __future__ import annotations
 
 import importlib.util
-import statistics
+import tempfile
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,20 +37,18 @@ from tqdm import tqdm
 
 import memtrain
 from data import InputError
-from data.run.terminal import columns
 from data.weights.pretrained import adapter_names, load_weights, published
-from eval.bench.kernels import ceilings
-from eval.bench.measure import Capture, forget_peak, peak_mb, seconds
+from eval.bench.measure import Capture, Figures, Row, ceilings, forget_peak, measured, peak_mb, table
 from kernels import synchronise
 
-SHAPES = {  # transformers' names; trl: defaults of that benchmark
+SHAPES = {  # transformers' names
     "tiny": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
              "head_dim": 32, "intermediate_size": 768, "vocab_size": 8192},
     "0.6b": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
              "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151_936},
 }
-TRL = {"tiny": {"prompt": 640, "response": 64, "lora_rank": 0, "trl_batch": 8},
-       "0.6b": {"prompt": 7168, "response": 1024, "lora_rank": 32, "trl_batch": 1}}  # the paper's window
+# prompt, response, rank of the adapters, rows of TRL's micro-batches; of 0.6b the paper's window
+TRL = {"tiny": (640, 64, 0, 8), "0.6b": (7168, 1024, 32, 1)}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHECKED = 32  # greedy tokens compared
 NOISE = 0.3  # of the old log-probs in the check of the loss: ratios leave the clip range on both sides
@@ -63,13 +61,10 @@ TOLERANCE_ON_A_CARD = 3e-4
 
 
 def require(*modules: str) -> None:
+    """Their libraries, without progress bars and advice between the lines of a table."""
     if absent := [m for m in modules if importlib.util.find_spec(m) is None]:
         raise InputError(f"{absent[0]} is not installed, and this is a comparison with it; "
                          f"pip install -r tests/requirements.txt")
-
-
-def quiet() -> None:
-    """No progress bars and no advice from the other side's libraries between the lines of a table."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -115,39 +110,13 @@ def make_prompts(count: int, length: int, vocabulary: int, seed: int) -> list[li
     return torch.randint(vocabulary - 2, (count, length), generator=generator).tolist()  # the last two: pad and stop
 
 
-def describe(shape: dict, model: memtrain.Decoder) -> str:
+def describe(o, model: memtrain.Decoder) -> str:
     parameters = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
-    return (f"Qwen3 of random weights: width {shape['hidden_size']}, {shape['num_hidden_layers']} layers, "
-            f"{shape['num_attention_heads']}/{shape['num_key_value_heads']} heads of {shape['head_dim']}, hidden "
-            f"{shape['intermediate_size']}, vocabulary {shape['vocab_size']:,}: {parameters / 1e6:.1f} M parameters, "
-            f"{model.c.dtype}")
+    return (f"Qwen3 {o.shape}, {parameters / 1e6:.0f} M random parameters, {model.c.dtype}, {o.groups} x {o.group} "
+            f"rows, prompts of {o.prompt}, {o.response} new tokens")
 
 
 # ---- sample ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Sampling:
-    """Both sides on the same prompts: `groups` of them, `group` rows each, `response` new tokens a row."""
-
-    ours: memtrain.Decoder
-    theirs: torch.nn.Module
-    prompts: list[list[int]]
-    group: int
-    response: int
-
-    def __post_init__(self):
-        self.rows = [p for p in self.prompts for _ in range(self.group)]
-        self.ids = torch.tensor(self.rows, device=self.ours.embed.device)
-        self.sampler = memtrain.Sampler(self.ours)
-
-    def sample(self, length: int) -> list[list[int]]:
-        turns = self.sampler(self.ours.c, [(r[:-1], r[-1:]) for r in self.rows],
-                             [("sample", i) for i in range(len(self.rows))], length, ())
-        return [t.sampled for t in turns]
-
-    def generate(self, length: int) -> list[list[int]]:
-        return generate(self.theirs, self.ids, length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
 
 
 @torch.no_grad()
@@ -173,8 +142,12 @@ def same_policy(ours: memtrain.Decoder, theirs, prompts: Sequence[list[int]]) ->
     logits = theirs(torch.cat([ids, drawn], 1), logits_to_keep=CHECKED + 1).logits[:, :-1].float()  # (N,L,V)
     wanted = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
     recorded = torch.tensor([t.logprobs for t in turns], device=ids.device)
-    return {"rows": len(rows), "tokens": CHECKED, "greedy": sum(equal) / len(equal),
-            "logprob": float((recorded - wanted).abs().max())}
+    return {"greedy": sum(equal) / len(equal), "logprob": float((recorded - wanted).abs().max())}
+
+
+def is_same_policy(same: dict[str, float], device: torch.device) -> bool:
+    limit = TOLERANCE_ON_A_CARD if device.type == "cuda" else TOLERANCE[torch.float32]
+    return same["greedy"] == 1 and same["logprob"] <= limit
 
 
 def step_bytes(model: memtrain.Decoder, groups: int, rows: int, prompt: int, response: int) -> float:
@@ -186,70 +159,43 @@ def step_bytes(model: memtrain.Decoder, groups: int, rows: int, prompt: int, res
     return size * (weights + a_token * (groups * (prompt - 1) + rows * (1 + response / 2)))
 
 
-def run_sample(o, folder: Path, device: torch.device) -> dict:
-    """o: shape, vocabulary, group, groups, prompt, response, repeats."""
-    quiet()
-    shape = SHAPES[o.shape] | ({"vocab_size": o.vocabulary} if o.vocabulary else {})
-    save_checkpoint(folder, shape)
-    prompts = make_prompts(o.groups, o.prompt, shape["vocab_size"], 0)
-    rows = ("--sample-rows", str(max(o.groups * o.group, 2 * o.groups)))
-    exact = torch.float32  # in bfloat16 two ways to round would part at the first near tie
-    same = same_policy(load_ours(folder, device, exact, *rows), load_theirs(folder, device, exact), prompts)
-    dtype = torch.bfloat16 if device.type == "cuda" else exact
-    pair = Sampling(load_ours(folder, device, dtype, *rows), load_theirs(folder, device, dtype), prompts, o.group,
-                    o.response)
-    sides = {"memtrain": pair.sample, "transformers generate": pair.generate}
-    spent = {name: {"all": [], "first": []} for name in sides}
-    bar = tqdm(total=2 * (o.repeats + 1), desc="sample", unit="call")
-    for repeat in range(o.repeats + 1):  # in turn, so that other work on the machine hits both
-        for name, side in sides.items():
-            got = []
-            whole = seconds(lambda side=side, got=got: got.extend(side(o.response)), device)
-            first = seconds(lambda side=side: side(1), device)
-            if [len(row) for row in got] != [o.response] * len(pair.rows):
-                raise InputError(f"{name}: did not give {o.response} tokens for each of {len(pair.rows)} rows")
-            if repeat:  # the first call of each is slow, and counts for nobody
-                spent[name]["all"].append(whole)
-                spent[name]["first"].append(first)
-            bar.update()
-    bar.close()
-    copy = ceilings(device, dtype)[1]
-    size = step_bytes(pair.ours, o.groups, len(pair.rows), o.prompt, o.response)
-    return {"model": describe(shape, pair.ours), "device": device.type, "group": o.group, "groups": o.groups,
-            "prompt": o.prompt, "response": o.response, "same": same, "bytes_per_step": size, "copy_bytes_per_s": copy,
-            "sides": {name: sampling_figures(s, spent["memtrain"], len(pair.rows) * o.response, o.response - 1,
-                                             size / copy) for name, s in spent.items()}}
+def sample(o, fields, figures: Figures) -> bool:
+    """Tokens/s of our sampler beside transformers' generate, on the same random Qwen3; share of the bandwidth limit."""
+    require("transformers")
+    device, exact = o.device, torch.float32  # in bfloat16 two ways to round would part at the first near tie
+    o.prompt, o.response = o.prompt or 640, o.response or 64
+    with tempfile.TemporaryDirectory() as name:
+        save_checkpoint(Path(name), SHAPES[o.shape])
+        prompts = make_prompts(o.groups, o.prompt, SHAPES[o.shape]["vocab_size"], 0)
 
+        def load(dtype):
+            at_once = str(max(o.groups * o.group, 2 * o.groups))
+            return (load_ours(Path(name), device, dtype, "--sample-rows", at_once),
+                    load_theirs(Path(name), device, dtype))
 
-def sampling_figures(mine: dict, ours: dict, tokens: int, steps: int, limit: float) -> dict:
-    """limit: seconds of a decoding step at the bandwidth of a copy."""
-    decode = max(1e-9, statistics.median(mine["all"]) - statistics.median(mine["first"])) / max(1, steps)
-    return {"seconds": mine["all"], "seconds_first_token": mine["first"],
-            "tokens_per_s": tokens / statistics.median(mine["all"]), "ms_per_step": 1e3 * decode,
-            "bandwidth_share": limit / decode,
-            "speedup": [b / a for a, b in zip(ours["all"], mine["all"], strict=True)]}
+        figures.add(same=same_policy(*load(exact), prompts))
+        ours, theirs = load(torch.bfloat16 if device.type == "cuda" else exact)
+    rows = [p for p in prompts for _ in range(o.group)]
+    ids, sampler = torch.tensor(rows, device=device), memtrain.Sampler(ours)
+    pairs, keys = [(r[:-1], r[-1:]) for r in rows], [("sample", i) for i in range(len(rows))]
 
+    def sides(length: int) -> dict[str, Callable]:
+        return {"memtrain": lambda: sampler(ours.c, pairs, keys, length, ()),
+                "transformers generate": lambda: generate(theirs, ids, length, do_sample=True, temperature=1.0, top_k=0,
+                                                          top_p=1.0)}
 
-def same_sampling(result: dict) -> bool:
-    limit = TOLERANCE_ON_A_CARD if result.get("device") == "cuda" else TOLERANCE[torch.float32]
-    return result["same"]["greedy"] == 1 and result["same"]["logprob"] <= limit
-
-
-def sample_table(result: dict) -> str:
-    same, median = result["same"], statistics.median
-    rows = [["", "tokens/s", "seconds", "first token", "ms a step", "of bandwidth", "ours is faster", "min"]]
-    rows += [[name, f"{s['tokens_per_s']:,.0f}", f"{median(s['seconds']):.3f}",
-              f"{median(s['seconds_first_token']):.3f}", f"{s['ms_per_step']:.2f}",
-              f"{s['bandwidth_share']:.0%}", f"{median(s['speedup']):.2f}x",
-              f"{min(s['speedup']):.2f}x"] for name, s in result["sides"].items()]
-    return (f"{result['model']}\n{result['groups']} groups x {result['group']} rows, prompts of {result['prompt']} "
-            f"tokens, {result['response']} new tokens a row\n\n{columns(rows)}\n"
-            f"medians, in turn; first token: the prompts read, one token drawn; a step: the rest, per step; of "
-            f"bandwidth: the {result['bytes_per_step'] / 1e6:.1f} MB that a step must read,\nat the "
-            f"{result['copy_bytes_per_s'] / 1e9:.1f} GB/s of a copy measured here, over that\n"
-            f"float32, {same['rows']} rows x {same['tokens']} tokens: {same['greedy']:.2%} of the greedy tokens are "
-            f"equal, a sampled token's log-prob differs by at most {same['logprob']:.1e}  "
-            f"{'ok' if same_sampling(result) else 'DIFFERENT'}")
+    what = f"sample: {describe(o, ours)}"
+    made = measured(what, sides(o.response), device, o.repeats)
+    first = measured(f"first token alone: {what}", sides(1), device, o.repeats)
+    limit = step_bytes(ours, o.groups, len(rows), o.prompt, o.response) / ceilings(device, ours.embed.dtype)[1]
+    for row, one in zip(made, first, strict=True):
+        row.ceiling = limit * (o.response - 1) / max(1e-9, row.median - one.median)  # of decoding, prefill left out
+        row.note = f"{len(rows) * o.response / row.median:,.0f} tokens/s"
+    figures.add_rows(made + first)
+    good, same = is_same_policy(figures["same"], device), figures["same"]
+    print(f"{table(made + first)}\nfloat32: {same['greedy']:.2%} of {CHECKED} greedy tokens a row are equal, a sampled "
+          f"one's log-prob differs by at most {same['logprob']:.1e}  {'ok' if good else 'DIFFERENT'}")
+    return good
 
 
 # ---- trl -------------------------------------------------------------------------------------------------------------
@@ -260,33 +206,21 @@ def parity(completion: Sequence[int]) -> float:
     return float(zlib.crc32(repr(list(completion)).encode()) % 2)
 
 
-@dataclass
-class Cost:
-    """One side's step, in seconds; memory at its peak beyond what was held before."""
-
-    sampling: float
-    step: float
-    extra_mb: float
-    tokens: int
-
-
 class Clock:
-    """Seconds and memory of something that starts in one callback and ends in another."""
+    """Seconds and memory of something that starts in one callback and ends in another; into a row."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def now(self) -> float:
-        synchronise(self.device)
-        return time.perf_counter()
+    def __init__(self, device: torch.device, what: str, by: str):
+        self.device, self.row, self.tokens = device, Row(what, by, [], 0.0), 0
 
     def start(self) -> None:
-        forget_peak(self.device)
-        self.before, self.sampling, self.tokens = peak_mb(self.device), 0.0, 0
-        self.began = self.now()
+        self.before = forget_peak(self.device)
+        synchronise(self.device)
+        self.began = time.perf_counter()
 
-    def stop(self) -> Cost:
-        return Cost(self.sampling, self.now() - self.began, peak_mb(self.device) - self.before, self.tokens)
+    def stop(self) -> None:
+        synchronise(self.device)
+        self.row.seconds.append(time.perf_counter() - self.began)
+        self.row.mb = max(self.row.mb, peak_mb(self.device) - self.before)
 
 
 class OurStep:
@@ -304,41 +238,39 @@ class OurStep:
         group = [g for g in range(len(prompts)) for _ in range(self.o.group)]
         return memtrain.Batch(turns, list(range(len(turns))), [parity(t.sampled) for t in turns], group, group, {})
 
-    def __call__(self, prompts: Sequence[list[int]], step: int) -> tuple[Cost, float]:
-        """(cost, share of groups with a signal)."""
+    def __call__(self, prompts: Sequence[list[int]], step: int) -> None:
         self.clock.start()
         batch = self.batch(prompts, step)
-        self.clock.sampling = self.clock.now() - self.clock.began
-        self.clock.tokens = sum(len(t.sampled) for t in batch.turns)
         signal = memtrain.with_signal(batch)
         if kept := {e for e, g in enumerate(batch.group) if g in signal}:
             memtrain.update(self.model, None, self.optimizer, self.c, batch, kept)
-        return self.clock.stop(), len(signal) / len(prompts)
+        self.clock.stop()
+        self.clock.tokens += sum(len(t.sampled) for t in batch.turns)
 
 
-def make_trainer(folder: Path, device: torch.device, dtype: torch.dtype, o, prompts: Sequence[list[int]], clock: Clock,
-                 after: Callable):
-    """TRL's GRPOTrainer on the checkpoint, one optimiser step for `groups` prompts, in their order; after(cost) is
-    called behind each."""
+def make_trainer(folder: Path, dtype: torch.dtype, o, prompts: Sequence[list[int]], clock: Clock, after: Callable):
+    """TRL's GRPOTrainer on the checkpoint, one optimiser step for `groups` prompts, in their order; after() is called
+    behind each."""
     import transformers
     from datasets import Dataset
+    from peft import LoraConfig
     from tokenizers import Tokenizer, models, pre_tokenizers
     from trl import GRPOConfig, GRPOTrainer
 
-    vocabulary = SHAPES[o.shape]["vocab_size"] if not o.vocabulary else o.vocabulary
+    vocabulary = SHAPES[o.shape]["vocab_size"]
     words = Tokenizer(models.WordLevel({str(i): i for i in range(vocabulary)}, unk_token="0"))  # token i is the word i
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left",
                                                      pad_token=str(vocabulary - 2), eos_token=str(vocabulary - 1))
-    rows, cuda = o.groups * o.group, device.type == "cuda"
     config = GRPOConfig(
-        str(folder / "trl"), use_cpu=not cuda, bf16=dtype == torch.bfloat16, use_vllm=False, loss_type="dr_grpo",
-        scale_rewards="none", beta=0.0, epsilon=0.2, num_generations=o.group, max_completion_length=o.response,
-        temperature=1.0, top_p=1.0, top_k=0, generation_kwargs={"min_new_tokens": o.response},
-        per_device_train_batch_size=o.trl_batch, gradient_accumulation_steps=rows // o.trl_batch,
-        gradient_checkpointing=o.recompute, max_steps=o.repeats + 1, learning_rate=1e-6, lr_scheduler_type="constant",
-        warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch", shuffle_dataset=False,
-        report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
+        str(folder / "trl"), use_cpu=o.device.type == "cpu", bf16=dtype == torch.bfloat16, use_vllm=False,
+        loss_type="dr_grpo", scale_rewards="none", beta=0.0, epsilon=0.2, num_generations=o.group,
+        max_completion_length=o.response, temperature=1.0, top_p=1.0, top_k=0,
+        generation_kwargs={"min_new_tokens": o.response}, per_device_train_batch_size=o.trl_batch,
+        gradient_accumulation_steps=o.groups * o.group // o.trl_batch, gradient_checkpointing=o.shape != "tiny",
+        max_steps=o.repeats + 1, learning_rate=1e-6, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
+        max_grad_norm=1.0, optim="adamw_torch", shuffle_dataset=False, report_to="none", logging_strategy="no",
+        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
 
     def reward(completion_ids, **_):
         clock.tokens += sum(map(len, completion_ids))
@@ -349,24 +281,14 @@ def make_trainer(folder: Path, device: torch.device, dtype: torch.dtype, o, prom
             clock.start()
 
         def on_step_end(self, *_, **__):
-            after(clock.stop())
+            clock.stop()
+            after()
 
-    class Timed(GRPOTrainer):
-        def _generate(self, *arguments, **named):
-            began = clock.now()
-            made = super()._generate(*arguments, **named)
-            clock.sampling += clock.now() - began
-            return made
-
-    peft = None
-    if o.lora_rank:
-        from peft import LoraConfig
-
-        peft = LoraConfig(r=o.lora_rank, lora_alpha=2 * o.lora_rank, lora_dropout=0.0, target_modules=TARGETS,
-                          task_type="CAUSAL_LM")
+    lora = LoraConfig(r=o.lora_rank, lora_alpha=2 * o.lora_rank, lora_dropout=0.0, target_modules=TARGETS,
+                      task_type="CAUSAL_LM") if o.lora_rank else None
     data = Dataset.from_dict({"prompt": [" ".join(map(str, p)) for p in prompts]})
-    trainer = Timed(load_theirs(folder, device, dtype), reward, config, data, processing_class=tokenizer,
-                    callbacks=[Watch()], peft_config=peft)
+    trainer = GRPOTrainer(load_theirs(folder, o.device, dtype), reward, config, data, processing_class=tokenizer,
+                          callbacks=[Watch()], peft_config=lora)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -390,7 +312,6 @@ def same_objective(ours: OurStep, trainer, prompts: Sequence[list[int]]) -> dict
     loss = memtrain.update(model, None, capture, replace(ours.c, grad_clip=1e30), batch, set(range(n)))["loss"]
     mine = {k: capture.gradient[v].float() for k, v in named.items()}
 
-    device = old.device if model.embed.device.type == "cpu" else model.embed.device
     rewards = torch.tensor(batch.rewards).view(len(prompts), -1)
     inputs = {"prompt_ids": torch.tensor([[*t.prefix, *t.given] for t in turns]),
               "completion_ids": torch.tensor([t.sampled for t in turns]),
@@ -399,98 +320,68 @@ def same_objective(ours: OurStep, trainer, prompts: Sequence[list[int]]) -> dict
     trainer.model.eval()  # the loss of the whole batch, not divided for accumulation; no layer has dropout
     other, size = 0.0, ours.o.trl_batch
     for first in range(0, n, size):
-        part = trainer._compute_loss(trainer.model, {k: v[first:first + size].to(device) for k, v in inputs.items()})
+        part = trainer._compute_loss(trainer.model, {k: v[first:first + size].to(model.embed.device)
+                                                     for k, v in inputs.items()})
         (part * size / n).backward()
         other += float(part.detach()) * size / n
     theirs = {name: parameters[name].grad.float() for name in named}
     trainer.model.zero_grad(set_to_none=True)
     trainer.model.train()
-    difference = torch.stack([(mine[k] - g).norm() for k, g in theirs.items()])
-    size_, of = torch.stack([g.norm() for g in theirs.values()]), float(inputs["advantages"].abs().mean())
-    return {"loss": loss, "trl_loss": other, "loss_differs": abs(loss - other) / of,
-            "gradient_differs": float(difference.norm() / size_.norm()),
-            "worst_parameter_differs": float((difference / size_.clamp(min=1e-3 * float(size_.max()))).max())}
+    difference, whole = (torch.stack([x.norm() for x in side]).norm() for side in (
+        [mine[k] - g for k, g in theirs.items()], theirs.values()))
+    return {"loss": loss, "trl_loss": other, "gradient_differs": float(difference / whole),
+            "loss_differs": abs(loss - other) / float(inputs["advantages"].abs().mean())}
 
 
-def resident_mb(model: torch.nn.Module, optimizer, caches: Sequence[torch.Tensor] = ()) -> float:
+def held_mb(model: torch.nn.Module, optimizer, caches: Sequence[torch.Tensor] = ()) -> float:
     """What one side holds between two steps: the other side's share of the same process is not its own."""
     held = {p.data_ptr(): p for p in model.parameters()}
     state = [x for s in optimizer.state.values() for x in s.values() if torch.is_tensor(x)]
     return sum(x.numel() * x.element_size() for x in (*held.values(), *state, *caches)) / 2**20
 
 
-def run_trl(o, folder: Path, device: torch.device) -> dict:
-    """o: shape, vocabulary, group, groups, prompt, response, repeats, lora_rank, trl_batch."""
-    for name, value in TRL[o.shape].items():
-        if getattr(o, name) is None:
-            setattr(o, name, value)
-    if o.group < 2 or o.lora_rank < 0:
-        raise InputError(f"--group {o.group}, --lora-rank {o.lora_rank}: a group of one has no mean to compare with, "
-                         f"a rank is not negative; give at least 2 and 0")
-    if (o.groups * o.group) % o.trl_batch:
-        raise InputError(f"--trl-batch {o.trl_batch}: must divide the {o.groups * o.group} rows of a step")
-    quiet()
-    o.recompute = o.shape != "tiny"
-    shape = SHAPES[o.shape] | ({"vocab_size": o.vocabulary} if o.vocabulary else {})
-    save_checkpoint(folder, shape)
-    prompts = make_prompts(o.groups * (o.repeats + 1), o.prompt, shape["vocab_size"], 0)
-    dtype = torch.bfloat16 if device.type == "cuda" and o.lora_rank else torch.float32
-    clock = Clock(device)
-    model = load_ours(folder, device, dtype, "--sample-rows", str(o.groups * o.group), "--cache-gb", "6",
-                      "--lora-rank", str(o.lora_rank), "--lora-alpha", str(2 * o.lora_rank or 1), "--lr", "1e-6",
-                      "--recompute", str(o.recompute).lower(), "--grad-clip", "1", "--micro-tokens", "16384")
-    ours, costs, signal = OurStep(model, o, clock), {"memtrain": [], "TRL GRPOTrainer": []}, []
+def trl(o, fields, figures: Figures) -> bool:
+    """A whole GRPO step beside TRL's GRPOTrainer: seconds, peak memory; that both have the same loss and gradient."""
+    require("transformers", "trl", "peft", "datasets")
+    prompt, response, rank, o.trl_batch = TRL[o.shape]
+    o.prompt, o.response, o.lora_rank = o.prompt or prompt, o.response or response, (
+        rank if o.lora_rank is None else o.lora_rank)
+    if o.group < 2 or (o.groups * o.group) % o.trl_batch:
+        raise InputError(f"--group {o.group}, --groups {o.groups}: a group needs two to compare, and their product "
+                         f"must be a multiple of {o.trl_batch}, the rows of TRL's micro-batches")
+    dtype = torch.bfloat16 if o.device.type == "cuda" and o.lora_rank else torch.float32
+    prompts = make_prompts(o.groups * (o.repeats + 1), o.prompt, SHAPES[o.shape]["vocab_size"], 0)
     bar = tqdm(total=o.repeats + 1, desc="trl", unit="step")
 
-    def after(cost: Cost) -> None:  # in turn, so that other work on the machine hits both
-        step = bar.n
-        mine, share = ours(prompts[step * o.groups:(step + 1) * o.groups], step)
-        if step:  # the first step of each is slow, and counts for nobody
-            costs["TRL GRPOTrainer"].append(cost)
-            costs["memtrain"].append(mine)
-            signal.append(share)
+    def after() -> None:  # in turn, so that other work on the machine hits both
+        ours(prompts[bar.n * o.groups:(bar.n + 1) * o.groups], bar.n)
+        if not bar.n:  # the first step of each is slow, and counts for nobody
+            for clock in clocks:
+                clock.row.seconds.clear()
+                clock.row.mb = 0.0
         bar.update()
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as name:
         warnings.simplefilter("ignore")  # TRL and transformers tell each other of renamed options
-        trainer = make_trainer(folder, device, dtype, o, prompts, clock, after)
+        save_checkpoint(Path(name), SHAPES[o.shape])
+        model = load_ours(Path(name), o.device, dtype, "--sample-rows", str(o.groups * o.group), "--cache-gb", "6",
+                          "--lora-rank", str(o.lora_rank), "--lora-alpha", str(2 * o.lora_rank or 1), "--lr", "1e-6",
+                          "--recompute", str(o.shape != "tiny").lower(), "--grad-clip", "1", "--micro-tokens", "16384")
+        what = f"trl: a GRPO step, {describe(o, model)}, LoRA rank {o.lora_rank}"
+        clocks = [Clock(o.device, what, by) for by in ("memtrain", "TRL GRPOTrainer")]
+        ours = OurStep(model, o, clocks[0])
+        trainer = make_trainer(Path(name), dtype, o, prompts, clocks[1], after)
         same = same_objective(ours, trainer, prompts[:o.groups])
         trainer.train()
     bar.close()
     caches = [x for kv in (*ours.sampler.cache.prefix, *ours.sampler.cache.suffix) for x in kv]
-    held = {"memtrain": resident_mb(model, ours.optimizer, caches),
-            "TRL GRPOTrainer": resident_mb(trainer.model, trainer.optimizer)}
-    return {"model": describe(shape, model), "group": o.group, "groups": o.groups, "prompt": o.prompt,
-            "response": o.response, "lora_rank": o.lora_rank, "trl_batch": o.trl_batch, "recompute": o.recompute,
-            "dtype": model.c.dtype, "same": same, "signal": statistics.mean(signal),
-            "sides": {name: step_figures(rows, costs["memtrain"], held[name]) for name, rows in costs.items()}}
-
-
-def step_figures(rows: Sequence[Cost], ours: Sequence[Cost], held: float) -> dict:
-    return {"seconds": [r.step for r in rows], "seconds_sampling": [r.sampling for r in rows],
-            "tokens_sampled": [r.tokens for r in rows], "peak_mb": held + max(r.extra_mb for r in rows),
-            "speedup": [b.step / a.step for a, b in zip(ours, rows, strict=True)]}
-
-
-def same_step(result: dict) -> bool:
-    """One objective, and as many tokens on both sides."""
-    tokens = {n for s in result["sides"].values() for n in s["tokens_sampled"]}
-    limit = TOLERANCE[getattr(torch, result["dtype"])]
-    return tokens == {result["groups"] * result["group"] * result["response"]} and all(
-        result["same"][name] <= limit for name in ("loss_differs", "gradient_differs"))
-
-
-def trl_table(result: dict) -> str:
-    same, median = result["same"], statistics.median
-    trained = f"LoRA of rank {result['lora_rank']}" if result["lora_rank"] else "all weights"
-    rows = [["", "sampling", "step s", "ours is faster", "min", "peak MB"]]
-    rows += [[name, f"{median(s['seconds_sampling']):.3f}", f"{median(s['seconds']):.3f}",
-              f"{median(s['speedup']):.2f}x", f"{min(s['speedup']):.2f}x", f"{s['peak_mb']:.0f}"]
-             for name, s in result["sides"].items()]
-    return (f"{result['model']}\none GRPO step: {result['groups']} groups x {result['group']} completions of "
-            f"{result['response']} tokens behind prompts of {result['prompt']}; {trained}, AdamW"
-            f"{', activations recomputed' if result['recompute'] else ''}\n\n{columns(rows)}\n"
-            f"medians after one to warm up, in turn; memory: what a side holds, and its peak beyond; groups that carry "
-            f"a signal: {result['signal']:.0%}\nsame completions, ratios off 1: loss {same['loss']:.6f} and "
-            f"{same['trl_loss']:.6f}, gradient differs by {same['gradient_differs']:.1e} of its norm, the worst "
-            f"parameter by {same['worst_parameter_differs']:.1e}  {'ok' if same_step(result) else 'DIFFERENT'}")
+    clocks[0].row.mb += held_mb(model, ours.optimizer, caches)
+    clocks[1].row.mb += held_mb(trainer.model, trainer.optimizer)
+    tokens = [clock.tokens for clock in clocks]
+    figures.add_rows([clock.row for clock in clocks], same=same, tokens_sampled=tokens)
+    good = set(tokens) == {len(prompts) * o.group * o.response} and all(
+        same[name] <= TOLERANCE[dtype] for name in ("loss_differs", "gradient_differs"))
+    print(f"{table([clock.row for clock in clocks])}\nMB here: what a side holds, and its peak beyond\n"
+          f"same completions, ratios off 1: loss {same['loss']:.6f} and {same['trl_loss']:.6f}, gradient differs by "
+          f"{same['gradient_differs']:.1e} of its norm  {'ok' if good else 'DIFFERENT'}")
+    return good

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,19 +19,29 @@ from tqdm import tqdm
 from data import InputError
 from data.run.terminal import columns
 from data.run.threads import CHOSEN, SPINS
+from eval.bench.measure import Figures
 
 PROGRAM = Path(__file__).parents[2] / "memtrain.py"
 WAYS = {"300,000 looks, the default": {"GOMP_SPINCOUNT": "300000"}, f"{int(SPINS):,} looks, ours": {},
         "no look": {"OMP_WAIT_POLICY": "PASSIVE"}}
 
 
-def run(fields: Sequence[str], threads: int, steps: int, limit: float) -> list[dict]:
-    """A row for each way, one for as many processes and one for a single thread, alone and beside a busy process: wall
-    seconds of the steps (None where `limit` was not enough), CPU seconds of all processes of the run."""
-    ways = [(f"{threads} threads, {name}", threads, 1, setting) for name, setting in WAYS.items()]
-    ways = [("1 thread", 1, 1, {}), *([*ways, (f"{threads} processes of 1 thread", 1, threads, {})] * (threads > 1))]
-    return [measure(fields, *way, steps, limit, beside)
+def threads(options, fields, figures: Figures) -> bool:
+    """Training steps on --threads threads (0: all cores) under OpenMP's ways to wait and ours, and in as many
+    processes, alone and beside one busy process: wall seconds of the steps, empty where --limit was not enough, and CPU
+    seconds of all processes. Other options are fields of the configuration."""
+    n = options.threads or os.cpu_count() or 1
+    ways = [("1 thread", 1, 1, {})]
+    if n > 1:
+        ways += [(f"{n} threads, {name}", n, 1, setting) for name, setting in WAYS.items()]
+        ways.append((f"{n} processes of 1 thread", 1, n, {}))
+    rows = [measure(fields, *way, options.steps, options.limit, beside)
             for beside in (False, True) for way in tqdm(ways, "beside" if beside else "alone")]
+    figures.add(steps=options.steps, team=n, rows=rows)
+    print(columns([["", "seconds", "CPU seconds"], *(
+        [r["way"] + ", beside one" * r["beside"], "" if r["seconds"] is None else f"{r['seconds']:.1f}",
+         f"{r['cpu_seconds']:.1f}"] for r in rows)]))
+    return True
 
 
 def measure(fields, name: str, threads: int, processes: int, setting: dict[str, str], steps: int, limit: float,
@@ -41,19 +50,18 @@ def measure(fields, name: str, threads: int, processes: int, setting: dict[str, 
     with tempfile.TemporaryDirectory() as folder, busy(beside):
         command = [sys.executable, str(PROGRAM), *fields, "--stages", "memtrain", "--memtrain-steps", str(steps),
                    "--threads", str(threads), "--processes", str(processes), "--device", "cpu", "--run", "threads"]
-        own = _children()
+        used, lines = _children(), []
         try:
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit,
                                   check=False)
+            if done.returncode:
+                raise InputError(f"{name}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+            lines = Path(folder, "runs/threads/metrics.jsonl").read_text().splitlines()
         except subprocess.TimeoutExpired:
-            done = None
-        own = _children() - own
-        if done and done.returncode:
-            raise InputError(f"{name}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
-        lines = Path(folder, "runs/threads/metrics.jsonl").read_text().splitlines() if done else []
-    rows = [r for r in map(json.loads, lines) if r.get("stage") == "memtrain"]
-    return {"way": name, "beside": beside, "seconds": sum(r["seconds"] for r in rows) if done else None,
-            "cpu_seconds": own}
+            pass
+        used = _children() - used
+    spent = [r["seconds"] for r in map(json.loads, lines) if r.get("stage") == "memtrain"]
+    return {"way": name, "beside": beside, "seconds": sum(spent) if spent else None, "cpu_seconds": used}
 
 
 @contextmanager
@@ -74,10 +82,3 @@ def _children() -> float:
 
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-def table(rows: Sequence[dict], limit: float) -> str:
-    lines = [["", "seconds", "CPU seconds"]]
-    lines += [[r["way"] + ", beside one" * r["beside"], f"> {limit:.0f}" if r["seconds"] is None else
-               f"{r['seconds']:.1f}", f"{r['cpu_seconds']:.1f}"] for r in rows]
-    return f"{columns(lines)}\nseconds: the steps alone; CPU seconds: all processes with their start"
