@@ -15,7 +15,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from datetime import datetime
 from pathlib import Path
 
 from data import InputError
-from data.run.files import replacing
+from data.run.files import write_json
 from data.run.terminal import one_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,8 +39,8 @@ LEAST = 8.0  # seconds: with less left no step is started
 @dataclass(frozen=True)
 class Step:
     """seconds: what it is expected to take; it is stopped after twice as long. command: what python runs, with
-    {device}, {result} (where it writes its figures, as JSON), {out} and {seconds} filled in. sources: what its result
-    depends on, as patterns from the repository's root. cuda: whether it makes no sense without one."""
+    {device}, {result} (a file for its figures, as JSON), {out} and {seconds} filled in. sources: patterns of the files
+    its result depends on. cuda: whether it makes no sense without one."""
 
     name: str
     seconds: float
@@ -53,7 +52,7 @@ class Step:
 
 # most of a test's time on a card goes into compiling its kernels, for which one core does little
 SPREAD = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
-KERNELS = ("kernels/**/*.py", "eval/bench/gpu_steps.py", "eval/bench/measure.py")
+KERNELS = ("kernels/**/*.py", *(f"eval/bench/{name}.py" for name in ("gpu_steps", "kernels", "measure")))
 AGENT = (*KERNELS, "memtrain.py", "data/**/*.py", "eval/*.py")
 BENCH = (*AGENT, "eval/bench/*.py")
 TESTS = (*AGENT, "tests/conftest.py", "tests/test_kernels.py", "tests/test_kernels_triton.py",
@@ -134,57 +133,40 @@ def green(folders: Iterable[Path], name: str) -> dict[tuple[str, str], dict]:
     """{(step, hash of its sources): its record} of everything that went well on the card `name`."""
     found = {}
     for path in sorted(p for folder in folders if folder.is_dir() for p in folder.glob("**/*.json")):
-        try:
+        with suppress(OSError, ValueError):
             battery = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(battery, dict) and battery.get("battery") == FORMAT and battery.get("card") == name:
-            for record in battery["steps"]:
-                if record["state"] == "green":
-                    found[record["name"], record["sources"]] = record
+            if isinstance(battery, dict) and battery.get("battery") == FORMAT and battery.get("card") == name:
+                found |= {(r["name"], r["sources"]): r for r in battery["steps"] if r["state"] == "green"}
     return found
-
-
-def write(path: Path, battery: dict) -> None:
-    """Whole or not at all. A full disk is said, and what was there stays."""
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(battery, indent=1), encoding="utf-8")
-    except InputError as e:
-        print(one_line(f"eval.gpu: {e}; the steps go on"), file=sys.stderr)
 
 
 def run(step: Step, device: str, out: Path, limit: float) -> dict:
     """Runs one step in a session of its own; its record."""
-    record = {"name": step.name, "limit": round(limit, 1)}
-    folder = Path(tempfile.mkdtemp(prefix=f"gpu-{step.name}-"))
-    result, log = folder / "result.json", folder / "log"
-    words = {"{device}": device, "{result}": str(result), "{out}": str(out), "{seconds}": f"{limit:.0f}"}
-    command = [sys.executable, *(words.get(word, word) for word in step.command)]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
-        filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
-    began, state = time.monotonic(), "failed"
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT,
-                                   env=environment, start_new_session=True)
-        try:
-            code = process.wait(limit)
-            state = "green" if code == 0 else "killed" if code < 0 else "failed"
-        except subprocess.TimeoutExpired:
-            state, code = "timeout", None
-        finally:  # also what it left running, and when the battery itself is stopped
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    seconds = time.monotonic() - began
-    try:  # a step that did not get to its end has mostly written what it knew
-        figures = json.loads(result.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        figures = None
-    lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
-    shutil.rmtree(folder, ignore_errors=True)
-    return record | {"state": state, "exit": code, "seconds": round(seconds, 1), "result": figures,
-                     "lines": lines[-LINES:]}
+    with tempfile.TemporaryDirectory(prefix=f"gpu-{step.name}-", ignore_cleanup_errors=True) as folder:
+        result, log = Path(folder, "result.json"), Path(folder, "log")
+        words = {"{device}": device, "{result}": str(result), "{out}": str(out), "{seconds}": f"{limit:.0f}"}
+        began = time.monotonic()
+        with log.open("wb") as file:
+            process = subprocess.Popen([sys.executable, "-u", *(words.get(word, word) for word in step.command)],
+                                       stdout=file, stderr=file, stdin=subprocess.DEVNULL, cwd=ROOT,
+                                       start_new_session=True)
+            try:
+                code = process.wait(limit)
+                state = "green" if code == 0 else "killed" if code < 0 else "failed"
+            except subprocess.TimeoutExpired:
+                state, code = "timeout", None
+            finally:  # also what it left running, and when the battery itself is stopped
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        seconds = time.monotonic() - began
+        try:  # a step that did not get to its end has mostly written what it knew
+            figures = json.loads(result.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            figures = None
+        lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
+    return {"name": step.name, "limit": round(limit, 1), "state": state, "exit": code, "seconds": round(seconds, 1),
+            "result": figures, "lines": lines[-LINES:]}
 
 
 def battery(steps: Sequence[Step], device: str, out: Path, minutes: float, done: Sequence[Path]) -> dict:
@@ -196,21 +178,24 @@ def battery(steps: Sequence[Step], device: str, out: Path, minutes: float, done:
     for step in steps:
         left = 60 * minutes - (time.monotonic() - began)
         sources = source_hash(step.sources)
-        record = known.get((step.name, sources))
-        if record:
+        if record := known.get((step.name, sources)):
             said = "green already"
         elif step.cuda and device == "cpu":
-            record = {"name": step.name, "state": "skipped", "why": "needs CUDA"}
+            said = "needs CUDA"
+            record = {"name": step.name, "state": "skipped", "why": said}
         elif left < LEAST:
-            record = {"name": step.name, "state": "not run", "why": f"no time left of --minutes {minutes:g}"}
+            said = f"no time left of --minutes {minutes:g}"
+            record = {"name": step.name, "state": "not run", "why": said}
         else:
-            print(f"{step.name:10s} {step.text} ...", flush=True)
+            print(f"{step.name:12s} {step.text} ...", flush=True)
             record = run(step, device, out, min(2 * step.seconds, left))
-        if record not in known.values():
-            said = record.get("why") or f"{record['state']} in {record['seconds']:.0f} s"
-        print(f"{step.name:10s} {said}", flush=True)
-        made["steps"].append(record | {"sources": sources, "commit": record.get("commit", made["commit"])})
-        write(out / "gpu.json", made)
+            said = f"{record['state']} in {record['seconds']:.0f} s"
+        print(f"{step.name:12s} {said}", flush=True)
+        made["steps"].append({"sources": sources, "commit": made["commit"]} | record)
+        try:
+            write_json(out / "gpu.json", made)
+        except InputError as e:  # a full disk: what was there stays
+            print(one_line(f"eval.gpu: {e}; the steps go on"), file=sys.stderr)
     return made
 
 
@@ -218,7 +203,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m eval.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="steps, with the seconds each is expected to take:\n" + "\n".join(
-            f"  {s.name:10s}{s.seconds:4.0f}  {s.text}{' (CUDA only)' if s.cuda else ''}" for s in STEPS))
+            f"  {s.name:12s}{s.seconds:5.0f}  {s.text}{' (CUDA only)' if s.cuda else ''}" for s in STEPS))
     parser.add_argument("--minutes", type=float, default=15.0, help="for all steps together (default: 15)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where gpu.json goes")
     parser.add_argument("--done", type=Path, action="append", default=[], metavar="DIR",

@@ -116,13 +116,15 @@ def rows_of(figures: dict, what: str) -> dict[str, dict]:
     return {row["by"]: row for row in figures["rows"] if row["what"].startswith(what)}
 
 
-def test_step_command(tmp_path, capsys):
-    out = tmp_path / "step.json"
-    assert bench.main(["step", *TINY, "--repeats", "1", "--out", str(out)]) == 0
+def test_step_command(tmp_path, capsys, data):
+    out, base = tmp_path / "step.json", tmp_path / "base.safetensors"
+    c = memtrain.parse([*TINY, "--update-documents", "2"])
+    memtrain.save_checkpoint(base, memtrain.Decoder(c, data.tokenizer.size), data.tokenizer, {"step": 1, "done": True})
+    assert bench.main(["step", *TINY, "--init", str(base), "--repeats", "1", "--out", str(out)]) == 0
     printed, result = capsys.readouterr().out, json.loads(out.read_text())
     assert result["environment"]["command"].startswith("python -m eval.bench step --width 32")
     assert result["config"]["documents"] == result["config"]["update_documents"] == 2
-    assert result["weights"] == "random" and result["coin_rewards"] and result["same_tokens"]["share"] > 0.98
+    assert result["weights"] == str(base) and result["coin_rewards"] and result["same_tokens"]["share"] > 0.98
     whole, parts = rows_of(result, "step: both"), (rows_of(result, "step: sampling"), rows_of(result, "step: training"))
     assert list(whole) == ["memtrain", "plain", "plain, groups without signal left out"]
     for by in ("memtrain", "plain"):
@@ -177,8 +179,6 @@ def test_threads_wait_briefly_unless_the_user_chose(program, chosen, seen):
 STAND_IN = """
 import json, os, pathlib, sys, time
 option = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-while time.process_time() < 0.2:
-    pass
 folder = pathlib.Path("runs", option["--run"])
 folder.mkdir(parents=True)
 waiting = os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY"), os.environ.get("OMP_NUM_THREADS")
@@ -199,7 +199,7 @@ def test_threads_command(tmp_path, monkeypatch):
     assert bench.main(["threads", "--init", str(log), "--steps", "3", "--threads", "2", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [r["beside"] for r in rows] == [False] * 5 + [True] * 5 and len({r["way"] for r in rows}) == 5
-    assert all(r["seconds"] == 1.5 and r["cpu_seconds"] > 0.2 for r in rows)
+    assert all(r["seconds"] == 1.5 for r in rows)
     assert log.read_text().splitlines() == 2 * [
         "1 1 (None, None, None)", "1 2 ('300000', None, None)", "1 2 (None, None, None)", "1 2 (None, 'PASSIVE', None)",
         "2 1 (None, None, None)"]
@@ -221,7 +221,7 @@ def test_threads_command(tmp_path, monkeypatch):
     (["step", "--group", "1"], "--group 1"), (["step", "--update-documents", "2"], "leave it out"),
     (["step", "--update_documents=2"], "leave it out"), (["step", "--documents", "0"], "--documents 0"),
     (["step", "--seeds", "0,1"], "--seeds: the benchmark chooses it"),
-    (["step", "--init", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["step", "--init", "nowhere.safetensors"], "nowhere.safetensors"), (["step", "--width", "64"], "base.safetensors"),
     (["step", "--out", "."], "--out .: a folder"), (["all"], "--to"),
     (["sample", "--shape", "7b"], "--shape"), (["sample", "--response", "-1"], "--response -1"),
     (["sample", "--device", "tpu"], "--device"), (["sample", "--lora-rank", "4"], "--lora-rank: unknown option"),

@@ -109,15 +109,15 @@ def test_changed_sources_and_other_cards_are_run_again(tmp_path, monkeypatch):
 def test_a_full_disk_costs_the_file_and_nothing_else(tmp_path, monkeypatch, capsys):
     gpu.battery([GOOD], "cpu", tmp_path, 1.0, [])
     before = (tmp_path / "gpu.json").read_text()
-    write_text = Path.write_text
+    write_bytes = Path.write_bytes
 
-    def full(self, text, **kwargs):
+    def full(self, data):
         if self.name == "gpu.json.tmp":
-            write_text(self, text[:20])
+            write_bytes(self, data[:20])
             raise OSError(28, "No space left on device")
-        return write_text(self, text, **kwargs)
+        return write_bytes(self, data)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     made = gpu.battery([GOOD, AFTER], "cpu", tmp_path, 1.0, [])
     assert states(made) == {"good": "green", "after": "green"}, "the steps go on"
     assert (tmp_path / "gpu.json").read_text() == before and not (tmp_path / "gpu.json.tmp").exists()

@@ -51,22 +51,6 @@ class Launch:
     dtype: str = field(compare=False)  # of the inputs, for the table
 
 
-@dataclass
-class Compiled:
-    """What the compiler made of a launch on one generation."""
-
-    card: str
-    capability: int
-    kernel: str
-    dtype: str
-    head_size: int
-    constants: str
-    shared_kb: float
-    limit_kb: int
-    registers: int
-    spilled: int  # bytes of local memory a thread: stack and spills
-
-
 @contextmanager
 def noted(dtype: str, limit: int) -> Iterator[list[Launch]]:
     """Launches within, as on a card with `limit` bytes of shared memory; none is made."""
@@ -136,8 +120,9 @@ def launches(limit: int, dtypes=tuple(DTYPES), head_sizes=HEAD_SIZES) -> list[La
     return list(found)
 
 
-def build(launch: Launch, capability: int) -> Compiled:
-    """Compiles one launch for one generation and reads what it needs. Triton's error if it can't."""
+def build(launch: Launch, capability: int) -> dict:
+    """Compiles one launch for one generation: what it needs, spilled in bytes of local memory a thread. Triton's error
+    if it can't."""
     card, limit = GENERATIONS[capability]
     constants = dict(launch.constants)
     # PyTorch's tensors start at multiples of 16 bytes and widths are multiples of 16: a launch tells the compiler so
@@ -154,24 +139,21 @@ def build(launch: Launch, capability: int) -> Compiled:
                                check=True).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     tiles = " ".join(f"{k}={v}" for k, v in constants.items() if k in ("BM", "BN", "BV", "BC", "BLOCK"))
-    return Compiled(card, capability, launch.name, launch.dtype, constants.get("D", 0),
-                    f"{tiles} warps={launch.warps} stages={launch.stages}", made.metadata.shared / 1024, limit,
-                    registers, stack)
+    return {"card": card, "sm": capability, "kernel": launch.name, "dtype": launch.dtype, "D": constants.get("D", 0),
+            "shared_kb": made.metadata.shared / 1024, "limit_kb": limit, "registers": registers, "spilled": stack,
+            "tiles": f"{tiles} warps={launch.warps} stages={launch.stages}"}
 
 
-def build_all(capabilities=tuple(GENERATIONS), dtypes=tuple(DTYPES), head_sizes=HEAD_SIZES) -> list[Compiled]:
+def build_all(capabilities=tuple(GENERATIONS), dtypes=tuple(DTYPES), head_sizes=HEAD_SIZES) -> list[dict]:
     """Every launch on every generation, on two threads (the compiler runs outside Python's lock)."""
     jobs = [(x, c) for c in capabilities for x in launches(GENERATIONS[c][1] << 10, dtypes, head_sizes)]
     with ThreadPoolExecutor(2) as pool:
         return list(tqdm(pool.map(lambda job: build(*job), jobs), total=len(jobs), desc="compile", unit="kernel"))
 
 
-def compile_table(rows: list[Compiled]) -> str:
-    lines = [["card", "sm", "kernel", "dtype", "D", "shared KB", "limit", "registers", "spilled", "tiles"]]
-    lines += [[r.card, str(r.capability), r.kernel, r.dtype, str(r.head_size or ""), f"{r.shared_kb:.1f}",
-               f"{r.limit_kb}" + " TOO LARGE" * (r.shared_kb > r.limit_kb), str(r.registers), str(r.spilled),
-               r.constants] for r in rows]
-    worst = max(rows, key=lambda r: r.spilled)
-    return (f"{columns(lines)}\n\n{len(rows)} kernels built for {len({r.card for r in rows})} generations; most shared "
-            f"memory {max(r.shared_kb / r.limit_kb for r in rows):.0%} of its card's limit; most spilled: "
-            f"{worst.spilled} bytes a thread ({worst.kernel}, {worst.dtype}, D {worst.head_size}, {worst.card})")
+def compile_table(rows: list[dict]) -> str:
+    lines = [list(rows[0]), *([f"{x:.1f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows)]
+    worst, fullest = max(rows, key=lambda r: r["spilled"]), max(rows, key=lambda r: r["shared_kb"] / r["limit_kb"])
+    return (f"{columns(lines)}\n\n{len(rows)} kernels built for {len({r['card'] for r in rows})} generations; most "
+            f"spilled: {worst['kernel']}, {worst['dtype']}, D {worst['D']}, {worst['card']}; most of its card's shared "
+            f"memory: {fullest['kernel']}, {fullest['dtype']}, {fullest['shared_kb'] / fullest['limit_kb']:.0%}")

@@ -1,24 +1,20 @@
 """Sampling beside transformers' generate, and one GRPO step beside TRL's GRPOTrainer, on the same checkpoint.
 
 The checkpoint is a Qwen3 of random weights that transformers saves to a temporary folder; both sides load it from
-there. What is timed is what a user of either would run; before that, both sides must be shown to do the same thing:
+there. Before anything is timed, both sides must be shown to do the same thing:
 
     sample   greedy tokens are equal, and the log-probs that we record are those of their forward pass. Timed: G
              rows of each prompt, temperature 1, nobody stops early. Theirs: all rows in one batch, each with its copy
              of the prompt, KV cache on, sdpa. Ours: a prompt is read once and its keys are read once a group.
     trl      loss and gradient of the same completions, with ratios away from 1, are equal. Timed: from prompts to
-             changed weights (sampling, rewards, loss, backward, clipping, AdamW). Both train all weights or the same
-             LoRA. Theirs: GRPOTrainer with dr_grpo, no scaling by the deviation, no KL, no vLLM, the rows of a
-             step in micro-batches; every row carries its prompt through generation and through the loss, and the stop
-             token is suppressed by min_new_tokens. Ours: Sampler and memtrain.update, prompts once a group in both;
-             log-probs are recorded while sampling, and groups whose rewards tie are left out, as in training (theirs
-             go through the model with an advantage of zero).
-
-With completions of one length, dr_grpo's sum over (rows x longest completion) is our mean of token means.
+             changed weights; both sides train all weights or the same LoRA. Theirs: dr_grpo, whose sum over (rows x
+             longest completion) is our mean of token means where all are of one length; no scaling by the deviation,
+             no KL, no vLLM; every row carries its prompt. Ours: prompts once a group; log-probs are recorded while
+             sampling, and groups whose rewards tie are left out, as in training.
 
 On the CPU everything is float32. The shape 0.6b is Qwen3-0.6B's, in `trl` with the paper's window, LoRA and recomputed
-activations on both sides; on CUDA it is timed in bfloat16 (`sample` is checked in float32 all the same), with both
-sides on the card: it must hold both, although each side's memory is reported alone. `trl` has not run on a GPU.
+activations on both sides; on CUDA it is timed in bfloat16, with both sides on the card: it must hold both, although
+each side's memory is reported alone. `trl` has not run on a GPU.
 """
 
 from __future__ import annotations

@@ -33,16 +33,12 @@ TRAIN_ROWS, SAMPLE_ROWS = 8, 32
 
 
 class PlainAgent(Agent):
-    """The same memory loop over the plain sampler, `rows` prompts side by side."""
-
-    def __init__(self, model: Decoder, tokenizer, c: Config, rows: int = SAMPLE_ROWS):
-        super().__init__(model, tokenizer, c)
-        self.rows = rows
+    """The same memory loop over the plain sampler, SAMPLE_ROWS prompts side by side."""
 
     def sample(self, prompts: Sequence[tuple], keys: Sequence[tuple]) -> list[Turn]:
         turns = []
-        for first in range(0, len(prompts), self.rows):
-            part = slice(first, first + self.rows)
+        for first in range(0, len(prompts), SAMPLE_ROWS):
+            part = slice(first, first + SAMPLE_ROWS)
             random_numbers = np.stack([uniforms(key, self.c.response) for key in keys[part]])
             written = generate(self.model, [[*p, *g] for p, g in prompts[part]], random_numbers, self.tokenizer.end,
                                self.c.temperature, self.c.top_p)
@@ -105,14 +101,13 @@ def generate(model: Decoder, prompts: Sequence[list[int]], random_numbers: np.nd
     return [(row[:n], logp[:n]) for row, logp, n in zip(tokens, logprobs, ends, strict=True)]
 
 
-def train(model: Decoder, reference: Decoder | None, c: Config, batch: Batch, entries: set[int],
-          rows: int = TRAIN_ROWS) -> float:
+def train(model: Decoder, reference: Decoder | None, c: Config, batch: Batch, entries: set[int]) -> float:
     """Leaves the gradient of the GRPO loss over the turns of `entries` in .grad and returns the loss."""
     chosen = [(t, e) for t, e in zip(batch.turns, batch.entry, strict=True) if e in entries]
     chosen.sort(key=lambda x: len(x[0].prefix) + len(x[0].given) + len(x[0].sampled))
     advantage, loss = advantages(batch, c.divide_by_std), 0.0
-    for first in range(0, len(chosen), rows):
-        micro = chosen[first:first + rows]
+    for first in range(0, len(chosen), TRAIN_ROWS):
+        micro = chosen[first:first + TRAIN_ROWS]
         ids, mask, old = padded([t for t, _ in micro], model.embed.device)
         A = torch.tensor([advantage[e] for _, e in micro], device=ids.device)[:, None]  # (B,1)
         new = logprobs_of(model, ids, c.temperature)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import random
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -114,19 +113,6 @@ def compare(pair: Pair, repeats: int, figures: Figures) -> list[Row]:
     return [*whole, *sampling, *training]
 
 
-def load_weights(c: memtrain.Config, model: memtrain.Decoder, tokenizer) -> str:
-    """Loads --init or the shipped base; random weights where the shipped one does not fit. Says which."""
-    path = Path(c.init) if c.init else memtrain.SHIPPED_BASE
-    try:
-        memtrain.load_checkpoint(path, model, tokenizer)
-    except InputError as e:
-        if c.init:
-            raise
-        print(f"random weights, because the shipped base does not load: {e}", file=sys.stderr)
-        return "random"
-    return str(path)
-
-
 def step(options, fields, figures: Figures) -> bool:
     """One GRPO step of MemTrain, by memtrain.py and by eval/bench/plain.py: seconds and memory; that both sample the
     same tokens and have the same loss and gradient. Other options are fields of the configuration."""
@@ -134,9 +120,10 @@ def step(options, fields, figures: Figures) -> bool:
     c = replace(c, update_documents=c.documents)  # one update of everything sampled
     tokenizer = memtrain.load_tokenizer()
     model = memtrain.Decoder(c, tokenizer.size).to(options.device)
-    weights = load_weights(c, model, tokenizer)
+    weights = c.init or memtrain.SHIPPED_BASE
+    memtrain.load_checkpoint(Path(weights), model, tokenizer)
     rows = compare(Pair(c, model, tokenizer, memtrain.Data(c, tokenizer)), options.repeats, figures)
-    figures.add_rows(rows, weights=weights, config=asdict(c))
+    figures.add_rows(rows, weights=str(weights), config=asdict(c))
     coins = "; no group carried one: rewards are coin flips here" if figures["coin_rewards"] else ""
     print(f"weights {weights}; {c.documents} documents x {c.group} rollouts x {c.recall_group} recalls, "
           f"{figures['turns']} turns; {figures['signal']:.0%} of the groups carry a signal{coins}\n\n{table(rows)}\n"

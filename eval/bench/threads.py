@@ -28,8 +28,8 @@ WAYS = {"300,000 looks, the default": {"GOMP_SPINCOUNT": "300000"}, f"{int(SPINS
 
 def threads(options, fields, figures: Figures) -> bool:
     """Training steps on --threads threads (0: all cores) under OpenMP's ways to wait and ours, and in as many
-    processes, alone and beside one busy process: wall seconds of the steps, empty where --limit was not enough, and CPU
-    seconds of all processes. Other options are fields of the configuration."""
+    processes, alone and beside one busy process: seconds of the steps, empty where --limit was not enough. Other
+    options are fields of the configuration."""
     n = options.threads or os.cpu_count() or 1
     ways = [("1 thread", 1, 1, {})]
     if n > 1:
@@ -38,9 +38,8 @@ def threads(options, fields, figures: Figures) -> bool:
     rows = [measure(fields, *way, options.steps, options.limit, beside)
             for beside in (False, True) for way in tqdm(ways, "beside" if beside else "alone")]
     figures.add(steps=options.steps, team=n, rows=rows)
-    print(columns([["", "seconds", "CPU seconds"], *(
-        [r["way"] + ", beside one" * r["beside"], "" if r["seconds"] is None else f"{r['seconds']:.1f}",
-         f"{r['cpu_seconds']:.1f}"] for r in rows)]))
+    print(columns([["", "seconds"], *([r["way"] + ", beside one" * r["beside"], "" if r["seconds"] is None else
+                                       f"{r['seconds']:.1f}"] for r in rows)]))
     return True
 
 
@@ -50,7 +49,7 @@ def measure(fields, name: str, threads: int, processes: int, setting: dict[str, 
     with tempfile.TemporaryDirectory() as folder, busy(beside):
         command = [sys.executable, str(PROGRAM), *fields, "--stages", "memtrain", "--memtrain-steps", str(steps),
                    "--threads", str(threads), "--processes", str(processes), "--device", "cpu", "--run", "threads"]
-        used, lines = _children(), []
+        lines = []
         try:
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit,
                                   check=False)
@@ -59,9 +58,8 @@ def measure(fields, name: str, threads: int, processes: int, setting: dict[str, 
             lines = Path(folder, "runs/threads/metrics.jsonl").read_text().splitlines()
         except subprocess.TimeoutExpired:
             pass
-        used = _children() - used
     spent = [r["seconds"] for r in map(json.loads, lines) if r.get("stage") == "memtrain"]
-    return {"way": name, "beside": beside, "seconds": sum(spent) if spent else None, "cpu_seconds": used}
+    return {"way": name, "beside": beside, "seconds": sum(spent) if spent else None}
 
 
 @contextmanager
@@ -74,11 +72,3 @@ def busy(wanted: bool):
         if process:
             process.kill()
             process.wait()
-
-
-def _children() -> float:
-    """CPU seconds of the processes that this one started and that have ended."""
-    import resource  # not on Windows
-
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
