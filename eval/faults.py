@@ -232,14 +232,6 @@ def most_redone(starts: Sequence[Sequence[Moment]]) -> int:
     return worst
 
 
-def compare(whole: dict, other: dict) -> list[str]:
-    """What differs, in words; empty where nothing does."""
-    found = [f"{name} differs" for name in whole if whole[name] != other[name]]
-    steps = [[(r["stage"], r["step"]) for r in x["metrics"]] for x in (whole, other)]
-    found += [f"{step} is there {n} times" for step, n in Counter(steps[1]).items() if n > 1]
-    return found + [f"{step} is missing" for step in steps[0] if step not in steps[1]]
-
-
 def trial(kills: int, seed: int, folder: Path, stages: str = STAGES) -> dict:
     """The whole experiment in an empty folder. InputError if a run fails by itself."""
     rng = random.Random(seed)
@@ -262,7 +254,8 @@ def trial(kills: int, seed: int, folder: Path, stages: str = STAGES) -> dict:
                 bar.update()
             victim.start()
     redone = max(most_redone(victim.starts()) for victim in victims)
-    problems = [f"{v.folder.name}: {x}" for v in victims for x in compare(expected, v.outcome())]
+    ends = {victim.folder.name: victim.outcome() for victim in victims}
+    problems = [f"{name}: {what} differ" for name, end in ends.items() for what in end if end[what] != expected[what]]
     if redone > 1:
         problems.append(f"{redone} steps were done again after one kill")
     return {"kills": kills, "seed": seed, "runs": len(victims), "steps": len(expected["metrics"]),

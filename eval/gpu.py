@@ -59,15 +59,14 @@ TESTS = (*AGENT, "tests/conftest.py", "tests/test_kernels.py", "tests/test_kerne
          "tests/test_kernels_gpu.py")
 
 
+def bench(name: str, seconds: float, text: str, *command: str, sources=BENCH, cuda: bool = True) -> Step:
+    return Step(name, seconds, text, ("-m", "eval.bench", *command, "--device", "{device}", "--out", "{result}"),
+                sources, cuda)
+
+
 def own(name: str, seconds: float, text: str, sources: tuple[str, ...] = AGENT, cuda: bool = False) -> Step:
-    command = ("-m", "eval.bench.gpu_steps", name, "--device", "{device}", "--result", "{result}", "--out", "{out}",
-               "--seconds", "{seconds}")
-    return Step(name, seconds, text, command, sources, cuda)
-
-
-def bench(name: str, seconds: float, text: str, *command: str, cuda: bool = True) -> Step:
-    return Step(name, seconds, text, ("-m", "eval.bench", *command, "--device", "{device}", "--out", "{result}"), BENCH,
-                cuda)
+    return bench(name, seconds, text, f"gpu-{name}", "--to", "{out}", "--seconds", "{seconds}", sources=sources,
+                 cuda=cuda)
 
 
 def tests(name: str, seconds: float, text: str, *chosen: str) -> Step:

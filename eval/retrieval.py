@@ -10,17 +10,15 @@ the share of gold passages, over all questions, among the first k found; a repea
 Beside it stands what looking up titles would find at the same k: the passages whose title occurs in the question word
 for word (case and punctuation aside), longer titles first, then in the order of the corpus. A gold passage that is not
 named in the question, the second hop of a bridge question, is out of reach of any lookup. With --retriever the vectors
-of a sentence model stand beside both. Below the table: what building (or loading) each index and a query take.
+of a sentence model stand beside both.
 
 Intervals are Wilson's, 95%, over gold passages as if those of one question were independent.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from data import InputError
@@ -100,13 +98,6 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join([*lines, "", "Recall of gold passages in %, its 95% interval; questions with all of their gold."])
 
 
-def timed(work: Callable):
-    """(wall seconds, value) of work()."""
-    began = time.perf_counter()
-    value = work()
-    return time.perf_counter() - began, value
-
-
 def run(argv: Sequence[str]) -> None:
     parser = StrictParser(prog="python -m eval.retrieval", allow_abbrev=False,
                           description="Recall of gold passages by BM25, and by a sentence model, beside a lookup of "
@@ -125,20 +116,16 @@ def run(argv: Sequence[str]) -> None:
     corpus = load_passages(options.corpus)
     questions = {file: load_questions(file) for file in options.questions}
     searched = with_contexts(corpus, [q for some in questions.values() for q in some])
-    retrievers: dict[str, Retriever | Dense] = {}
-    ready, retrievers["bm25"] = timed(lambda: Retriever(searched, options.index))
+    retrievers: dict[str, Retriever | Dense] = {"bm25": Retriever(searched, options.index)}
     if options.retriever != "bm25":
         place = options.index and options.index.with_name(options.index.name + "-dense")
         retrievers["dense"] = retriever_of(options.retriever, searched, place)
-    asked = [q.question for some in questions.values() for q in some]
-    ms = [1e3 * timed(lambda q=q: retrievers["bm25"].search([q]))[0] for q in asked]
     titles = Titles(searched)
     rows = [judge(Path(file).name, some, searched, retrievers, titles) for file, some in questions.items()]
-    print(f"{table(rows)}\nBM25: {ready:.2f} s until the index is there, a query {statistics.median(ms):.2f} ms "
-          f"(median), at most {max(ms):.2f}.")
+    print(table(rows))
     if options.out:
         write_json(options.out, {"command": " ".join(["python -m eval.retrieval", *argv]), "corpus": corpus.name,
-                                 "fingerprint": searched.fingerprint, "rows": rows, "ready_seconds": ready, "ms": ms})
+                                 "fingerprint": searched.fingerprint, "rows": rows})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -215,7 +215,7 @@ def test_threads_command(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("argv", "says"), [
-    (["speed"], "speed: unknown benchmark; choose one of step, kernels, compile, sample, trl, threads, all"),
+    (["speed"], "speed: unknown benchmark; choose one of step, kernels, compile, sample, trl, threads, all, "),
     (["step", "--repeats", "0"], "--repeats 0: must be at least 1"),
     (["step", "--repeats", "x"], "--repeats"), (["step", "--grup", "4"], "--grup"),
     (["step", "--group", "1"], "--group 1"), (["step", "--update-documents", "2"], "leave it out"),

@@ -176,8 +176,8 @@ def test_a_training_cut_short_brings_its_weights_and_goes_on(tmp_path):
     log, result = tmp_path / "train/runs/battery/metrics.jsonl", tmp_path / "result.json"
 
     def start(rows: int) -> dict:
-        command = [sys.executable, "-m", "eval.bench.gpu_steps", "train", "--device", "cpu", "--result", str(result),
-                   "--out", str(tmp_path)]
+        command = [sys.executable, "-m", "eval.bench", "gpu-train", "--device", "cpu", "--out", str(result), "--to",
+                   str(tmp_path)]
         with subprocess.Popen(command, cwd=gpu.ROOT) as process:
             while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= rows):
                 time.sleep(0.1)

@@ -60,14 +60,15 @@ def test_steps_done_again_are_counted():
     assert faults.most_redone([steps, [("start", "", ""), *steps], [("report", "", "plotting")]]) == 5
 
 
-def test_every_difference_is_noticed():
-    rows = [{"stage": "base", "step": i, "loss": 1.0} for i in range(3)]
-    whole = {"weights": {"a": "x"}, "metrics": rows, "results": {"em": 0.5}}
-    assert faults.compare(whole, dict(whole)) == []
-    assert faults.compare(whole, whole | {"weights": {"a": "y"}}) == ["weights differs"]
-    assert faults.compare(whole, whole | {"results": {"em": 0.6}}) == ["results differs"]
-    assert "('base', 2) is missing" in faults.compare(whole, whole | {"metrics": rows[:2]})
-    assert "('base', 1) is there 2 times" in faults.compare(whole, whole | {"metrics": [*rows, rows[1]]})
+def test_every_difference_is_noticed(tmp_path, monkeypatch):
+    """Rows of metrics that are missing, twice or other, weights, results: whatever the killed run's end has."""
+    ends = iter([{"metrics": [1, 2], "results": 3}, {"metrics": [1, 2, 2], "results": 3}])
+    monkeypatch.setattr(faults.Victim, "start", lambda self, target=None, after=None: target is not None)
+    monkeypatch.setattr(faults.Victim, "starts", lambda self: [[("base", "0", ""), ("base", "0", "sampling")]])
+    monkeypatch.setattr(faults.Victim, "outcome", lambda self: next(ends))
+    result = faults.trial(1, 0, tmp_path)
+    assert result["problems"] == ["killed-0: metrics differ"] and result["table"] == [["sampling", "base", 1]]
+    assert faults.show(result).endswith("metrics differ")
 
 
 def test_a_run_that_fails_by_itself_is_no_kill(tmp_path):

@@ -366,16 +366,14 @@ def test_judging(tmp_path, capsys):
     argv = ["--corpus", corpus, "--questions", question_file(tmp_path), "--index", str(tmp_path / "i")]
     assert judge.main([*argv, "--out", str(out)]) == 0
     printed, found = capsys.readouterr().out, json.loads(out.read_text())
-    (row,), (table, times) = found["rows"], printed.split("\nBM25: ")
-    assert found["ready_seconds"] > 0 and len(found["ms"]) == 2 and min(found["ms"]) > 0
-    assert times.startswith(f"{found['ready_seconds']:.2f} s") and f"at most {max(found['ms']):.2f}" in times
+    (row,) = found["rows"]
     assert (row["n"], row["gold"], row["passages"]) == (2, 4, 5), "the contexts are searched too, each passage once"
     # "Annford: A town." shares no word with either question; Ann is found by both
     assert row["bm25@3"] == row["bm25@10"] and row["bm25@3"]["found"] == 2 and row["bm25@3"]["all_gold"] == 0
     assert row["titles@3"]["found"] == 2 and row["titles@3"]["recall"] == 0.5
     assert [row["bm25@3"][end] for end in ("low", "high")] == pytest.approx([0.150, 0.850], abs=1e-3)
     assert "| q.json | 2 | 4 | 5 | 50.0 [15.0, 85.0]; 0 |" in printed
-    assert judge.main(argv) == 0 and capsys.readouterr().out.startswith(table), "from the kept index"
+    assert judge.main(argv) == 0 and capsys.readouterr().out == printed, "from the kept index"
     # the index is of the corpus with the contexts: with another file of questions it is another
     context = [["Ann", ["New text."]], *HOTPOT["context"][1:]]
     argv[3] = write(tmp_path / "o.json", json.dumps([{**HOTPOT, "context": context}]))

@@ -1,20 +1,19 @@
 """The steps of `python -m eval.gpu`, each of which runs in a process of its own:
 
-    python -m eval.bench.gpu_steps NAME --device cuda|cpu --result FILE [--out DIR] [--seconds N]
+    python -m eval.bench gpu-NAME --device cuda|cpu --out FILE --to DIR [--seconds N]
 
 A step writes its figures to FILE as JSON as soon as it has them and ends with 1 where they are not as they must be.
+--to is where files go besides, --seconds when the step is stopped.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
 import os
 import platform
 import signal
-import sys
 import tempfile
 import time
 import zlib
@@ -36,7 +35,9 @@ from kernels import attention, logprob
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
 
-def probe(device: torch.device, figures: Figures, options) -> bool:
+def probe(options, fields, figures: Figures) -> bool:
+    """Card, versions, free memory, and the measured ceilings: matrix products and a copy."""
+    device = options.device
     try:
         import triton
         version = triton.__version__
@@ -57,9 +58,10 @@ def probe(device: torch.device, figures: Figures, options) -> bool:
     return True
 
 
-def kernels(device: torch.device, figures: Figures, options) -> bool:
+def kernels(options, fields, figures: Figures) -> bool:
+    """Every kernel against fp64 at the shapes of real models, forward and backward."""
     good = True
-    for name, dtype, case in real_shapes(device):
+    for name, dtype, case in real_shapes(options.device):
         found = errors(case.run("memtrain"), case.run("memtrain", torch.float64))
         sound = all(e <= TOLERANCE[dtype] for e in found.values())  # NaN never passes
         good &= sound
@@ -134,7 +136,9 @@ def gradient(c, batch, model) -> dict[str, torch.Tensor]:
     return {n: g.double().cpu() for n, g in capture.gradient.items()}
 
 
-def parity(device: torch.device, figures: Figures, options) -> bool:
+def parity(options, fields, figures: Figures) -> bool:
+    """Sampler with graphs = eager = CPU; sampled = scored; a GRPO gradient against fp64."""
+    device = options.device
     fields = ["--stages", "memtrain", "--documents", "4", "--update-documents", "4", "--kl", "0.001"]
     c, tokenizer, cpu = memtrain.parse(fields), memtrain.load_tokenizer(), torch.device("cpu")
     data, here, there = memtrain.Data(c, tokenizer), policy(c, tokenizer, cpu), policy(c, tokenizer, device)
@@ -173,9 +177,11 @@ METRICS = ("reward", "reward_em", "recall", "signal", "loss", "mismatch", "misma
            "seconds_sampling", "tokens_sampled", "tokens_trained", "tokens")
 
 
-def main_command(home: Path, device: torch.device, figures: Figures, options, *argv: str) -> tuple[int, Path]:
-    """python memtrain.py with these options in the folder `home`: (exit code, folder of the run)."""
-    began, run = time.perf_counter(), home / "runs" / "battery"
+def main_command(name: str, home: Path, options, figures: Figures) -> tuple[int, Path]:
+    """python memtrain.py as RUNS has it, in the folder `home`: (exit code, folder of the run)."""
+    began, run, device = time.perf_counter(), home / "runs" / "battery", options.device
+    everywhere, card, cpu = RUNS[name]
+    argv = [*everywhere, *(card if device.type == "cuda" else cpu)]
     stop_after(0.85 * options.seconds)  # in time to say what there is
     with contextlib.chdir(home):
         code = memtrain.main(["--run", run.name, "--device", device.type, *argv])
@@ -206,16 +212,14 @@ RUNS = {  # name: options everywhere, on a card, on a CPU
               (*THIN, "--people", "60", "--passages", "60", "--threads", "1"))}
 
 
-def whole_run(device: torch.device, figures: Figures, options) -> bool:
-    """One of RUNS in an empty folder; its results, and its report as DIR/report.md."""
-    everywhere, card, cpu = RUNS[options.name]
+def whole_run(name: str, options, fields, figures: Figures) -> bool:
+    """python memtrain.py in an empty folder: its results, and its report as DIR/report.md."""
     with tempfile.TemporaryDirectory() as home:
-        code, run = main_command(Path(home), device, figures, options, *everywhere,
-                                 *(card if device.type == "cuda" else cpu))
+        code, run = main_command(name, Path(home), options, figures)
         if (run / "results.json").exists():
             figures.add(results=json.loads((run / "results.json").read_text()))
-        if options.out and (run / "report.md").exists():
-            with replacing(options.out / "report.md") as temporary:
+        if (run / "report.md").exists():
+            with replacing(options.to / "report.md") as temporary:
                 temporary.write_bytes((run / "report.md").read_bytes())
     return code == 0
 
@@ -223,15 +227,14 @@ def whole_run(device: torch.device, figures: Figures, options) -> bool:
 PART = 15 << 20  # bytes of a file that is brought back: machines that are lent by the minute limit them
 
 
-def train(device: torch.device, figures: Figures, options) -> bool:
+def train(options, fields, figures: Figures) -> bool:
     """Preset small, its base and MemTrain, as far as the time goes. The run stays in DIR/train, where the next battery
     goes on; the weights of its last stage come as DIR/small.safetensors.N, bfloat16, to be joined by cat."""
     from safetensors.torch import load_file, save
 
-    everywhere, card, cpu = RUNS["train"]
-    home = options.out / "train"
-    home.mkdir(exist_ok=True)
-    code, run = main_command(home, device, figures, options, *everywhere, *(card if device.type == "cuda" else cpu))
+    home = options.to / "train"
+    home.mkdir(parents=True, exist_ok=True)
+    code, run = main_command("train", home, options, figures)
     stage = next((s for s in ("memtrain", "base") if (run / s / "checkpoint.safetensors").exists()), None)
     if stage is None:
         return False
@@ -240,7 +243,7 @@ def train(device: torch.device, figures: Figures, options) -> bool:
                  {"state": (run / stage / "checkpoint.json").read_text()})
     parts = [whole[i:i + PART] for i in range(0, len(whole), PART)]
     for i, part in enumerate(parts):
-        with replacing(options.out / f"small.safetensors.{i}") as temporary:
+        with replacing(options.to / f"small.safetensors.{i}") as temporary:
             temporary.write_bytes(part)
     figures.add(stage=stage, parts=len(parts), bytes=len(whole))
     return code in (0, 130)  # 130: stopped for time, and saved
@@ -254,9 +257,10 @@ SHAPE = ("--width", "1024", "--layers", "28", "--heads", "16", "--key-heads", "8
          "--sample-rows", "256", "--cache-gb", "16")
 
 
-def step(device: torch.device, figures: Figures, options) -> bool:
-    """Random weights, the vocabulary of Qwen3 and the paper's section; the first of two steps compiles and captures."""
-    card = device.type == "cuda"
+def step(options, fields, figures: Figures) -> bool:
+    """A GRPO step of Qwen3-0.6B's shape with LoRA: random weights, its vocabulary and the paper's section; tokens/s,
+    peak memory beside the plan's. The first of two steps compiles and captures."""
+    device, card = options.device, options.device.type == "cuda"
     c = memtrain.parse(["--stages", "memtrain", "--lora-rank", "32", "--lora-alpha", "64", "--dtype", "bfloat16",
                         "--recompute", "true", "--kl", "0.001", "--memory", "127", "--response", "128", "--related",
                         "29", "--masked-sections", "4", "--documents", "2", "--update-documents", "2",
@@ -301,9 +305,9 @@ LOGPROB = [(128, 128, 64, 8, 3), (128, 128, 32, 8, 3), (128, 256, 64, 8, 3), (12
            (128, 128, 64, 8, 4), (256, 128, 64, 8, 3)]
 
 
-def tiles(device: torch.device, figures: Figures, options) -> bool:
-    """Forward and backward together, with one kernel's tiles changed."""
-    bf16 = torch.bfloat16
+def tiles(options, fields, figures: Figures) -> bool:
+    """Other tile sizes of the kernels: forward and backward together, with one kernel's tiles changed."""
+    device, bf16 = options.device, torch.bfloat16
     for D, H, K in ((128, 16, 8), (64, 8, 4)):
         case = attention_case(device, bf16, 2, 5320, 8, (1200, 1200), H, K, D)
         for name, sizes in ATTENTION.items():
@@ -332,25 +336,5 @@ def sweep(figures: Figures, name: str, case: Case, sizes: list[tuple], choose: C
     print(name, *rows, sep="\n  ", flush=True)
 
 
-STEPS = {"probe": probe, "kernels": kernels, "parity": parity, "nano": whole_run, "small": whole_run, "run": whole_run,
-         "step": step, "tiles": tiles, "train": train}
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.bench.gpu_steps",
-                                     description="One step of python -m eval.gpu.")
-    parser.add_argument("name", choices=STEPS)
-    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
-    parser.add_argument("--result", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--out", type=Path, metavar="DIR")
-    parser.add_argument("--seconds", type=float, default=0.0, help="after which the step is stopped")
-    options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device is available here; give --device cpu")
-    device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
-    torch.manual_seed(0)
-    return 0 if STEPS[options.name](device, Figures(options.result), options) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+STEPS = {f.__name__: f for f in (probe, kernels, parity, step, tiles, train)} | {
+    name: lambda *rest, name=name: whole_run(name, *rest) for name in ("nano", "small", "run")}

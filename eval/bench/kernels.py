@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -231,10 +232,13 @@ def flex(layout: Layout) -> Callable:
     def visible(b, h, i, j):
         return (j <= i) & (j >= start[i]) & ((j >= layout.own_start[i]) | (j < prefix_end[i]))
 
-    mask = create_block_mask(visible, None, None, layout.total, layout.total, device=layout.device,
-                             _compile=True)  # else T x T is built
+    @cache
+    def mask():
+        return create_block_mask(visible, None, None, layout.total, layout.total, device=layout.device,
+                                 _compile=True)  # else T x T is built
+
     fast = torch.compile(flex_attention)
-    return lambda *qkv: fast(*(x.transpose(0, 1)[None] for x in qkv), block_mask=mask,
+    return lambda *qkv: fast(*(x.transpose(0, 1)[None] for x in qkv), block_mask=mask(),
                              enable_gqa=True)[0].transpose(0, 1)
 
 

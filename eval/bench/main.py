@@ -23,6 +23,7 @@ from data import InputError
 from data.config import STUDY, dashes
 from data.run.files import output, replacing, writing
 from data.run.terminal import StrictParser, one_line
+from eval.bench.gpu_steps import STEPS
 from eval.bench.kernels import kernels
 from eval.bench.measure import Figures, Row, table
 from eval.bench.peers import SHAPES, sample, trl
@@ -83,13 +84,15 @@ PEERS = {"repeats": 5, "shape": "tiny", "group": 8, "groups": 2, "prompt": 0, "r
 COMMANDS: dict[str, tuple[Callable, dict]] = {
     "step": (step, {"repeats": 3}), "kernels": (kernels, {"repeats": 5}), "compile": (compile_kernels, {}),
     "sample": (sample, PEERS), "trl": (trl, PEERS | {"lora_rank": None}),
-    "threads": (threads, {"steps": 2, "limit": 120}), "all": (everything, {"repeats": 3, "to": Path})}
+    "threads": (threads, {"steps": 2, "limit": 120}), "all": (everything, {"repeats": 3, "to": Path})} | {
+    f"gpu-{name}": (step, {"to": Path, "seconds": 0}) for name, step in STEPS.items()}
 FIELDS = ("step", "threads")  # take those of memtrain's command line, too, but for these
 CHOSEN = ("stages", "run", "update-documents", "memtrain-steps", *STUDY)
 HELP = {"repeats": "timed repeats", "shape": f"of the model: {' or '.join(SHAPES)}", "group": "rows of a prompt",
         "groups": "prompts", "prompt": "its tokens; 0: the shape's", "response": "new tokens a row; 0: the shape's",
         "lora_rank": "of the adapters, 0 trains all weights; without it the shape's", "steps": "timed",
-        "limit": "seconds after which a way is given up", "to": "folder of the table and all figures"}
+        "limit": "seconds after which a way is given up", "to": "folder of the table and all figures",
+        "seconds": "after which it is stopped; 0: never"}
 
 
 def parse(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -124,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         print("\n".join(f"    {name:10s} {' '.join(function.__doc__.split())}"
-                        for name, (function, _) in COMMANDS.items()))
+                        for name, (function, _) in COMMANDS.items() if not name.startswith("gpu-")))
         return 0 if argv else 2
     try:
         if argv[0] not in COMMANDS:
@@ -132,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, fields = parse(argv[0], argv[1:])
         torch.set_num_threads(options.threads or os.cpu_count() or 1)
         options.device = memtrain.choose_device(options.device)
+        torch.manual_seed(0)
         figures = Figures(options.out)
         figures["environment"] = environment(SimpleNamespace(device=options.device)) | {
             "command": " ".join(["python -m eval.bench", *argv])}

@@ -95,7 +95,7 @@ def measured(what: str, sides: dict[str, Callable], device: torch.device, repeat
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """(FLOP/s of a matrix product, bytes/s of a copy, read and write counted), best of 5."""
-    n = 8192 if device.type == "cuda" else 1024
+    n = 8192 if device.type == "cuda" else 512
     a = torch.randn(n, n, device=device).to(dtype)
     big = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     other = torch.empty_like(big)
