@@ -305,7 +305,7 @@ def broken(change) -> dict:
 
 
 @pytest.mark.parametrize(("results", "message"), [
-    ("{not json", "not JSON"), ("[1, 2]", "a JSON object is needed"),
+    ("{not json", "not JSON"), ("[1, 2]", "instead of a JSON object"),
     ("{}", "of an older form (format None, needed: 2)"),
     ('{"format": 1, "long_qa": []}', "of an older form (format 1, needed: 2)"),
     ('{"format": 2}', "long_qa is empty"),
@@ -352,7 +352,7 @@ def test_a_field_is_a_line_and_so_is_a_row():
 
 def test_missing_or_unreadable_run(tmp_path, capsys):
     assert main([str(tmp_path / "nowhere")]) == 2
-    assert "no such file" in capsys.readouterr().err
+    assert "No such file" in capsys.readouterr().err
     (tmp_path / "results.json").write_bytes(b"\xff\xfe\x00")
     assert main([str(tmp_path)]) == 2
     folder = make_run(tmp_path / "run")

@@ -117,10 +117,8 @@ def memory(rows: Sequence[dict]) -> list[list[str]]:
             found = [row["retention"][k] for row in own if k < len(row.get("retention") or [])]
             kept, asked = np.sum(found or [[0, 0]], axis=0)
             cells.append(f"{points(kept / asked):.1f} ({asked})" if asked else "—")
-        for field, scale in (("facts_per_100", 1), ("gold_per_100", 1), ("verbatim", 100), ("invented", 100)):
-            values = [row[field] for row in own if row.get(field) is not None]
-            cells.append(f"{scale * np.mean(values):.1f}" if values else "—")
-        lines.append([name, *cells])
+        copied = [row["verbatim"] for row in own if row.get("verbatim") is not None]
+        lines.append([name, *cells, f"{100 * np.mean(copied):.1f}" if copied else "—"])
     return lines
 
 
@@ -168,23 +166,14 @@ def stages(runs: Sequence[Run]) -> list[list[str]]:
 
 def costs(rows: Sequence[dict]) -> list[list[str]]:
     """The ledger of eval.report.ledger in print."""
-    def show(row: dict, key: str) -> str:
-        value = row.get(key)
-        if value is None:
-            return "—"
-        if key == "flops":
-            return f"{value / 1e15:.3g} PFLOP" if value >= 1e14 else f"{value / 1e12:.3g} TFLOP"
-        if key in ("hours", "kwh"):
-            return f"{value:.3g}" + (f" {row['unit']}" if key == "hours" else "")
-        return f"{value:,.0f}"
-
-    keys = ("seconds", "tokens_sampled", "tokens_trained", "flops", "hours", "kwh")
-    return [[Outside(row["stage"]), Outside(row["arm"]), Outside(row["device"]), str(row.get("runs", "")),
-             *(show(row, key) for key in keys)] for row in rows]
+    counted = ("seconds", "tokens_sampled", "tokens_trained")
+    return [[Outside(row["stage"]), Outside(row["arm"]), Outside(row["device"]), str(row["runs"]),
+             *("—" if row[key] is None else f"{row[key]:,.0f}" for key in counted),
+             teraflops(row["flops"]), "—" if row["hours"] is None else f"{row['hours']:.3g}"] for row in rows]
 
 
-def warnings(arms: Sequence[Arm], backbones: Sequence[str], shown: tuple[int, int]) -> list[str]:
-    """What a reader must know before believing a figure. shown: documents in the viewer, and those that were read."""
+def warnings(arms: Sequence[Arm], backbones: Sequence[str]) -> list[str]:
+    """What a reader must know before believing a figure."""
     table, runs, found = arms[0].table, arms[0].runs, []
     config = runs[0].config
     if config.get("preset") == "nano" and config.get("corpus", "miniworld") != "miniworld":
@@ -204,7 +193,4 @@ def warnings(arms: Sequence[Arm], backbones: Sequence[str], shown: tuple[int, in
     if len(backbones) > 1:
         found.append(f"Tables and plots show the first backbone, {backbones[0]}; "
                      "of the others there are Table 1 and C8.")
-    if shown[0] < shown[1]:
-        found.append(f"The memory viewer shows {shown[0]} of {shown[1]} documents, to keep this page small; "
-                     f"readings.json has all.")
     return found
