@@ -258,15 +258,6 @@ def test_lines_of_a_conversation_belong_to_who_began(folder):
     assert lines(folder, b"Note: one.\nTwo.\nThree.") == ["Note: one.", "Two.", "Three."], "a text like any other"
 
 
-@pytest.mark.parametrize("stamp", ["[12.03.24, 18:2{}:01] ", "12/03/2024, 6:2{} PM - ", "2024-03-12 18:2{} - "])
-def test_whatsapps_time_stamps_are_no_names(folder, stamp):
-    said = ["Chats are encrypted.", "Nora: At nine: sharp.", "+49 170 12: Fine.\nOr later.", "Nora: Bye.",
-            "+49 170 12: Bye."]
-    talk = [stamp.format(i) + line for i, line in enumerate(said)]
-    assert lines(folder, "\r\n".join(talk).encode()) == [turn.replace("\n", " ") for turn in talk]
-    assert Text(str(folder / "t.txt")).speakers == {"Nora", "+49 170 12"}
-
-
 def test_a_name_may_stand_on_a_line_of_its_own(folder):
     talk = b"Nora: Let us meet.\nPiet:\nWhere?\nNora: In town.\nPiet: Fine."
     assert lines(folder, talk) == ["Nora: Let us meet.", "Piet: Where?", "Nora: In town.", "Piet: Fine."]

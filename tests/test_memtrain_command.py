@@ -25,8 +25,7 @@ from data import InputError
 from data.config import read_config
 from data.run.files import second_name
 from data.run.folder import Log
-from data.text.corpus import load_passages, load_questions
-from data.text.retrieval import Retriever
+from data.text.corpus import load_questions
 from data.weights.tokenizer import Tokenizer
 from memtrain import Config, main, parse
 
@@ -84,7 +83,7 @@ BAD = {  # command: parts of the answer
     "--stages eval --eval-lengths 128": ["too few passages", "--eval-lengths"],  # in this small a world
     "--run ../up": ["--run ../up", "runs/"], "--run .hidden": ["--run .hidden"],
     "--questions q.json": ["--questions", "--corpus"], "--benchmarks b.jsonl": ["--benchmarks", "--corpus"],
-    "--index there": ["--index", "--corpus"], "--turns 0": ["--turns 0"], "--act 4": ["--act 4", "at least 8"],
+    "--turns 0": ["--turns 0"], "--act 4": ["--act 4", "at least 8"],
     "--result 200": ["--window", "result 200"], "--eval-systems base,gold": ["--eval-systems", "gold", "memtrain"],
     "--stages memtrain+mem1": ["--stages memtrain+mem1", "memtrain before it"],
     "--corpus p.jsonl --stages eval": ["--questions"], "--corpus p.jsonl --stages memagent": ["--train-questions"],
@@ -175,16 +174,9 @@ BENCHMARKS = {  # content: parts of the answer
     "without answers": (b'{"id": "x", "question": "Who?"}\n', ["b.jsonl, line 1", "golden_answers"]),
     "an empty answer": (b'{"id": "x", "question": "Who?", "golden_answers": []}\n', ["b.jsonl, line 1", "answer"]),
     "one id twice": (b'{"id": "x", "question": "Who?", "golden_answers": ["A"]}\n' * 2, ["b.jsonl, line 2", "'x'"]),
-    "no question mark": (b'{"id": "x", "question": "Tell us", "golden_answers": ["A"]}\n', ["b.jsonl", "x", "mark"]),
     "one question": (b'{"id": "x", "question": "Who?", "golden_answers": ["A"]}\n', ["b.jsonl", "two"]),
     "none": (b"", ["b.jsonl", "two"]),
 }
-
-
-def foreign_index(_) -> list:
-    write(c__jsonl=passages(200), d__jsonl=passages(150), q__jsonl=questions(1, 2), t__jsonl=questions(3, 4))
-    Retriever(load_passages("d.jsonl"), Path("index"))
-    return ["--corpus", "c.jsonl", "--questions", "q.jsonl", "--train-questions", "t.jsonl", "--index", "index"]
 
 
 def older_results(base_checkpoint) -> list:
@@ -226,7 +218,6 @@ def bad_inputs() -> dict:
             write(c__jsonl=passages(200), t__jsonl=questions(3, 4), q__jsonl=questions(1, 2), b__jsonl=content)
             return ["--corpus", "c.jsonl", *files, "--benchmarks", "b.jsonl"]
         cases[f"benchmark: {name}"] = prepare, parts
-    cases["index: of another corpus"] = foreign_index, ["another corpus", "c.jsonl", "another folder"]
     cases["results: of an older form"] = older_results, ["results.json", "older form"]
     cases["tokenizer: another one"] = foreign_tokenizer, ["tokenizer", "--stages base"]
     return cases
@@ -252,7 +243,7 @@ def test_there_are_forty_bad_inputs_of_every_sort():
     kinds = [name.split(":")[0] for name in BAD_INPUTS]
     assert len(kinds) >= 80 and {k: kinds.count(k) >= n for k, n in (
         ("command", 40), ("corpus", 9), ("questions", 6), ("checkpoint", 13), ("run folder", 4), ("tokenizer", 1),
-        ("benchmark", 6), ("index", 1), ("results", 1))} == (
+        ("benchmark", 5), ("results", 1))} == (
         dict.fromkeys(dict.fromkeys(kinds), True))
 
 

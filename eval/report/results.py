@@ -20,7 +20,8 @@ SYSTEMS = {  # name in results.json: name in print
     "base-one-window": "Base, one window", "base": "Base", "memtrain": "+ MemTrain", "memagent": "+ MemAgent",
     "memtrain+memagent": "+ MemTrain + MemAgent", "mem1": "+ MEM1", "memtrain+mem1": "+ MemTrain + MEM1",
 }
-# In what runs of one arm may differ: their seed, the machine's fields, where a base or an index lies, what is kept.
+# In what runs of one arm may differ: their seed, the machine's fields, where a base lies, what is kept. Of older runs
+# also where an index was.
 UNSHARED = (FREE_FIELDS | UNTRAINED | {"index"}) - {"world"}
 SHAPE = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model"} | {"model"}  # a backbone
 
