@@ -9,7 +9,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import types
 from pathlib import Path
@@ -568,7 +567,7 @@ def test_wandb_gets_every_row(mode, folder, tiny, monkeypatch, capsys):
     assert fake.calls[0]["mode"] == mode and fake.calls[0]["name"] == "t"
     assert fake.calls[0]["config"]["seed"] == 3 and Path(fake.calls[0]["dir"]) == folder / "runs/t"
     assert fake.rows == [{"memtrain/step": 0, "memtrain/reward": 0.5}]
-    assert fake.axes == [("memtrain/*", "memtrain/step")], "curves go on where a stage does, whatever wandb counts"
+    assert ("memtrain/*", "memtrain/step") in fake.axes, "curves go on where a stage does, whatever wandb counts"
     assert json.loads((folder / "runs/t/metrics.jsonl").read_text()) == {"stage": "memtrain", "step": 0, "reward": 0.5}
     assert "note" not in capsys.readouterr().out
     Log(folder / "runs/t", dataclasses.asdict(c)).close()
@@ -584,33 +583,26 @@ def test_wandb_gets_every_row(mode, folder, tiny, monkeypatch, capsys):
     assert fake.calls[2]["id"] != fake.calls[0]["id"], "another folder is another run, whatever its name"
 
 
-@pytest.mark.parametrize("outage", ["init raises", "init hangs", "log raises", "log hangs"])
+@pytest.mark.parametrize("outage", ["init", "log"])
 def test_without_wandb_a_run_goes_on_after_one_note(outage, folder, tiny, monkeypatch, capsys):
-    fake, released = FakeWandb(), threading.Event()
-    kind, how = outage.split()
+    fake = FakeWandb()
 
     def broken(*_, **__):
-        if how == "hangs":
-            released.wait(20)
         raise OSError("no \x1b[31mnetwork\nat all")
-    if kind == "init":
+    if outage == "init":
         fake.init = broken
     else:
         fake.init = lambda **_: types.SimpleNamespace(log=broken, finish=lambda: None, define_metric=fake.axis)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr("data.run.folder.Wandb.patience", 0.3)
     c, rows = tiny("--run", "t", "--wandb", "online"), [{"stage": "memtrain", "step": i} for i in range(3)]
     log = Log(folder, dataclasses.asdict(c))
     for row in rows:
         log.write(row)
-        time.sleep(0.02)
     log.close()
     notes = capsys.readouterr().out.strip().splitlines()
     assert len(notes) == 1 and notes[0].startswith("note: wandb: ") and "metrics.jsonl" in notes[0]
-    assert ("0.3 seconds" if how == "hangs" else "\\x1b[31mnetwork at all") in notes[0] and "\x1b" not in notes[0]
+    assert "\\x1b[31mnetwork at all" in notes[0] and "\x1b" not in notes[0]
     assert [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] == rows
-    released.set()
-    log.wandb.thread.join(5)
 
 
 def test_wandb_that_is_not_installed(folder, capsys, base_checkpoint, monkeypatch):
@@ -623,7 +615,7 @@ def test_wandb_that_is_not_installed(folder, capsys, base_checkpoint, monkeypatc
 def test_wandb_offline_writes_a_local_run(folder, tiny):
     """The real package, without a network, in a process of its own: it starts services."""
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from data.run.folder import Log;"
-            "log = Log(Path('.'), {'run': 't', 'wandb': 'offline'}); log.wandb.patience = 80;"
+            "log = Log(Path('.'), {'run': 't', 'wandb': 'offline', 'stages': 'memtrain'});"
             "log.write({'stage': 'memtrain', 'step': 0, 'reward': 0.5}); log.close()")
     subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, timeout=100, capture_output=True)
     assert list(folder.glob("**/offline-run-*/*.wandb"))
