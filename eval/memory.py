@@ -142,13 +142,13 @@ def chosen_lengths(lengths: Sequence[int]) -> tuple[int, int]:
 class Memories:
     """What an evaluation keeps of its readings: rows of results.json and readings.json beside it.
 
-    rows: those that results.json has so far. Length 0 stands for the held-out masked documents. A system is measured by
-    `note`, on any rank, and what is kept of it written by `keep`, on the first.
+    Length 0 stands for the held-out masked documents. A system is measured by `note`, on any rank, and what is kept of
+    it written by `keep`, on the first, before its rows.
     InputError where readings.json is none, or is of other documents.
     """
 
-    def __init__(self, run, lengths: Sequence[int], rows: Sequence[dict]):
-        self.data, self.agent, self.seed, self.rows = run.data, run.evaluated, run.c.seed, rows
+    def __init__(self, run, lengths: Sequence[int]):
+        self.data, self.agent, self.seed = run.data, run.evaluated, run.c.seed
         self.masked_length = run.c.masked_sections
         self.measured, self.shown = chosen_lengths(lengths)
         self.counts = {0: min(READINGS, run.c.eval_masked)}  # by length: documents that are kept
@@ -161,20 +161,10 @@ class Memories:
     def _task(self, length: int) -> tuple[str, int]:
         return ("question", length) if length else ("masked", self.masked_length)
 
-    def has(self, system: str, length: int | str) -> bool:
-        """Whether nothing is left to note of `system` at this length; of other jobs than lengths nothing is, nor of
-        policies that were kept on the way."""
-        if system == "base-one-window" or "@" in system or type(length) is not int:  # the first writes no memory
-            return True
-        task, sections = self._task(length)
-        row = any((r.get("system"), r.get("task"), r.get("length")) == (system, task, sections) for r in self.rows)
-        kept = sum(d["task"] == task and d["length"] == sections and system in d["systems"] for d in self.documents)
-        return (row or length not in (0, self.measured)) and kept >= self.counts.get(length, 0)
-
     def note(self, system: str, length: int, problems: Sequence[Problem],
              rollouts: Sequence) -> tuple[dict[str, dict], list[Kept]]:
         """{"memory": the row} where this length is measured, and what readings.json keeps of these rollouts."""
-        if not rollouts or self.has(system, length):
+        if not rollouts or system == "base-one-window" or "@" in system:  # the first writes no memory
             return {}, []
         task, sections = self._task(length)
         count = self.counts.get(length, 0)
@@ -205,8 +195,8 @@ class Memories:
             if not same:
                 self.documents.append(new | {"systems": {}})
             elif same[0]["sections"] != new["sections"]:
-                raise InputError(f"{self.path}: document {new['id']} has another text than this run reads; delete the "
-                                 f"file to have it written anew")
+                raise InputError(f"{self.path}: document {new['id']} has another text than this run reads; delete it "
+                                 f"and results.json beside it to have both written anew")
             (same or self.documents[-1:])[0]["systems"][system] = read
         if kept:
             write_json(self.path, {"format": 1, "documents": self.documents})

@@ -146,14 +146,13 @@ def stand_in(tmp_path, agent):
     memories = [a.tokenizer.encode(f"{HOSTILE} {i}") for i in range(sections)]
     rollout = memtrain.Rollout(problem, [], [], memories, HOSTILE)
 
-    def build(rows=()):
-        return Memories(run, [4], rows), [problem], [rollout]
+    def build():
+        return Memories(run, [4]), [problem], [rollout]
     return build
 
 
 def test_hostile_text_survives(stand_in, tmp_path):
     memories, problems, rollouts = stand_in()
-    assert not memories.has("base", 4)
     rows, kept = memories.note("base", 4, problems, rollouts)
     memories.keep("base", kept)
     assert rows["memory"]["n"] == 1 and rows["memory"]["task"] == "question" and rows["memory"]["length"] == 4
@@ -169,25 +168,15 @@ def test_hostile_text_survives(stand_in, tmp_path):
     json.dumps(document, allow_nan=False)
 
 
-def test_a_second_evaluation_adds_what_is_missing(stand_in, tmp_path):
-    memories, problems, rollouts = stand_in()
-    row, kept = memories.note("base", 4, problems, rollouts)
-    memories.keep("base", kept)
-    rows = [row["memory"]]
-    memories, *_ = stand_in(rows)  # as a new process finds it
-    assert memories.has("base", 4) and memories.has("base-one-window", 4) and not memories.has("memtrain", 4)
-    assert memories.note("base", 4, problems, rollouts) == ({}, [])
-    memories, *_ = stand_in([*rows, rows[0] | {"system": "memtrain"}])
-    assert not memories.has("memtrain", 4), "its row is there, its reading is not"
-    memories, *_ = stand_in(rows)
-    row, kept = memories.note("memtrain", 4, problems, rollouts)
-    assert row["memory"]["system"] == "memtrain"
-    memories.keep("memtrain", kept)
+def test_a_second_system_is_added_to_the_same_document(stand_in, tmp_path):
+    for system in ("base", "memtrain"):  # each as a new process finds it
+        memories, problems, rollouts = stand_in()
+        row, kept = memories.note(system, 4, problems, rollouts)
+        assert row["memory"]["system"] == system
+        memories.keep(system, kept)
     (document,) = load_readings(tmp_path / "readings.json")
     assert list(document["systems"]) == ["base", "memtrain"]
-    (tmp_path / "readings.json").unlink()
-    memories, *_ = stand_in(rows)
-    assert not memories.has("base", 4), "the row is there, the reading is not"
+    assert memories.note("base-one-window", 4, problems, rollouts) == ({}, [])
 
 
 def test_readings_of_other_documents_are_refused(stand_in, tmp_path):
@@ -256,19 +245,3 @@ def test_an_evaluation_writes_rows_and_readings(folder, base_checkpoint, monkeyp
     assert after[0]["memory"][:2] == rows and [r["system"] for r in after[0]["memory"][2:]] == ["memtrain"] * 2
     for old, new in zip(documents, after[1]["documents"], strict=True):
         assert new["systems"].pop("memtrain").keys() == {"memories", "answer", "correct"} and new == old
-
-
-def test_what_was_lost_is_measured_again_to_the_same(folder, base_checkpoint, monkeypatch):
-    """Without readings.json, or with results of before memories were measured: no row twice, the same bytes."""
-    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
-    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--eval-lengths", "1,2", "--stages", "eval"]
-    assert memtrain.main(command) == 0
-    results, readings = folder / "runs/t/results.json", folder / "runs/t/readings.json"
-    measured = lambda: json.loads(results.read_text()) | {"evaluation": "took time"}  # noqa: E731
-    whole, kept = measured(), readings.read_bytes()
-    readings.unlink()
-    assert memtrain.main(command) == 0
-    assert readings.read_bytes() == kept and measured() == whole
-    results.write_text(json.dumps({k: v for k, v in whole.items() if k not in ("memory", "evaluation")}))
-    assert memtrain.main(command) == 0
-    assert readings.read_bytes() == kept and measured() == whole

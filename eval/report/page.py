@@ -13,7 +13,6 @@ left out. The paper's own figures stand beside ours, also where they do not flat
 
 import argparse
 import base64
-import dataclasses
 import hashlib
 import json
 import re
@@ -23,10 +22,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from data import InputError
-from data.config import Config
 from data.run.files import json_bytes, output, replacing, writing
 from data.run.terminal import one_line, printable
 from eval.report import changing, curve, plots, tables
@@ -37,16 +35,6 @@ from eval.report.paper import PAPER_BENCHMARKS, PAPER_LENGTHS, PAPER_TABLE1, PAP
 from eval.report.results import SYSTEMS, Run, load_run
 from eval.report.tables import LONG, Outside
 
-TITLES = {
-    "C1": "MemTrain, without one label, lifts the base, on average over lengths.",
-    "C2": "MemTrain before MemAgent beats MemAgent alone.",
-    "C3": "It falls off less as documents grow.",
-    "C4": "Leaving out memory recall is worse.",
-    "C5": "Recall that isn’t rewarded end to end is worse on long documents.",
-    "C6": "More post-training does not replace MemTrain.",
-    "C7": "MemTrain before MEM1 beats MEM1 alone at search.",
-    "C8": "It holds for more than one backbone.",
-}
 INTERVALS = (
     "Differences in percentage points with their 95% interval, rounded outwards: a paired bootstrap over questions, "
     "with the spread of the seeds added by Student's t, which is wide where seeds are few; the two questions of a "
@@ -175,31 +163,14 @@ def figures(folder: Path) -> dict[str, Markup]:
     return found
 
 
-def figure_cell(value) -> Markup:
-    """A cell of a table: what stands in brackets behind a figure goes below it."""
-    text = str(value) if isinstance(value, Markup) else printable(str(value))
-    found = re.fullmatch(r"([+-]?[\d.]+) ([(\[][^()\[\]]*[)\]])(.*)", text)
-    return Markup("{}<small>{}{}</small>").format(*found.groups()) if found else escape(text)
-
-
-def configuration(run: Run) -> tuple[list, list]:
-    """(fields that differ from the defaults with both values, all fields)."""
-    default = dataclasses.asdict(Config())
-    changed = [[Outside(k), Outside(v), Outside(default.get(k, "—"))]
-               for k, v in run.config.items() if k != "run" and default.get(k) != v]
-    return changed, [[Outside(k), Outside(v)] for k, v in run.config.items()]
-
-
-def html(run: Run, said: dict, folder: Path, data: Markup | str) -> str:
+def html(said: dict, folder: Path, data: Markup | str) -> str:
     """The page, whose plots lie in `folder`. Everything but our own style, script and plots is escaped."""
     here = Path(__file__)
     script = here.with_name("report.js").read_text(encoding="utf-8")
-    settings, config = configuration(run)
     environment = _environment(autoescape=True, finalize=lambda v: v if isinstance(v, Markup) else printable(str(v)))
-    environment.filters["figure"] = figure_cell
     environment.filters["sign"] = lambda claim: SIGNS.get(claim.word, "none")
     return environment.get_template("report.html.j2").render(said | {
-        "titles": TITLES, "figures": figures(folder), "settings": settings, "config": config,
+        "figures": figures(folder),
         "cost_lines": {"own": [row for row in said["costs"][:-1] if row[1] == FULL],
                        "other": [row for row in said["costs"][:-1] if row[1] != FULL]},
         "style": Markup(here.with_name("report.css").read_text(encoding="utf-8")), "script": Markup(script),
@@ -248,7 +219,7 @@ def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = 
         changing.plot(arms, out / "changing.png")
     markdown = _environment(finalize=lambda v: md(v) if isinstance(v, Outside) else v)
     markdown.filters |= {"cell": lambda v: md(v) if isinstance(v, Outside) else v, "lines": claim_cells, "md": md}
-    made = {"report.html": html(runs[0], said, out, data),
+    made = {"report.html": html(said, out, data),
             "report.md": markdown.get_template("report.md.j2").render(said, curves=curves, shown=bool(data)),
             "claims.json": json_bytes([figures_of(c) for c in said["summary"]]).decode()}
     for name, text in made.items():

@@ -158,7 +158,7 @@ def _read_metrics(path: Path) -> list[dict]:
 def load_readings(path: Path, more: str = "") -> list[dict]:
     """Documents of readings.json, each with the memories of several systems; none where the file is missing. more:
     fields that they need besides DOCUMENT."""
-    again = "delete it to have it written anew"
+    again = "delete it and results.json beside it to have both written anew"
     value = read_json(path, again) if path.exists() else {"format": 1, "documents": []}
     if value.get("format") != 1 or not isinstance(value.get("documents"), list):
         raise InputError(f"{path}: readings of another form; {again}")
