@@ -188,7 +188,7 @@ def test_spacy_keeps_labels_and_trims(nlp):
 def test_spacy_models_are_looked_up(nlp, monkeypatch):
     import spacy
 
-    monkeypatch.setattr(spacy.util, "is_package", lambda name: name == "en_core_web_md")
+    monkeypatch.setattr(spacy.util, "is_package", lambda name: name == "en_core_web_sm")
     monkeypatch.setattr(spacy, "load", lambda name, exclude: nlp)
     assert isinstance(make_finder("auto"), SpacyFinder)
     assert isinstance(make_finder("spacy"), SpacyFinder)

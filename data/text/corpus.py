@@ -148,14 +148,10 @@ def load_passages(spec: str, *, limit: int | None = None, max_words: int = 180,
     """The corpus that `spec` names: a file, a folder (its files, sorted, recursive), or "wikipedia".
 
     .json, .jsonl: records {title, text}, or {contents} as in FlashRAG, whose first line is the quoted title;
-        taken as they are.
-    .parquet: the same as columns; texts of more than `max_words` of what `size` measures are split (`split_text`).
+        taken as they are. .parquet: the same as columns, split into `max_words` of what `size` measures.
     .txt: a blank line ends a paragraph, long ones are split; the first of several lines is the title if it
         looks like a heading (`_is_heading`).
-    "wikipedia": articles, split too. 150 passages of at most 180 words make about 32,000 tokens of Qwen's
-        vocabulary (the paper's documents: 24,000 to 40,000); of 120 words, about 21,000.
-    size: words (data.text.words); a run gives its tokens, which alone are comparable between languages.
-    Any of the files may be packed with gzip (.jsonl.gz), and have UTF-16's mark at its beginning.
+    "wikipedia": articles, split too.
     What has no title is named after its file, with a running number. `limit` is the number of articles for
     "wikipedia" (default 20,000), of passages for files (default all). Repeated passages are dropped.
     Raises InputError.

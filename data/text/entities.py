@@ -24,7 +24,6 @@ from data import InputError
 from data.text.words import INVISIBLE, JOINED, UNSPACED
 
 PLACEHOLDER = re.compile(r"\[(?:MASK|TARGET)\]")
-SPACY_MODELS = ("en_core_web_sm", "en_core_web_md", "en_core_web_lg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,33 +43,31 @@ class Finder(Protocol):
 
 
 def make_finder(choice: str = "auto") -> Finder:
-    """The finder for "rules", "spacy" (its small, medium or large English model), "spacy:<model>", or "auto":
-    spaCy if it and one of these models are installed, else rules.
+    """The finder for "rules", "spacy" (its small English model), "spacy:<model>", or "auto": spaCy if it and that model
+    are installed, else rules.
 
     Raises InputError for anything else, and where spaCy or its model is missing or does not load.
     """
     if choice == "rules":
         return RuleFinder()
-    if choice not in ("auto", "spacy") and not choice.startswith("spacy:"):
+    kind, _, model = choice.partition(":")
+    if choice != "auto" and kind != "spacy":
         raise InputError(f"entity finder {choice!r} is unknown; use auto, rules, spacy or spacy:<model>")
-    models = (choice.removeprefix("spacy:"),) if ":" in choice else SPACY_MODELS
+    model = model or "en_core_web_sm"
     try:
         import spacy
 
-        for model in filter(spacy.util.is_package, models):
-            # NER needs none of these, and they would take most of the time.
-            others = ["tagger", "parser", "attribute_ruler", "lemmatizer"]
-            return SpacyFinder(spacy.load(model, exclude=others))
-        problem = f"no model {' or '.join(models)}"
-    except ModuleNotFoundError as error:
-        problem = f"no module {error.name}"
+        if spacy.util.is_package(model):  # NER needs none of these, and they would take most of the time
+            return SpacyFinder(spacy.load(model, exclude=["tagger", "parser", "attribute_ruler", "lemmatizer"]))
+    except ModuleNotFoundError:
+        pass
     except Exception as error:  # installed, but broken: "auto" must not quietly make other data of it
-        problem = f"spaCy does not load ({type(error).__name__})"
-        raise InputError(f"entity finder {choice!r}: {problem}; repair it or use rules") from error
+        raise InputError(f"entity finder {choice!r}: spaCy does not load ({type(error).__name__}); repair it or use "
+                         f"rules") from error
     if choice == "auto":
         return RuleFinder()
-    remedy = f"pip install spacy && python -m spacy download {models[0]}"
-    raise InputError(f"entity finder {choice!r}: {problem}; {remedy}, or use rules")
+    raise InputError(f"entity finder {choice!r}: no spaCy, or no model {model}; pip install spacy && python -m spacy "
+                     f"download {model}, or use rules")
 
 
 # ---- masking

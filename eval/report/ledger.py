@@ -1,4 +1,4 @@
-"""What a run cost: tokens, FLOPs and device hours, per stage. Arithmetic, without torch.
+"""What a stage cost: tokens and FLOPs. Arithmetic, without torch.
 
 FLOPs are the model's: 2 a parameter and token that passes forward (sampled tokens and, where they were counted, the
 prompts they answer), 6 a parameter and token trained on (forward and backward); with adapters 4 a frozen parameter and
@@ -6,13 +6,7 @@ prompts they answer), 6 a parameter and token trained on (forward and backward);
 recomputation and the optimiser are not counted.
 """
 
-from collections.abc import Sequence
-
 from eval.plan import parameters
-from eval.report.arms import Arm
-from eval.report.results import number
-
-SUMMED = ("seconds", "tokens_sampled", "tokens_trained", "flops", "hours")
 
 
 def stage_cost(state: dict, c, vocab: int) -> dict:
@@ -26,32 +20,3 @@ def stage_cost(state: dict, c, vocab: int) -> dict:
     flops += (4.0 * multiplied + 6.0 * adapters if adapters else 6.0 * multiplied) * trained
     return {"tokens_sampled": sampled, "tokens_prompts": prompts, "tokens_trained": trained,
             "parameters": weights + adapters, "flops": flops}
-
-
-def ledger(arms: Sequence[Arm]) -> list[dict]:
-    """One row per arm, stage and device, summed over the arm's runs; the last row is the sum of all.
-
-    A row has arm, stage, device, runs and SUMMED; hours are of a GPU or of a CPU's threads. None where nothing was
-    recorded.
-    """
-    rows: dict[tuple, dict] = {}
-    total = _empty("", "all", "")
-    for arm in arms:
-        for run in arm.runs:
-            device = str(run.environment.get("device", "cpu"))
-            threads = run.environment.get("threads") if device == "cpu" else 1
-            stages = [row for row in run.results["stages"] if "@" not in row["name"]]  # the whole stage has those, too
-            for stage in (*stages, {"name": "eval"} | run.results.get("evaluation", {})):
-                row = rows.setdefault((arm.name, stage["name"], device), _empty(arm.name, stage["name"], device))
-                seconds = stage.get("seconds")
-                hours = None if seconds is None else seconds / 3600 * (threads if number(threads) else 1)
-                for own in (row, total):
-                    own["runs"] += 1
-                    for key, value in (stage | {"hours": hours}).items():
-                        if key in SUMMED and value is not None:
-                            own[key] = (own[key] or 0) + value
-    return [*rows.values(), total | {"runs": ""}]
-
-
-def _empty(arm: str, stage: str, device: str) -> dict:
-    return {"arm": arm, "stage": stage, "device": device, "runs": 0, **dict.fromkeys(SUMMED)}

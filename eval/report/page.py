@@ -28,9 +28,8 @@ from data import InputError
 from data.run.files import json_bytes, output, replacing, writing
 from data.run.terminal import one_line, printable
 from eval.report import changing, curve, plots, tables
-from eval.report.arms import BOTH, FULL, Arm, backbones
+from eval.report.arms import BOTH, Arm, backbones
 from eval.report.claims import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, RULE, Claim, verdicts
-from eval.report.ledger import ledger
 from eval.report.paper import PAPER_BENCHMARKS, PAPER_LENGTHS, PAPER_TABLE1, PAPER_TABLE2
 from eval.report.results import SYSTEMS, Run, load_run
 from eval.report.tables import LONG, Outside
@@ -96,7 +95,7 @@ def content(named: dict[str, list[Arm]], labels: curve.Curve | None) -> dict:
         "masked": tables.per_system(rows["masked"], "em", "em_low", "em_high"),
         "memory": tables.memory(rows["memory"]), "kept_after": [f"k = {k}" for k in tables.RETENTION],
         "changing": changing.content(arms),
-        "stages": tables.stages(runs), "costs": tables.costs(ledger(arms)), "counted": COUNTED,
+        "stages": tables.stages(runs), "counted": COUNTED,
         "notes": [Outside(run.results["claims_note"]) for run in everyone if run.results.get("claims_note")],
     }
 
@@ -171,8 +170,6 @@ def html(said: dict, folder: Path, data: Markup | str) -> str:
     environment.filters["sign"] = lambda claim: SIGNS.get(claim.word, "none")
     return environment.get_template("report.html.j2").render(said | {
         "figures": figures(folder),
-        "cost_lines": {"own": [row for row in said["costs"][:-1] if row[1] == FULL],
-                       "other": [row for row in said["costs"][:-1] if row[1] != FULL]},
         "style": Markup(here.with_name("report.css").read_text(encoding="utf-8")), "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), "readings": data})
 

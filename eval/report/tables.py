@@ -164,14 +164,6 @@ def stages(runs: Sequence[Run]) -> list[list[str]]:
             for run in runs for row in run.results["stages"]]
 
 
-def costs(rows: Sequence[dict]) -> list[list[str]]:
-    """The ledger of eval.report.ledger in print."""
-    counted = ("seconds", "tokens_sampled", "tokens_trained")
-    return [[Outside(row["stage"]), Outside(row["arm"]), Outside(row["device"]), str(row["runs"]),
-             *("—" if row[key] is None else f"{row[key]:,.0f}" for key in counted),
-             teraflops(row["flops"]), "—" if row["hours"] is None else f"{row['hours']:.3g}"] for row in rows]
-
-
 def warnings(arms: Sequence[Arm], backbones: Sequence[str]) -> list[str]:
     """What a reader must know before believing a figure."""
     table, runs, found = arms[0].table, arms[0].runs, []
