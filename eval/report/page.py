@@ -81,7 +81,7 @@ def content(named: dict[str, list[Arm]], labels: curve.Curve | None) -> dict:
                      "table1": tables.by_columns(own[0].table, LONG)} for name, own in list(named.items())[1:]],
         "benchmarks": [Outside(n) for n in search.columns], "paper2": _averaged(PAPER_TABLE2),
         "paper_benchmarks": list(PAPER_BENCHMARKS),
-        "table2": tables.by_columns(search, tables.search_systems(search)), "searched": tables.how_searched(search),
+        "table2": tables.by_columns(search, tables.search_systems(search)), "searched": tables.aside(search),
         "summary": summary, "detail": detail, "aside": tables.aside(table), "kinds": tables.by_kind(table),
         "locomo": tables.locomo(table),
         "ablations": {SYSTEMS[s]: found for s in (BOTH, "memtrain")

@@ -42,22 +42,11 @@ BESIDE = {"em": ("EM", 100), "f1": ("F1", 100), "sub_em_search_r1": ("sub-EM, Se
           "found": ("found, %", 100), "finished": ("finished, %", 100), "memory_tokens": ("memory, tokens", 1)}
 
 
-def how_searched(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Beside exact match, heads and lines: means over benchmarks and seeds."""
-    return _beside(table, ("f1", "sub_em_search_r1", "sub_em_memagent", "turns", "searches", "answered", "malformed",
-                           "found", "memory_tokens"))
-
-
 def aside(table: Table) -> tuple[list[str], list[list[str]]]:
-    """The lenient metrics and how the systems read, heads and lines: means over lengths and seeds."""
-    return _beside(table, ("em", "f1", "sub_em_search_r1", "sub_em_memagent", "sub_em", "finished", "memory_tokens"))
-
-
-def _beside(table: Table, fields: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Containment only as far as the rows, which may be older, have it."""
+    """The lenient metrics and how the systems read or searched, as far as the rows, which may be older, have them:
+    heads and lines, means over columns and seeds."""
     systems = [s for s in SYSTEMS if table.has(s)]
-    fields = [f for f in fields if not f.startswith("sub_em") or any(
-        row.get(f) is not None for s in systems for row in table.rows(s))]
+    fields = [f for f in BESIDE if any(row.get(f) is not None for s in systems for row in table.rows(s))]
     return ["system", *(BESIDE[f][0] for f in fields)], _means(table, systems, {f: BESIDE[f][1] for f in fields})
 
 
