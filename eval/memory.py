@@ -156,7 +156,7 @@ class Memories:
             self.counts[self.shown] = min(READINGS, len(run.data.questions))
         self.books: dict[int, list[Book]] = {}  # by length: the same for every system
         self.path = run.folder.measured(run.c.world) / "readings.json"
-        self.documents = load_readings(self.path, "length:count kind:text")
+        self.documents = load_readings(self.path)
 
     def _task(self, length: int) -> tuple[str, int]:
         return ("question", length) if length else ("masked", self.masked_length)

@@ -83,8 +83,8 @@ def reading(index: int, sections: int, systems=("base", "memtrain", "memagent", 
             memories.append(" ".join([*facts, f"{text.split('.')[0]}."]))
         read[system] = {"memories": memories, "answer": town if number else None, "correct": int(number > 0)}
     return {"id": f"masked-{index}", "task": "masked" if index % 2 else "question", "kind": "bridge",
-            "question": f"Which entity is [MASK] in the whole article about {name}?", "answers": [town],
-            "sections": texts, "gold": gold, "marks": ["[MASK]", name], "systems": read}
+            "length": sections, "question": f"Which entity is [MASK] in the whole article about {name}?",
+            "answers": [town], "sections": texts, "gold": gold, "marks": ["[MASK]", name], "systems": read}
 
 
 def write_readings(folder: Path, documents: list[dict]) -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data import InputError
 from data.run.files import read_json, replacing
 from data.text.hub import kept
-from data.text.retrieval import LONGEST_QUERY, Corpus, Retriever, top
+from data.text.retrieval import LONGEST_QUERY, Retriever, top
 
 KNOWN = {"Transformer", "Pooling", "Normalize"}  # modules of a sentence model that are computed here
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
@@ -29,9 +29,9 @@ BATCH = 64  # passages encoded side by side
 
 
 class Dense:
-    """Vectors of the passages of `corpus`; a data.text.retrieval.Retriever to whoever searches, with its errors."""
+    """Vectors of the passages of `corpus`, a data.text.corpus.Corpus; searched as a data.text.retrieval.Retriever."""
 
-    def __init__(self, corpus: Corpus, model: Path):
+    def __init__(self, corpus, model: Path):
         self.corpus, self.encoder = corpus, encoder(model)
         self.vectors = self._kept(kept(f"vectors-{corpus.fingerprint}-{self.encoder.fingerprint}.npy"))
 
@@ -133,7 +133,7 @@ def encoder(folder: Path) -> Encoder:
     return Encoder(folder)
 
 
-def retriever_of(spec: str, corpus: Corpus) -> Retriever | Dense:
+def retriever_of(spec: str, corpus) -> Retriever | Dense:
     """--retriever: bm25, or dense:FOLDER. InputError for anything else."""
     kind, _, model = spec.partition(":")
     if spec != "bm25" and (kind != "dense" or not model):

@@ -7,24 +7,17 @@ data.text.words says; bm25s leaves out English stop words. Loads bm25s and numpy
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from data.text.words import searched
 
 LONGEST_QUERY = 10_000  # characters; a question has about 100, a page of text 3,000
 
 
-class Corpus(Protocol):
-    """What is searched, a data.text.corpus.Corpus: passages with their rendered form, and a fingerprint of them."""
-
-    passages: Sequence[Any]
-    fingerprint: str
-
-
 class Retriever:
-    """BM25 index of `corpus`; its passages are numbered as there."""
+    """BM25 index of `corpus`, a data.text.corpus.Corpus; its passages are numbered as there."""
 
-    def __init__(self, corpus: Corpus):
+    def __init__(self, corpus):
         import bm25s
 
         self.corpus, self.size = corpus, len(corpus.passages)

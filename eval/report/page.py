@@ -83,7 +83,7 @@ def content(named: dict[str, list[Arm]], labels: curve.Curve | None) -> dict:
         "paper_benchmarks": list(PAPER_BENCHMARKS),
         "table2": tables.by_columns(search, tables.search_systems(search)), "searched": tables.aside(search),
         "summary": summary, "detail": detail, "aside": tables.aside(table), "kinds": tables.by_kind(table),
-        "locomo": tables.locomo(table),
+        "locomo": tables.by_kind(table, "locomo_f1"),
         "ablations": {SYSTEMS[s]: found for s in (BOTH, "memtrain")
                       if len(found := tables.ablations(arms, s)) > 1},
         "changed": [[Outside(arm.name), str(len(arm.runs)),

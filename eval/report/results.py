@@ -74,8 +74,8 @@ SCHEMA = {
 ONCE = {  # section: with system and seed, what tells a measurement from another
     "long_qa": ("length",), "recall": (), "masked": ("sections",), "search_qa": ("benchmark",),
     "memory": ("task", "length"), "changing": ("length",)}
-DOCUMENT = ("id:text task:text kind?:text question:text answers:texts sections:texts gold:texts marks:texts "
-            "outdated?:texts systems:object")  # of readings.json
+DOCUMENT = ("id:text task:text kind:text length:count question:text answers:texts sections:texts gold:texts "
+            "marks:texts outdated?:texts systems:object")  # of readings.json
 READING = "memories:texts answer?:text correct?:bit"
 
 
@@ -155,9 +155,8 @@ def _read_metrics(path: Path) -> list[dict]:
     return [steps[key] for key in sorted(steps)]
 
 
-def load_readings(path: Path, more: str = "") -> list[dict]:
-    """Documents of readings.json, each with the memories of several systems; none where the file is missing. more:
-    fields that they need besides DOCUMENT."""
+def load_readings(path: Path) -> list[dict]:
+    """Documents of readings.json, each with the memories of several systems; none where the file is missing."""
     again = "delete it and results.json beside it to have both written anew"
     value = read_json(path, again) if path.exists() else {"format": 1, "documents": []}
     if value.get("format") != 1 or not isinstance(value.get("documents"), list):
@@ -165,7 +164,7 @@ def load_readings(path: Path, more: str = "") -> list[dict]:
     try:
         for index, document in enumerate(value["documents"]):
             where = f"{path}: documents[{index}]"
-            _check(where, document, f"{DOCUMENT} {more}")
+            _check(where, document, DOCUMENT)
             for name, reading in document["systems"].items():
                 _check(f"{where}.systems[{name!r:.40}]", reading, READING)
                 if len(reading["memories"]) > len(document["sections"]):

@@ -69,28 +69,17 @@ def per_system(rows: Sequence[dict], value: str, low: str, high: str) -> list[li
             for (_, sections), own in sorted(groups.items(), key=lambda item: item[0])]
 
 
-def by_kind(table: Table) -> list[list[str]]:
-    """Accuracy per kind of question over all lengths and seeds: every length asks the same questions."""
+def by_kind(table: Table, field: str = "kinds") -> list[list[str]]:
+    """Accuracy per kind of question over all lengths and seeds: every length asks the same questions. field:
+    "locomo_f1" for F1 as LoCoMo's authors count it, by category."""
     sums: dict = {}
     for system in LONG:
         for row in table.rows(system):
-            for kind, pair in (row.get("kinds") or {}).items():
+            for kind, pair in (row.get(field) or {}).items():
                 sums[kind, system] = sums.get((kind, system), np.zeros(2)) + pair
     return [[Outside(kind), *(f"{points(right / asked):.1f} ({asked:.0f})" if asked else "—"
                               for right, asked in (sums.get((kind, s), (0, 0)) for s in LONG))]
             for kind in sorted({kind for kind, _ in sums})]
-
-
-def locomo(table: Table) -> list[list[str]]:
-    """F1 as LoCoMo's authors count it, by category over all lengths and seeds."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for system in LONG:
-        for row in table.rows(system):
-            for kind, pair in (row.get("locomo_f1") or {}).items():
-                sums = found.setdefault(kind, {})
-                sums[system] = sums.get(system, np.zeros(2)) + pair
-    return [[Outside(kind), *(f"{points(own[s][0] / own[s][1]):.1f} ({own[s][1]:.0f})" if s in own else "—"
-                              for s in LONG)] for kind, own in sorted(found.items())]
 
 
 def memory(rows: Sequence[dict]) -> list[list[str]]:
