@@ -156,7 +156,6 @@ class Config:
                                 "those of --corpus and all that came with the questions")
     retriever: str = option("bm25", "data", "of related passages and search: bm25, or dense:FOLDER, the vectors of a "
                             "sentence model (needs transformers)")
-    index: str = option("", "data", "folder of the search index, built where it is not there; runs/RUN/index if empty")
 
     width: int = option(128, "model", "C, size of the hidden state")
     layers: int = option(4, "model", "number of blocks")
@@ -614,7 +613,7 @@ def check(c: Config) -> None:
            f"--run {c.run}: use letters, digits, '-', '_' and '.'; runs are folders under runs/")
     refuse(c.retriever != "bm25" and not (c.retriever.startswith("dense:") and c.retriever != "dense:"),
            f"--retriever {c.retriever}: choose bm25 or dense:FOLDER")
-    for name in ("questions", "train_questions", "benchmarks", "search_corpus", "index"):
+    for name in ("questions", "train_questions", "benchmarks", "search_corpus"):
         refuse(c.corpus == "miniworld" and bool(getattr(c, name)),
                f"--{name.replace('_', '-')}: the mini-world asks and searches its own pages; give --corpus too")
     refuse(c.corpus != "miniworld" and "eval" in wants and not c.questions,

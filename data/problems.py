@@ -14,7 +14,6 @@ from pathlib import Path
 
 from data import InputError
 from data.config import Config, kind_of, lengths_of
-from data.run.files import output
 from data.run.terminal import note
 from data.search import SearchProblem, search_problem, with_contexts
 from data.tasks import Problem, in_epochs, last_masked, masked_document, masked_in_order, permutation, qa_document
@@ -64,9 +63,7 @@ class Data:
             if "mem1" in kinds and "eval" in stages:
                 self._hold_out(itertools.chain(*self._asked.values()))
         if c.retriever != "bm25":
-            for corpus in (self.train, self.held_out):  # vectors take minutes: they are kept
-                corpus.searched_by, corpus.kept = c.retriever, self.index.with_name(
-                    f"{self.index.name}-{corpus.name.replace('/', '-')}")
+            self.train.searched_by = self.held_out.searched_by = c.retriever
         # a corpus that can't do what the stages need is refused before anything is trained or written
         if "memtrain" in stages:
             self.masked_problem(0)
@@ -82,8 +79,6 @@ class Data:
             self.evaluation_question(0, max(lengths_of(c)))
             if c.eval_masked:
                 self.masked_problem(0, held_out=True)
-        if c.index and Path(c.index).exists():
-            self.retriever()
 
     @cached_property
     def benchmarks(self) -> dict[str, list[SearchProblem]]:
@@ -161,20 +156,16 @@ class Data:
         asked = self._asked if "eval" in self.c.stages.split(",") else {}
         return evidence_held({"training": self.train_questions} | asked, self.searched.passages)
 
-    @property
-    def index(self) -> Path:
-        return output(Path(self.c.index), "--index") if self.c.index else Path("runs", self.c.run, "index")
-
     def retriever(self, held_out: bool = True) -> Retriever | Dense:
         """The search tool over the passages that the evaluation's (or the training) questions are asked of. A
-        mini-world's index is the one that finds related passages; that of files is of all of them, and kept."""
+        mini-world's index is the one that finds related passages; that of files is of all of them."""
         if self.world:
             return (self.held_out if held_out else self.train).retriever
-        return self._kept_retriever
+        return self._retriever
 
     @cached_property
-    def _kept_retriever(self) -> Retriever | Dense:
-        return retriever_of(self.c.retriever, self.searched, self.index)
+    def _retriever(self) -> Retriever | Dense:
+        return retriever_of(self.c.retriever, self.searched)
 
     def masked_problem(self, index: int, held_out: bool = False) -> Problem:
         """Masked document `index` of the training (or held-out) passages; differs by --seed in training only. Held-out

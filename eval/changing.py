@@ -33,5 +33,5 @@ def changing_readings(agent, length: int, problems: Sequence[Changing], read: Se
     """What readings.json keeps: the first documents whose fact has changed."""
     chosen = [i for i, p in enumerate(problems) if p.stale][:SHOWN]
     books = [Book(problems[i], "changing", length, [agent.tokenizer.decode(s) for s in agent.sections(problems[i])],
-                  frozenset(), shown=list(problems[i].current), outdated=list(problems[i].outdated)) for i in chosen]
+                  shown=list(problems[i].current), outdated=list(problems[i].outdated)) for i in chosen]
     return [(shown(book), reading(agent, read[i])) for i, book in zip(chosen, books, strict=True)]

@@ -1,6 +1,6 @@
 """Retrieval judged on its own: how many of the passages that hold the evidence does a search for the question return?
 
-    python -m eval.retrieval --corpus FILE --questions FILE [FILE ...] [--retriever dense:FOLDER] [--index DIR]
+    python -m eval.retrieval --corpus FILE --questions FILE [FILE ...] [--retriever dense:FOLDER]
                              [--out FILE]
 
 Searched is the corpus together with all passages that came with the questions of all files, gold and distractors, so
@@ -105,21 +105,16 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--corpus", required=True, metavar="FILE", help="passages, as for memtrain.py")
     parser.add_argument("--questions", required=True, nargs="+", metavar="FILE", help="questions with their passages")
     parser.add_argument("--retriever", default="bm25", metavar="dense:FOLDER", help="a sentence model beside BM25")
-    parser.add_argument("--index", type=Path, metavar="DIR", help="keeps the BM25 index (default: memory only), and in "
-                        "DIR-dense the vectors")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures there, as JSON")
     options = parser.parse_args(argv)
     if options.out:
         output(options.out, inputs=[options.corpus, *options.questions])
-    if options.index:
-        output(options.index, "--index")
     corpus = load_passages(options.corpus)
     questions = {file: load_questions(file) for file in options.questions}
     searched = with_contexts(corpus, [q for some in questions.values() for q in some])
-    retrievers: dict[str, Retriever | Dense] = {"bm25": Retriever(searched, options.index)}
+    retrievers: dict[str, Retriever | Dense] = {"bm25": Retriever(searched)}
     if options.retriever != "bm25":
-        place = options.index and options.index.with_name(options.index.name + "-dense")
-        retrievers["dense"] = retriever_of(options.retriever, searched, place)
+        retrievers["dense"] = retriever_of(options.retriever, searched)
     titles = Titles(searched)
     rows = [judge(Path(file).name, some, searched, retrievers, titles) for file, some in questions.items()]
     print(table(rows))

@@ -52,9 +52,9 @@ def evaluate(run, lengths: Sequence[int], recall_probe) -> bool:
     as training does. Returns whether the evaluation is complete; False where it was interrupted after a row.
     """
     results = Results(run) if ranks.FIRST else None
-    memories = Memories(run, lengths, results.value["memory"] if results else [])
+    memories = Memories(run, lengths)
     jobs = jobs_of(run, lengths)
-    missing = [i for i, j in enumerate(jobs) if results and not (results.has(*j) and memories.has(*j))]
+    missing = [i for i, j in enumerate(jobs) if results and not results.has(*j)]
     weights = ""
 
     def measure(job):

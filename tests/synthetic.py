@@ -57,8 +57,7 @@ def search_rows(shares=SEARCHED, seed=0, pairs=60, benchmarks=BENCHMARKS) -> lis
 def memory_rows(seed=0, length=8) -> list[dict]:
     kept = {"base": 0.6, "memtrain": 0.9, "memagent": 0.7, "memtrain+memagent": 0.93}
     return [{"system": system, "seed": seed, "task": "question", "unit": "facts", "length": length, "n": 50,
-             "retention": [[round(100 * share ** (k + 1)), 100] for k in range(length)], "facts_per_100": 9.5,
-             "gold_per_100": 3.25, "verbatim": 0.8, "invented": None if system == "base" else 0.02}
+             "retention": [[round(100 * share ** (k + 1)), 100] for k in range(length)], "verbatim": 0.8}
             for system, share in kept.items()]
 
 
@@ -84,8 +83,8 @@ def reading(index: int, sections: int, systems=("base", "memtrain", "memagent", 
             memories.append(" ".join([*facts, f"{text.split('.')[0]}."]))
         read[system] = {"memories": memories, "answer": town if number else None, "correct": int(number > 0)}
     return {"id": f"masked-{index}", "task": "masked" if index % 2 else "question", "kind": "bridge",
-            "question": f"Which entity is [MASK] in the whole article about {name}?", "answers": [town],
-            "sections": texts, "gold": gold, "marks": ["[MASK]", name], "systems": read}
+            "length": sections, "question": f"Which entity is [MASK] in the whole article about {name}?",
+            "answers": [town], "sections": texts, "gold": gold, "marks": ["[MASK]", name], "systems": read}
 
 
 def write_readings(folder: Path, documents: list[dict]) -> None:

@@ -17,13 +17,13 @@ from eval.memory import (
     READINGS,
     Book,
     Memories,
-    Tally,
     chosen_lengths,
     load_readings,
     masked_book,
     phrasings,
     question_book,
     sentences,
+    tally,
 )
 
 FOUNDED = Fact("Tellinford", "founder", "Joren Tellin")
@@ -38,10 +38,8 @@ SECTIONS = ["Tellinford: Tellinford was founded by Joren Tellin.\n",
             "Joren Tellin: Joren Tellin built Tellinford.\n"]
 
 
-def tallied(book: Book, memories, tokens: int = 50) -> dict:
-    tally = Tally("entities" if book.phrases is None else "facts")
-    tally.add(book, memories, tokens, FINDER)
-    return tally.row()
+def tallied(book: Book, memories) -> dict:
+    return tally([book], [memories])
 
 
 def asked(sections=SECTIONS, facts=(FOUNDED, BORN)) -> Book:
@@ -55,10 +53,7 @@ def test_a_known_reading_gives_known_figures():
                             "Joren Tellin settled Tellinford. Mobrin Kovem was born in 1714."])
     # the founder is asked after for three memories, until the fourth section says it again; the year for two
     assert row["retention"] == [[2, 2], [1, 2], [0, 1]]
-    assert row["facts_per_100"] == pytest.approx(100 * 5 / 50)  # "settled" says it in words that no section has
-    assert row["gold_per_100"] == pytest.approx(100 * 4 / 50)
     assert row["verbatim"] == pytest.approx(4 / 6)
-    assert row["invented"] == pytest.approx(1 / 11)  # Mobrin Kovem, of eleven entities
     assert (row["n"], row["unit"]) == (1, "facts")
 
 
@@ -77,71 +72,49 @@ def test_a_fact_that_is_said_again_is_not_asked_after_any_more():
     "tellinford was founded by joren tellin.", "Joren Tellin was founded by Tellinford.", "", "..."])
 def test_what_is_not_a_fact_word_for_word_is_none(memory):
     row = tallied(asked(SECTIONS[:1], [FOUNDED]), [memory])
-    assert row["retention"] == [[0, 1]] and row["facts_per_100"] == row["gold_per_100"] == 0
+    assert row["retention"] == [[0, 1]]
 
 
 def test_a_fact_counts_from_the_section_that_says_it():
     """Stated before it was read, it was not read: neither kept nor counted as held."""
-    row = tallied(asked(SECTIONS[1:3], [BORN]), ["Joren Tellin was born in 1714."] * 2, 10)
-    assert row["retention"] == [[1, 1]]
-    assert row["facts_per_100"] == pytest.approx(10) and row["verbatim"] == 0.5
-    assert row["invented"] == pytest.approx(2 / 4), "name and year, while only the first section was read"
+    row = tallied(asked(SECTIONS[1:3], [BORN]), ["Joren Tellin was born in 1714."] * 2)
+    assert row["retention"] == [[1, 1]] and row["verbatim"] == 0.5
 
 
 def test_nothing_to_count_is_null():
-    row = tallied(asked(SECTIONS[1:2], []), [""], 0)
-    assert row["n"] == 1
-    assert all(row[k] is None for k in ("retention", "facts_per_100", "gold_per_100", "verbatim", "invented"))
-
-
-def test_an_entity_of_the_problem_is_not_invented():
-    row = tallied(asked(SECTIONS[2:3], [BORN]), ["Tellinford lies by Rome."])
-    assert row["invented"] == pytest.approx(1 / 2)
+    row = tallied(asked(SECTIONS[1:2], []), [""])
+    assert row["n"] == 1 and row["retention"] is None and row["verbatim"] is None
 
 
 def test_masked_documents():
     world = types.SimpleNamespace(clue_facts=lambda name: (FOUNDED,) if name == "Tellinford" else ())
     problem = Problem("m", MASK_PROBLEM, ("Tellinford",), (), "masked")
     sections = [s.replace("Tellinford", MASK) for s in SECTIONS]
-    book = masked_book(problem, sections, 8, FINDER, world, PHRASES)
+    book = masked_book(problem, sections, 8, world, PHRASES)
     assert book.gold == {FOUNDED} and book.marks == [MASK]
     assert book.shown == ["[MASK] was founded by Joren Tellin.", "Joren Tellin built [MASK]."]
     row = tallied(book, ["[MASK] was founded by Joren Tellin.", "Tellinford was founded by Joren Tellin.", "[MASK].",
                          "Kovemford was founded by Joren Tellin."])
     assert row["retention"] == [[1, 1], [1, 1], [0, 1]], "by its mask and by its name"
     assert row["verbatim"] == pytest.approx(1 / 4), "the name is not what the sections say, nor yet the third"
-    assert row["invented"] == pytest.approx(1 / 4), "Kovemford; naming the mask is the task"
 
 
-def test_real_questions_have_entities_for_facts():
+def test_real_questions_show_their_evidence():
     passages = ["Kay: Stephen Kay was born in Auckland in 1963.", "Get Carter: Get Carter stars Mickey Rourke."]
     problem = Problem("r", "Where was the director of Get Carter born?", ("Auckland",), (), "bridge")
     sections = ["Other: Anna Bell lives in Oslo.\nKay: Stephen Kay was born in Auck", "land in 1963.\n",
                 passages[1] + "\n"]
     book = question_book(problem, sections, 4, FINDER, passages)
-    assert book.phrases is None and {"Auckland", "1963", "Mickey Rourke"} <= book.gold
-    assert "Get Carter" not in book.gold and book.marks == ["Get Carter"]
+    assert book.phrases is None and book.marks == ["Get Carter"]
     assert book.shown == ["Kay: Stephen Kay was born in Auck", "Get Carter: Get Carter stars Mickey Rourke."]
-    row = tallied(book, ["Stephen Kay, Auckland", "Stephen Kay in Auckland in 1963.", "Mickey Rourke in Oslo, 1999"])
-    assert row["unit"] == "entities"
-    # first readable: Stephen Kay and Kay in section 1, 1963 in 2, Mickey Rourke in 3; Auckland was cut in two
-    assert book.gold == {"Kay", "Stephen Kay", "Auckland", "1963", "Mickey Rourke"}
-    assert row["retention"] == [[4, 4], [2, 3], [0, 2]]
-    assert row["invented"] == pytest.approx(2 / 8), "Auckland before it was read to its end, and 1999"
-
-
-def test_real_text_without_evidence_has_no_retention():
-    problem = Problem("r", "Who?", ("Anna Bell",), (), "")
-    row = tallied(question_book(problem, ["Oslo: Anna Bell lives in Oslo."], 1, FINDER, []), ["Anna Bell lives."], 4)
-    assert row["retention"] is None and row["gold_per_100"] is None
-    assert row["facts_per_100"] == pytest.approx(25) and row["invented"] == 0 and row["verbatim"] == 0
+    row = tallied(book, ["Stephen Kay, Auckland", passages[0], "Get Carter: Get Carter stars Mickey Rourke."])
+    assert row["unit"] is None and row["retention"] is None and row["verbatim"] == pytest.approx(2 / 3)
 
 
 def test_real_masked_documents_have_their_clues_beside_the_mask():
     passage = "Carter: It was directed by [MASK] in 2000. Rhona Mitra was in it."
-    book = masked_book(Problem("m", MASK_PROBLEM, ("Kay",), (passage,), "masked"), [passage], 8, FINDER)
-    assert book.gold == {"Carter", "2000"} and book.shown == ["Carter: It was directed by [MASK] in 2000."]
-    assert tallied(book, ["Carter, by [MASK]"])["retention"] == [[1, 2]]
+    book = masked_book(Problem("m", MASK_PROBLEM, ("Kay",), (passage,), "masked"), [passage], 8)
+    assert book.shown == ["Carter: It was directed by [MASK] in 2000."] and book.marks == [MASK]
 
 
 def test_sentences_of_any_text():
@@ -173,14 +146,13 @@ def stand_in(tmp_path, agent):
     memories = [a.tokenizer.encode(f"{HOSTILE} {i}") for i in range(sections)]
     rollout = memtrain.Rollout(problem, [], [], memories, HOSTILE)
 
-    def build(rows=()):
-        return Memories(run, [4], rows), [problem], [rollout]
+    def build():
+        return Memories(run, [4]), [problem], [rollout]
     return build
 
 
 def test_hostile_text_survives(stand_in, tmp_path):
     memories, problems, rollouts = stand_in()
-    assert not memories.has("base", 4)
     rows, kept = memories.note("base", 4, problems, rollouts)
     memories.keep("base", kept)
     assert rows["memory"]["n"] == 1 and rows["memory"]["task"] == "question" and rows["memory"]["length"] == 4
@@ -196,25 +168,15 @@ def test_hostile_text_survives(stand_in, tmp_path):
     json.dumps(document, allow_nan=False)
 
 
-def test_a_second_evaluation_adds_what_is_missing(stand_in, tmp_path):
-    memories, problems, rollouts = stand_in()
-    row, kept = memories.note("base", 4, problems, rollouts)
-    memories.keep("base", kept)
-    rows = [row["memory"]]
-    memories, *_ = stand_in(rows)  # as a new process finds it
-    assert memories.has("base", 4) and memories.has("base-one-window", 4) and not memories.has("memtrain", 4)
-    assert memories.note("base", 4, problems, rollouts) == ({}, [])
-    memories, *_ = stand_in([*rows, rows[0] | {"system": "memtrain"}])
-    assert not memories.has("memtrain", 4), "its row is there, its reading is not"
-    memories, *_ = stand_in(rows)
-    row, kept = memories.note("memtrain", 4, problems, rollouts)
-    assert row["memory"]["system"] == "memtrain"
-    memories.keep("memtrain", kept)
+def test_a_second_system_is_added_to_the_same_document(stand_in, tmp_path):
+    for system in ("base", "memtrain"):  # each as a new process finds it
+        memories, problems, rollouts = stand_in()
+        row, kept = memories.note(system, 4, problems, rollouts)
+        assert row["memory"]["system"] == system
+        memories.keep(system, kept)
     (document,) = load_readings(tmp_path / "readings.json")
     assert list(document["systems"]) == ["base", "memtrain"]
-    (tmp_path / "readings.json").unlink()
-    memories, *_ = stand_in(rows)
-    assert not memories.has("base", 4), "the row is there, the reading is not"
+    assert memories.note("base-one-window", 4, problems, rollouts) == ({}, [])
 
 
 def test_readings_of_other_documents_are_refused(stand_in, tmp_path):
@@ -266,7 +228,7 @@ def test_an_evaluation_writes_rows_and_readings(folder, base_checkpoint, monkeyp
         ("base", 3, "masked", 8, 3, "facts"), ("base", 3, "question", 4, 4, "facts")]
     for row in rows:
         assert all(0 <= kept <= of for kept, of in row["retention"]) and row["retention"][0][1] > 0
-        assert 0 <= row["verbatim"] <= 1 and 0 <= row["invented"] <= 1 and row["facts_per_100"] >= row["gold_per_100"]
+        assert 0 <= row["verbatim"] <= 1
     documents = readings["documents"]
     assert [d["task"] for d in documents] == ["masked"] * 3 + ["question"] * 4 and READINGS >= 4
     for d in documents:
@@ -283,19 +245,3 @@ def test_an_evaluation_writes_rows_and_readings(folder, base_checkpoint, monkeyp
     assert after[0]["memory"][:2] == rows and [r["system"] for r in after[0]["memory"][2:]] == ["memtrain"] * 2
     for old, new in zip(documents, after[1]["documents"], strict=True):
         assert new["systems"].pop("memtrain").keys() == {"memories", "answer", "correct"} and new == old
-
-
-def test_what_was_lost_is_measured_again_to_the_same(folder, base_checkpoint, monkeypatch):
-    """Without readings.json, or with results of before memories were measured: no row twice, the same bytes."""
-    monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
-    command = [*TINY, "--run", "t", "--init", base_checkpoint(), "--eval-lengths", "1,2", "--stages", "eval"]
-    assert memtrain.main(command) == 0
-    results, readings = folder / "runs/t/results.json", folder / "runs/t/readings.json"
-    measured = lambda: json.loads(results.read_text()) | {"evaluation": "took time"}  # noqa: E731
-    whole, kept = measured(), readings.read_bytes()
-    readings.unlink()
-    assert memtrain.main(command) == 0
-    assert readings.read_bytes() == kept and measured() == whole
-    results.write_text(json.dumps({k: v for k, v in whole.items() if k not in ("memory", "evaluation")}))
-    assert memtrain.main(command) == 0
-    assert readings.read_bytes() == kept and measured() == whole

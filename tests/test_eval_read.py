@@ -10,7 +10,6 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import TINY
 
 import memtrain
@@ -212,17 +211,13 @@ def test_help_of_a_command_comes_before_torch():
         assert "--checkpoint" in done.stdout and " torch" not in done.stderr
 
 
-def test_a_run_is_exported_and_read(folder, capsys, monkeypatch, base_checkpoint):
-    transformers = pytest.importorskip("transformers")
+def test_a_run_of_our_own_is_read_and_not_exported(folder, capsys, monkeypatch, base_checkpoint):
     monkeypatch.setattr("eval.header.estimate", lambda *_: (0.0, 0))
     train = [*TINY, "--run", "t", "--init", base_checkpoint(), "--stages", "memtrain", "--memtrain-steps", "0"]
     assert main(train) == 0
-    assert main(["export", "--checkpoint", "runs/t/memtrain", "--format", "hf", "--to", "hf"]) == 0
-    theirs = transformers.AutoModelForCausalLM.from_pretrained("hf", dtype=torch.float32)
-    assert theirs.config.num_hidden_layers == 2 and Path("hf/miniworld.tiktoken").exists()
-    capsys.readouterr()
-    assert main(["export", "--checkpoint", "runs/t/memtrain", "--format", "peft", "--to", "peft"]) == 2
-    assert "no adapters" in capsys.readouterr().err
+    for form, said in (("hf", "a decoder of our own"), ("peft", "no adapters")):
+        assert main(["export", "--checkpoint", "runs/t/memtrain", "--format", form, "--to", form]) == 2
+        assert said in capsys.readouterr().err and not Path(form).exists()
     Path("t.txt").write_text(TEXT)
     assert "section 2" in read(capsys, "t.txt", "--checkpoint", "runs/t/memtrain", "--seed", "5")
 
@@ -256,15 +251,6 @@ def test_lines_of_a_conversation_belong_to_who_began(folder):
     pages = "\n".join(f"Page {i}: Of page {i}.\nMore of it." for i in range(9))
     assert lines(folder, pages.encode()) == pages.split("\n"), "headings that don't come back are no speakers"
     assert lines(folder, b"Note: one.\nTwo.\nThree.") == ["Note: one.", "Two.", "Three."], "a text like any other"
-
-
-@pytest.mark.parametrize("stamp", ["[12.03.24, 18:2{}:01] ", "12/03/2024, 6:2{} PM - ", "2024-03-12 18:2{} - "])
-def test_whatsapps_time_stamps_are_no_names(folder, stamp):
-    said = ["Chats are encrypted.", "Nora: At nine: sharp.", "+49 170 12: Fine.\nOr later.", "Nora: Bye.",
-            "+49 170 12: Bye."]
-    talk = [stamp.format(i) + line for i, line in enumerate(said)]
-    assert lines(folder, "\r\n".join(talk).encode()) == [turn.replace("\n", " ") for turn in talk]
-    assert Text(str(folder / "t.txt")).speakers == {"Nora", "+49 170 12"}
 
 
 def test_a_name_may_stand_on_a_line_of_its_own(folder):

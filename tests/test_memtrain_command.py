@@ -9,7 +9,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import types
 from pathlib import Path
@@ -25,8 +24,7 @@ from data import InputError
 from data.config import read_config
 from data.run.files import second_name
 from data.run.folder import Log
-from data.text.corpus import load_passages, load_questions
-from data.text.retrieval import Retriever
+from data.text.corpus import load_questions
 from data.weights.tokenizer import Tokenizer
 from memtrain import Config, main, parse
 
@@ -84,7 +82,7 @@ BAD = {  # command: parts of the answer
     "--stages eval --eval-lengths 128": ["too few passages", "--eval-lengths"],  # in this small a world
     "--run ../up": ["--run ../up", "runs/"], "--run .hidden": ["--run .hidden"],
     "--questions q.json": ["--questions", "--corpus"], "--benchmarks b.jsonl": ["--benchmarks", "--corpus"],
-    "--index there": ["--index", "--corpus"], "--turns 0": ["--turns 0"], "--act 4": ["--act 4", "at least 8"],
+    "--turns 0": ["--turns 0"], "--act 4": ["--act 4", "at least 8"],
     "--result 200": ["--window", "result 200"], "--eval-systems base,gold": ["--eval-systems", "gold", "memtrain"],
     "--stages memtrain+mem1": ["--stages memtrain+mem1", "memtrain before it"],
     "--corpus p.jsonl --stages eval": ["--questions"], "--corpus p.jsonl --stages memagent": ["--train-questions"],
@@ -175,16 +173,9 @@ BENCHMARKS = {  # content: parts of the answer
     "without answers": (b'{"id": "x", "question": "Who?"}\n', ["b.jsonl, line 1", "golden_answers"]),
     "an empty answer": (b'{"id": "x", "question": "Who?", "golden_answers": []}\n', ["b.jsonl, line 1", "answer"]),
     "one id twice": (b'{"id": "x", "question": "Who?", "golden_answers": ["A"]}\n' * 2, ["b.jsonl, line 2", "'x'"]),
-    "no question mark": (b'{"id": "x", "question": "Tell us", "golden_answers": ["A"]}\n', ["b.jsonl", "x", "mark"]),
     "one question": (b'{"id": "x", "question": "Who?", "golden_answers": ["A"]}\n', ["b.jsonl", "two"]),
     "none": (b"", ["b.jsonl", "two"]),
 }
-
-
-def foreign_index(_) -> list:
-    write(c__jsonl=passages(200), d__jsonl=passages(150), q__jsonl=questions(1, 2), t__jsonl=questions(3, 4))
-    Retriever(load_passages("d.jsonl"), Path("index"))
-    return ["--corpus", "c.jsonl", "--questions", "q.jsonl", "--train-questions", "t.jsonl", "--index", "index"]
 
 
 def older_results(base_checkpoint) -> list:
@@ -226,7 +217,6 @@ def bad_inputs() -> dict:
             write(c__jsonl=passages(200), t__jsonl=questions(3, 4), q__jsonl=questions(1, 2), b__jsonl=content)
             return ["--corpus", "c.jsonl", *files, "--benchmarks", "b.jsonl"]
         cases[f"benchmark: {name}"] = prepare, parts
-    cases["index: of another corpus"] = foreign_index, ["another corpus", "c.jsonl", "another folder"]
     cases["results: of an older form"] = older_results, ["results.json", "older form"]
     cases["tokenizer: another one"] = foreign_tokenizer, ["tokenizer", "--stages base"]
     return cases
@@ -252,7 +242,7 @@ def test_there_are_forty_bad_inputs_of_every_sort():
     kinds = [name.split(":")[0] for name in BAD_INPUTS]
     assert len(kinds) >= 80 and {k: kinds.count(k) >= n for k, n in (
         ("command", 40), ("corpus", 9), ("questions", 6), ("checkpoint", 13), ("run folder", 4), ("tokenizer", 1),
-        ("benchmark", 6), ("index", 1), ("results", 1))} == (
+        ("benchmark", 5), ("results", 1))} == (
         dict.fromkeys(dict.fromkeys(kinds), True))
 
 
@@ -577,7 +567,7 @@ def test_wandb_gets_every_row(mode, folder, tiny, monkeypatch, capsys):
     assert fake.calls[0]["mode"] == mode and fake.calls[0]["name"] == "t"
     assert fake.calls[0]["config"]["seed"] == 3 and Path(fake.calls[0]["dir"]) == folder / "runs/t"
     assert fake.rows == [{"memtrain/step": 0, "memtrain/reward": 0.5}]
-    assert fake.axes == [("memtrain/*", "memtrain/step")], "curves go on where a stage does, whatever wandb counts"
+    assert ("memtrain/*", "memtrain/step") in fake.axes, "curves go on where a stage does, whatever wandb counts"
     assert json.loads((folder / "runs/t/metrics.jsonl").read_text()) == {"stage": "memtrain", "step": 0, "reward": 0.5}
     assert "note" not in capsys.readouterr().out
     Log(folder / "runs/t", dataclasses.asdict(c)).close()
@@ -593,33 +583,26 @@ def test_wandb_gets_every_row(mode, folder, tiny, monkeypatch, capsys):
     assert fake.calls[2]["id"] != fake.calls[0]["id"], "another folder is another run, whatever its name"
 
 
-@pytest.mark.parametrize("outage", ["init raises", "init hangs", "log raises", "log hangs"])
+@pytest.mark.parametrize("outage", ["init", "log"])
 def test_without_wandb_a_run_goes_on_after_one_note(outage, folder, tiny, monkeypatch, capsys):
-    fake, released = FakeWandb(), threading.Event()
-    kind, how = outage.split()
+    fake = FakeWandb()
 
     def broken(*_, **__):
-        if how == "hangs":
-            released.wait(20)
         raise OSError("no \x1b[31mnetwork\nat all")
-    if kind == "init":
+    if outage == "init":
         fake.init = broken
     else:
         fake.init = lambda **_: types.SimpleNamespace(log=broken, finish=lambda: None, define_metric=fake.axis)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr("data.run.folder.Wandb.patience", 0.3)
     c, rows = tiny("--run", "t", "--wandb", "online"), [{"stage": "memtrain", "step": i} for i in range(3)]
     log = Log(folder, dataclasses.asdict(c))
     for row in rows:
         log.write(row)
-        time.sleep(0.02)
     log.close()
     notes = capsys.readouterr().out.strip().splitlines()
     assert len(notes) == 1 and notes[0].startswith("note: wandb: ") and "metrics.jsonl" in notes[0]
-    assert ("0.3 seconds" if how == "hangs" else "\\x1b[31mnetwork at all") in notes[0] and "\x1b" not in notes[0]
+    assert "\\x1b[31mnetwork at all" in notes[0] and "\x1b" not in notes[0]
     assert [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] == rows
-    released.set()
-    log.wandb.thread.join(5)
 
 
 def test_wandb_that_is_not_installed(folder, capsys, base_checkpoint, monkeypatch):
@@ -632,7 +615,7 @@ def test_wandb_that_is_not_installed(folder, capsys, base_checkpoint, monkeypatc
 def test_wandb_offline_writes_a_local_run(folder, tiny):
     """The real package, without a network, in a process of its own: it starts services."""
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from data.run.folder import Log;"
-            "log = Log(Path('.'), {'run': 't', 'wandb': 'offline'}); log.wandb.patience = 80;"
+            "log = Log(Path('.'), {'run': 't', 'wandb': 'offline', 'stages': 'memtrain'});"
             "log.write({'stage': 'memtrain', 'step': 0, 'reward': 0.5}); log.close()")
     subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, timeout=100, capture_output=True)
     assert list(folder.glob("**/offline-run-*/*.wandb"))

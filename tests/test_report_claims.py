@@ -16,8 +16,8 @@ from eval.plan import parameters
 from eval.report import curve
 from eval.report.arms import MIN_QUESTIONS, Difference, Table, backbones, group
 from eval.report.claims import on_arms, on_backbones, on_long_text, on_search, state, verdicts
-from eval.report.ledger import ledger, power, stage_cost
-from eval.report.page import embedded, main, ranged, readings, write_report
+from eval.report.ledger import stage_cost
+from eval.report.page import embedded, main, write_report
 from eval.report.results import load_run
 from eval.report.tables import ablations
 
@@ -285,15 +285,15 @@ def test_arms_are_compared_on_what_they_share(tmp_path):
 
 def test_search_is_compared_pair_by_pair():
     rows = [row for seed in range(3) for row in search_rows(seed=seed)]
-    average, (every, *_) = on_search(Table(rows, "benchmark", 2))
-    assert average.state == "reproduced" and every.state == "" and average.difference.mean == 20.0
-    assert "7 of 7" in every.ours and "+10.6 (Qwen3-4B)" in average.paper and "7 of 7 (Qwen3-4B)" in every.paper
+    average, (first, *_) = on_search(Table(rows, "benchmark", 2))
+    assert average.state == "reproduced" and first.state == "" and average.difference.mean == 20.0
+    assert "+10.6 (Qwen3-4B)" in average.paper
     for share, expected in ((0.3, "reproduced"), (0.0, "inconclusive: the interval lies below zero at date")):
         for row in rows:
             if row["system"] == "memtrain+mem1" and row["benchmark"] == "date":
                 row.update(search_row("memtrain+mem1", row["seed"], "date", answers(share, 120, 9 + row["seed"])))
-        average, (every, *_) = on_search(Table(rows, "benchmark", 2))
-        assert average.state == expected and every.ours == "interval above zero at 6 of 7"
+        average, _ = on_search(Table(rows, "benchmark", 2))
+        assert average.state == expected
 
 
 def test_the_two_questions_of_a_pair_belong_together():
@@ -309,8 +309,8 @@ def test_the_two_questions_of_a_pair_belong_together():
 
 def test_few_pairs_are_not_tested_but_their_average_may_be():
     rows = [row for seed in range(3) for row in search_rows(seed=seed, pairs=MIN_QUESTIONS - 1)]
-    average, (every, first, *_) = on_search(Table(rows, "benchmark", 2))
-    assert average.state == "reproduced" and every.ours == first.ours == "—"
+    average, (first, *_) = on_search(Table(rows, "benchmark", 2))
+    assert average.state == "reproduced" and first.ours == "—"
     assert first.difference.reason.startswith(f"too few pairs of questions ({MIN_QUESTIONS - 1},")
 
 
@@ -382,19 +382,10 @@ def test_both_pages_and_the_json_say_the_same_word(tmp_path):
     assert [re.search(r"\| \*\*([a-z ]+)\*\*[^|]*\|$", row)[1] for row in head.splitlines()
             if row.startswith("| C")] == words
     assert "**" not in tail[:tail.index("## ")], "detail has no verdict"
-    board = re.findall(r'<b>(C\d)</b><span class="verdict (\w+)">([a-z ]+)</span>', page)
-    assert [word for _, _, word in board] == words
-    assert [sign for _, sign, _ in board] == ["yes", "yes", "yes", "no", "none", "open", "none", "none"]
-    assert re.findall(r'<span class="verdict \w+">([a-z ]+)</span>', page) == words * 2, "tiles, then cards"
+    signs = re.findall(r'<span class="verdict (\w+)">([a-z ]+)</span>', page)
+    assert signs == list(zip(["yes", "yes", "yes", "no", "none", "open", "none", "none"], words, strict=True))
     assert "MemAgent_Slime_Agentic" in page and "74.9" in text and "300 + 500 against 800" in text
 
-
-
-def test_ranges_share_one_axis(tmp_path):
-    summary, _ = verdicts(backbones(runs_of(tmp_path, {"full": ({}, SHARES)})))
-    drawn = [r["range"] for r in ranged(summary) if r["range"]]
-    assert len(drawn) == 3 and len({r["zero"] for r in drawn}) == 1, "a claim that was not tested has none"
-    assert all(0 <= r["low"] <= r["mean"] <= r["low"] + r["width"] <= 100 for r in drawn)
 
 
 # ------------------------------------------------------------------------------------------------ ledger, readings
@@ -409,25 +400,6 @@ def test_flops_are_counted_by_hand():
     assert cost["flops"] == multiplied * (2 * 10 + 6 * 7) and cost["tokens_prompts"] is None
     assert stage_cost(state | {"tokens_prompts": 100}, c, 1000)["flops"] == multiplied * (2 * 110 + 6 * 7)
     assert stage_cost({"tokens": 5}, c, 1000)["flops"] == multiplied * 6 * 5
-
-
-@pytest.mark.parametrize(("device", "watts", "card"), [
-    ("NVIDIA H100 80GB HBM3", 700, "H100"), ("NVIDIA A100-SXM4-80GB", 400, "A100-80"),
-    ("NVIDIA GeForce RTX 4090", 450, "4090"), ("Some Card 9", 400, "not known"), ("cpu", 40, "CPU thread")])
-def test_power_is_assumed_and_said(device, watts, card):
-    found, said, hours = power({"device": device, "threads": 4})
-    assert found == watts and card in said and hours == (4 if device == "cpu" else 1)
-
-
-def test_the_ledger_adds_up(tmp_path):
-    rows, notes = ledger(group(runs_of(tmp_path, {"full": ({}, SHARES), "e2e": ({"recall_group": 0}, SHARES)})))
-    assert [(r["arm"], r["stage"]) for r in rows] == [
-        ("full", "memtrain"), ("full", "eval"), ("end-to-end", "memtrain"), ("end-to-end", "eval"), ("", "all")]
-    assert rows[0]["runs"] == 3 and rows[0]["seconds"] == pytest.approx(3 * 123.4)
-    assert rows[0]["hours"] == pytest.approx(3 * 123.4 * 2 / 3600), "two threads"
-    assert rows[-1]["seconds"] == pytest.approx(2 * 3 * (123.4 + 36)) and rows[-1]["unit"] == "CPU-hours"
-    assert rows[-1]["kwh"] == pytest.approx(rows[-1]["hours"] * 10 / 1000)
-    assert rows[1].get("flops") is None and any("Prompts" in note for note in notes)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -460,22 +432,13 @@ def test_embedded_json_is_whole_and_can_not_end_its_element():
     assert not set("<>&\u2028\ud800\x00") & set(text) and json.loads(text) == value
 
 
-def test_too_many_documents_are_left_out_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.report.page.VIEWER_BYTES", 20_000)
-    folder = make_run(tmp_path / "r")
-    (folder / "readings.json").write_text(json.dumps({"format": 1, "documents": [reading(i, 8) for i in range(12)]}))
-    data, (shown, all_) = readings([load_run(folder)])
-    assert 0 < shown < all_ == 12 and len(data) < 25_000
-    assert f"shows {shown} of 12 documents" in write_report(folder).read_text()
-
-
 def test_memories_are_told_apart_by_document_and_may_lack_a_count(tmp_path):
     rows = memory_rows()
-    masked = [row | {"task": "masked", "retention": None, "gold_per_100": None} for row in rows]
+    masked = [row | {"task": "masked", "retention": None} for row in rows]
     text = write_report(make_run(tmp_path / "r", memory=rows + masked)).read_text()
     section = text[text.index("## What memories hold"):]
     assert "| + MemTrain | question documents, facts | 90.0 (100) | 81.0 (100) |" in section
-    assert "| + MemTrain | masked documents, facts | — | — |" in section and "| 80.0 | 2.0 |" in section
+    assert "| + MemTrain | masked documents, facts | — | — |" in section and "| — | 80.0 |" in section
 
 
 def test_lengths_of_the_synthetic_runs():

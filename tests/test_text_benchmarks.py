@@ -35,35 +35,14 @@ def test_the_seven_come_from_the_hub(hub):
     for spec in ("all", ",".join(SEVEN)):
         found = load_benchmarks(spec, 5)
         assert tuple(found) == SEVEN and all(len(v) == 5 for v in found.values())
-    assert found["nq"][4].question == "who is nr 4?" and found["nq"][4].answers == ("Ann",)
+    assert found["nq"][4].question == "who is nr 4" and found["nq"][4].answers == ("Ann",)
     assert asked == [((HUB, name), {"revision": REVISION, "split": SPLITS[name], "streaming": True}) for name in SEVEN]
     assert {name for name in SEVEN if SPLITS[name] == "dev"} == {"hotpotqa", "2wikimultihopqa", "musique"}
-    hub([{"id": f"q{i}", "question": "Etymology", "golden_answers": ["Ann"]} for i in range(2)])
-    assert load_benchmarks("popqa", 2)["popqa"][0].question == "Etymology?", "nobody here could mend the hub's"
     hub(ConnectionError("none"))
     refuses(lambda: load_benchmarks("popqa", 7), HUB, "hub", "popqa=FILE")
 
 
-def test_marks(folder, capsys):
-    """Added where a set of the seven has none; kept, with all other punctuation, where there is one."""
-    texts = ["who sang it", "Name one of them.", 'Who flew "Alone"', "What (in km)?", "Is it? He says so",
-             "Guess who!", "who wrote “It.”"]
-    write(folder / "nq.jsonl", flashrag(*texts))
-    found = [q.question for q in load_benchmarks("nq.jsonl")["nq"]]
-    assert found == ["who sang it?", "Name one of them.", 'Who flew "Alone"?', "What (in km)?", "Is it? He says so",
-                     "Guess who!", "who wrote “It.”"]
-    assert "note: benchmark nq: 5 of 7 questions" in capsys.readouterr().out
-    write(folder / "mine.jsonl", flashrag("Who?", "Where?"))
-    load_benchmarks("mine.jsonl")
-    assert capsys.readouterr().out == ""
-
-
 @pytest.mark.parametrize(("name", "questions", "parts"), [
-    ("mine_dev.jsonl", ["Who?", "who sang"], ["mine_dev.jsonl, line 2", "'q1'", "no question mark in 'who sang'",
-                                              "NAME=FILE"]),
-    ("mine.jsonl", ["Who?", "Where?", "who sang"], ["mine.jsonl, line 3"]),  # behind the limit of 2 as well
-    ("mine.jsonl", ["who " * 50, "Who?"], ["mine.jsonl, line 1", "'q0'", "..."]),
-    ("nq.jsonl", ["who sang it", "Paris"], ["nq.jsonl, line 2", "'q1'", "'Paris'", "ask a question"]),
     ("mine.jsonl", ["Who?"], ["mine.jsonl", "1 question", "two"]),
     ("mine.jsonl", [], ["mine.jsonl", "0 question", "two"]),
 ])
@@ -96,7 +75,6 @@ def test_broken_records(folder, change, part):
     ("none.jsonl", ["none.jsonl", "no such file"]), ("nq=none.jsonl", ["none.jsonl", "no such file"]),
     ("f.csv", ["f.csv", "'.csv'"]), ("nq,all", ["nq is given twice"]), ("all,all", ["triviaqa is given twice"]),
     ("f.jsonl,f=f.jsonl", ["f is given twice", "NAME=FILE"]), ("f_dev.jsonl,f_test.jsonl", ["f is given twice"]),
-    ("a b.jsonl", ["'a b'", "NAME=FILE"]), ("<b>=f.jsonl", ["'<b>'"]), ("_dev.jsonl", ["''", "NAME=FILE"]),
 ])
 def test_bad_specs(folder, hub, spec, parts):
     asked = hub([{"id": "1", "question": "Who?", "golden_answers": ["Ann"]}])
@@ -108,18 +86,9 @@ def test_bad_specs(folder, hub, spec, parts):
 
 
 @needs_data
-def test_real_samples(capsys):
-    """All of them are loaded; what has no mark is known, and none is left without one or another end."""
+def test_real_samples():
     files = ["triviaqa_dev.jsonl", "nq_dev.jsonl", "hotpotqa_train.json", "2wikimultihopqa_dev.json",
              "musique_train.jsonl"]
     found = load_benchmarks(",".join(str(DATA / file) for file in files))
     assert {k: len(v) for k, v in found.items()} == {"triviaqa": 100, "nq": 100, "hotpotqa": 100,
                                                      "2wikimultihopqa": 82, "musique": 100}
-    notes = capsys.readouterr().out.splitlines()
-    assert [line.split(" questions")[0].removeprefix("note: benchmark ") for line in notes] == [
-        "triviaqa: 7 of 100", "nq: 100 of 100", "hotpotqa: 4 of 100"]
-    bare = [q.question for some in found.values() for q in some if "?" not in q.question]
-    assert len(bare) == 5 and all(text.endswith(".") for text in bare), "four of TriviaQA, one of HotpotQA"
-    for file in ("hotpotqa_dev.json", "2wikimultihopqa_train.json"):
-        assert all("?" in q.question for q in next(iter(load_benchmarks(f"x={DATA / file}").values())))
-    refuses(lambda: load_benchmarks(f"mine={DATA / 'nq_dev.jsonl'}"), "nq_dev.jsonl, line 1", "nq_191")

@@ -10,48 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import cpu_seconds
 from test_text_corpus import DATA, HOTPOT, needs_data, refuses, write
 
-from data import InputError
-from data.text import retrieval
 from data.text.corpus import Corpus, Passage, load_passages, load_questions
-from data.text.dense import Dense, encoder, retriever_of
-from data.text.retrieval import INDEX, LONGEST_QUERY, Retriever
+from data.text.dense import Dense, Encoder, encoder, retriever_of
+from data.text.retrieval import LONGEST_QUERY, Retriever
 from eval import retrieval as judge
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["iron", "mill", "river", "boat", "old", "bridge", "stone", "tower", "gate", "hat", "felt", "wheel"]
-BUILD = """
-import os, signal, sys
-import numpy as np
-from data.text.corpus import Corpus, Passage
-from data.text.retrieval import Retriever
-corpus = Corpus([Passage(f"T{i}", f"iron mill {i % 7} word{i}") for i in range(int(sys.argv[2]))], "made")
-die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-write = np.savez
-def half(file, **parts):
-    write(file, **parts)
-    file.seek(file.tell() // 2)
-    file.truncate()
-    file.flush()
-    die()
-if sys.argv[3] == "half written":
-    np.savez = half
-if sys.argv[3] == "not renamed":
-    os.replace = die
-print("ready", flush=True)
-print(Retriever(corpus, sys.argv[1]).search(["iron mill", "word5"], 3), flush=True)
-"""
-
-
 def made(size: int, name: str = "made") -> Corpus:
     return Corpus([Passage(f"T{i}", f"iron mill {i % 7} word{i}") for i in range(size)], name)
-
-
-def start(folder: Path, size: int, moment: str = "") -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", BUILD, str(folder), str(size), moment], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -134,137 +103,6 @@ def test_hostile_queries_are_bounded(mixed, unit):
     assert bool(found[0]) == ("iron" in unit)
 
 
-# ---- what is kept
-
-
-def test_the_kept_index_is_the_built_one(mixed, tmp_path):
-    queries = [p.text for p in mixed.passages[:40]]
-    memory = Retriever(mixed)
-    built = Retriever(mixed, tmp_path / "deep" / "index")
-    kept = contents(tmp_path)
-    assert set(kept) == {"deep/index/index.npz", "deep/index/.lock"}
-    loaded = Retriever(Corpus(mixed.passages, "by another name"), tmp_path / "deep" / "index")
-    for query in queries:
-        scores = [list(r.scores(query)) for r in (memory, built, loaded)]
-        assert scores[0] == scores[1] == scores[2], "to the bit"
-    assert loaded.search(queries, 10) == memory.search(queries, 10)
-    assert contents(tmp_path) == kept
-    empty = Corpus([Passage("", "!")], "no words")
-    assert Retriever(empty, tmp_path / "e").search(["iron"]) == Retriever(empty, tmp_path / "e").search(["x"]) == [[]]
-    words = Corpus([Passage("Ünïcode 東京", "\U0001d4b3 naïve")], "letters")
-    for _ in range(2):
-        assert Retriever(words, tmp_path / "w").search(["東京", "NAÏVE"]) == [[0], [0]]
-
-
-def test_a_kept_index_is_not_built_again(mixed, tmp_path, monkeypatch):
-    Retriever(mixed, tmp_path)
-    monkeypatch.setattr(retrieval, "_build", lambda corpus: pytest.fail("built again"))
-    assert Retriever(mixed, tmp_path).search(["iron"])[0]
-    (tmp_path / INDEX).chmod(0o400)
-    tmp_path.chmod(0o500)  # read-only: nothing has to be written
-    try:
-        assert Retriever(mixed, tmp_path).search(["iron"])[0]
-    finally:
-        tmp_path.chmod(0o700)
-
-
-def test_an_index_of_another_corpus_is_refused(mixed, tmp_path):
-    Retriever(mixed, tmp_path)
-    before = contents(tmp_path)
-    others = [made(500), Corpus(mixed.passages[::-1], "mixed"), Corpus(mixed.passages[:-1], "mixed"),
-              Corpus([*mixed.passages[:-1], Passage("Town 499", "changed")], "mixed")]
-    for other in others:
-        refuses(lambda other=other: Retriever(other, tmp_path), str(tmp_path / INDEX), "another corpus",
-                "mixed with 500 passages", f"{other.name} with {len(other)}", "give another folder", "delete")
-        assert contents(tmp_path) == before
-
-
-def test_an_index_made_otherwise_is_refused(mixed, tmp_path, monkeypatch):
-    import bm25s
-
-    Retriever(mixed, tmp_path)
-    before = contents(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(bm25s, "__version__", "9.9")
-        refuses(lambda: Retriever(mixed, tmp_path), INDEX, "bm25s", "9.9", "delete")
-    with monkeypatch.context() as patch:
-        patch.setitem(retrieval.SETTINGS, "k1", 1.2)
-        refuses(lambda: Retriever(mixed, tmp_path), INDEX, "settings", "1.2", "delete")
-    assert contents(tmp_path) == before
-    Retriever(mixed, tmp_path)
-
-
-def test_folders_that_are_none(mixed, tmp_path):
-    write(tmp_path / "mine" / "notes.txt", "do not touch")
-    refuses(lambda: Retriever(mixed, tmp_path / "mine"), "notes.txt", "no index", "empty folder")
-    refuses(lambda: Retriever(mixed, tmp_path / "mine" / "notes.txt"), "notes.txt", "needs a folder")
-    refuses(lambda: Retriever(mixed, tmp_path / "mine" / "notes.txt" / "x"), "notes.txt", "can't write")
-    assert contents(tmp_path) == {"mine/notes.txt": b"do not touch"}
-
-
-def test_a_damaged_index_is_refused(mixed, tmp_path):
-    expected = list(Retriever(mixed, tmp_path).scores("iron mill 44"))
-    path, rng, silent = tmp_path / INDEX, random.Random(0), 0
-    whole = path.read_bytes()
-    for damaged in (b"", b"PK", whole[:40], whole[:len(whole) // 2], whole[:-1], b"\x93NUMPY" + whole, b"{}"):
-        path.write_bytes(damaged)
-        refuses(lambda: Retriever(mixed, tmp_path), str(path), "damaged", "delete it")
-    for _ in range(200):
-        k = rng.randrange(len(whole))
-        path.write_bytes(whole[:k] + bytes([whole[k] ^ 1 << rng.randrange(8)]) + whole[k + 1:])
-        try:
-            assert list(Retriever(mixed, tmp_path).scores("iron mill 44")) == expected
-            silent += 1  # a date or a size in the archive's own headers that nobody reads
-        except InputError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-    assert silent < 40
-    path.unlink()
-    assert list(Retriever(mixed, tmp_path).scores("iron mill 44")) == expected
-
-
-@pytest.mark.parametrize("moment", ["half written", "not renamed"])
-def test_a_killed_build_leaves_no_half_index(tmp_path, moment):
-    killed = start(tmp_path / "i", 50, moment)
-    assert killed.wait() == -9 and killed.stdout.read() == "ready\n", killed.stderr.read()
-    left = contents(tmp_path / "i")
-    assert set(left) == {".lock", INDEX + ".tmp"} and left[INDEX + ".tmp"], "it was killed while it wrote"
-    corpus = made(60)  # not even the same corpus
-    found = Retriever(corpus, tmp_path / "i").search(["iron mill", "word5"])
-    assert found == Retriever(corpus).search(["iron mill", "word5"]) == [[0, 1, 2], [5]]
-    assert set(contents(tmp_path / "i")) == {".lock", INDEX}
-
-
-def test_killed_at_any_moment(tmp_path):
-    """Whatever is there afterwards is no index or a whole one."""
-    rng, corpus = random.Random(0), made(8000)
-    for i in range(6):
-        child = start(tmp_path / str(i), 8000)
-        assert child.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0, 0.6))
-        child.kill()
-        child.wait()
-        assert Retriever(corpus, tmp_path / str(i)).search(["word5"]) == [[5]]
-        assert set(contents(tmp_path / str(i))) == {".lock", INDEX}
-
-
-def test_two_processes_share_a_folder(tmp_path):
-    children = [start(tmp_path / "i", 3000) for _ in range(3)]
-    said = [child.communicate() for child in children]
-    assert [out.splitlines()[1:] for out, _ in said] == [["[[0, 1, 2], [5]]"]] * 3, said
-    assert set(contents(tmp_path / "i")) == {".lock", INDEX}
-
-
-def test_a_full_disk_is_named(mixed, tmp_path, monkeypatch):
-    import numpy as np
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full)
-    refuses(lambda: Retriever(mixed, tmp_path), INDEX, "No space left", "make room")
-    assert set(contents(tmp_path)) == {".lock"}
-
-
 def test_importing_loads_nothing_heavy():
     code = ("import data.text.retrieval, data.text.benchmarks, sys; "
             "print(sorted({'bm25s', 'numpy', 'torch'} & set(sys.modules)))")
@@ -291,10 +129,11 @@ def sentence_model(tmp_path_factory):
     return folder
 
 
-def test_dense_finds_the_nearest_and_is_kept(sentence_model, tmp_path):
+def test_dense_finds_the_nearest_and_is_kept(sentence_model, tmp_path, monkeypatch):
     import torch
     from transformers import AutoModel, AutoTokenizer
     rng = random.Random(0)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
     corpus = Corpus([Passage(w, " ".join(rng.choices(WORDS, k=rng.randint(1, 30))) + ".") for w in WORDS * 8], "dense")
     made = Dense(corpus, sentence_model)
     # one by one, with the library alone
@@ -308,16 +147,18 @@ def test_dense_finds_the_nearest_and_is_kept(sentence_model, tmp_path):
     found = made.search(queries, 4)
     assert [len(f) for f in found] == [4, 4, 0] and found[1] == made.search(queries[1:2], 4)[0], "alone too"
     assert found[0] == sorted(range(len(corpus)), key=lambda i: (-made.scores(queries[0])[i], i))[:4]
-    assert Dense(corpus, sentence_model, tmp_path / "d").search(queries, 4) == found
     before = contents(tmp_path)
-    again = Dense(corpus, sentence_model, tmp_path / "d")
-    assert again.search(queries, 4) == found and contents(tmp_path) == before
-    corpus.searched_by, corpus.kept = f"dense:{sentence_model}", tmp_path / "d"
+    monkeypatch.setattr(Encoder, "__call__", lambda self, texts: pytest.fail("made again"))
+    assert abs(Dense(corpus, sentence_model).vectors - made.vectors).max() == 0 and contents(tmp_path) == before
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    corpus.searched_by = f"dense:{sentence_model}"
     assert 5 not in corpus.related(5, 7) and corpus.related(5, 7)[0] == next(i for i in made.search(
         [corpus.passages[5].rendered], 2)[0] if i != 5)
-    other = Corpus(corpus.passages[1:], "other")
-    refuses(lambda: Dense(other, sentence_model, tmp_path / "d"), "another corpus", "vectors")
-    refuses(lambda: Retriever(corpus, tmp_path / "d"), "other files", "vectors.npz")
+    assert len(Dense(Corpus(corpus.passages[1:], "other"), sentence_model).vectors) == len(corpus) - 1
+    (path,) = (p for p in tmp_path.rglob("vectors-*.npy") if corpus.fingerprint in p.name)
+    path.write_bytes(path.read_bytes()[:90])
+    refuses(lambda: Dense(corpus, sentence_model), path.name, "damaged", "delete it")
     with pytest.raises(TypeError):
         made.search("iron")
 
@@ -339,15 +180,15 @@ def test_dense_refuses_in_one_line(sentence_model, tmp_path, monkeypatch):
     refuses(lambda: Dense(corpus, sentence_model), "pip install transformers", "bm25")
 
 
-def test_judging_dense_beside_bm25(sentence_model, tmp_path, capsys):
+def test_judging_dense_beside_bm25(sentence_model, tmp_path, capsys, monkeypatch):
     corpus = write(tmp_path / "c.jsonl", '{"title": "Sing", "text": "To sing is a joy."}\n{"text": "Stone and iron."}')
     argv = ["--corpus", corpus, "--questions", question_file(tmp_path), "--retriever", f"dense:{sentence_model}",
-            "--index", str(tmp_path / "i"), "--out", str(tmp_path / "f.json")]
+            "--out", str(tmp_path / "f.json")]
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert judge.main(argv) == 0
     (row,), printed = json.loads((tmp_path / "f.json").read_text())["rows"], capsys.readouterr().out
     assert row["dense@10"]["found"] == 4 and row["bm25@10"]["found"] == 2, "five passages: ten are all"
     assert "BM25 @3 | BM25 @10 | dense @3 | dense @10 | exact title @3" in printed
-    assert (tmp_path / "i-dense" / "vectors.npz").exists()
 
 
 # ---- how it is judged
@@ -363,7 +204,7 @@ def question_file(folder: Path) -> str:
 def test_judging(tmp_path, capsys):
     corpus = write(tmp_path / "c.jsonl", '{"title": "Sing", "text": "To sing is a joy."}\n{"text": "Stone and iron."}')
     out = tmp_path / "f.json"
-    argv = ["--corpus", corpus, "--questions", question_file(tmp_path), "--index", str(tmp_path / "i")]
+    argv = ["--corpus", corpus, "--questions", question_file(tmp_path)]
     assert judge.main([*argv, "--out", str(out)]) == 0
     printed, found = capsys.readouterr().out, json.loads(out.read_text())
     (row,) = found["rows"]
@@ -373,11 +214,7 @@ def test_judging(tmp_path, capsys):
     assert row["titles@3"]["found"] == 2 and row["titles@3"]["recall"] == 0.5
     assert [row["bm25@3"][end] for end in ("low", "high")] == pytest.approx([0.150, 0.850], abs=1e-3)
     assert "| q.json | 2 | 4 | 5 | 50.0 [15.0, 85.0]; 0 |" in printed
-    assert judge.main(argv) == 0 and capsys.readouterr().out == printed, "from the kept index"
-    # the index is of the corpus with the contexts: with another file of questions it is another
-    context = [["Ann", ["New text."]], *HOTPOT["context"][1:]]
-    argv[3] = write(tmp_path / "o.json", json.dumps([{**HOTPOT, "context": context}]))
-    assert judge.main(argv) == 2 and "another corpus" in capsys.readouterr().err
+    assert judge.main(argv) == 0 and capsys.readouterr().out == printed
 
 
 def test_titles_are_looked_up_word_for_word():
@@ -396,36 +233,27 @@ def test_titles_are_looked_up_word_for_word():
     (["--corpus", "e.jsonl", "--questions", "q.json"], "e.jsonl: empty"),
     (["--corpus", "c.jsonl", "--questions", "f.jsonl"], "f.jsonl: no question has gold"),
     (["--corpus", "c.jsonl", "--questions", "q.json", "--depth", "3"], "--depth"),
-    (["--corpus", "c.jsonl", "--questions", "q.json", "--index", "full"], "other files (x.txt)"),
-    (["--corpus", "c.jsonl", "--questions", "q.json", "--index", str(ROOT / "data" / "new")], "--index /"),
     (["--corpus", "c.jsonl", "--questions", "q.json", "--out", str(ROOT / "data" / "x.json")], "source")])
 def test_bad_arguments(argv, says, folder, capsys):
     question_file(folder)
     write(folder / "c.jsonl", '{"text": "Stone and iron."}')
     write(folder / "e.jsonl", "")
     write(folder / "f.jsonl", '{"id": 1, "question": "Who?", "golden_answers": ["Ann"]}')
-    write(folder / "full" / "x.txt", "mine")
     before = contents(folder)
     assert judge.main(argv) == 2
     said = capsys.readouterr()
     assert said.err.startswith("retrieval: ") and says in said.err and said.err.count("\n") == 1 and not said.out
-    assert contents(folder) == before and not (ROOT / "data" / "new").exists()
+    assert contents(folder) == before
 
 
 @needs_data
-def test_real_passages_are_searched_fast(tmp_path):
+def test_real_passages_are_searched_fast():
     corpus = load_passages(str(DATA / "wikipedia_passages.jsonl"))
     queries = [q.question for q in load_questions(str(DATA / "hotpotqa_dev.json"))]
-    began = time.process_time()
-    built = Retriever(corpus, tmp_path)
-    building = time.process_time() - began
-    loaded = Retriever(corpus, tmp_path)
-    assert cpu_seconds(lambda: Retriever(corpus, tmp_path)) < building / 5, "measured 0.02 s beside 1.2 s"
-    assert loaded.search(queries, 10) == built.search(queries, 10) == [corpus.search(q, 10) for q in queries]
-    times = []
+    times, retriever = [], Retriever(corpus)
     for query in queries:
         began = time.process_time()
-        loaded.search([query])
+        retriever.search([query])
         times.append(time.process_time() - began)
     assert sorted(times)[len(times) // 2] < 0.003, "measured 0.00014 s; 0.02 are asked for"
 

@@ -682,23 +682,15 @@ def test_a_control_token_sampled_in_a_memory_opens_no_turn(order, tmp_path, toke
 ESCAPES = ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.system('true') }}",
            "{{ messages.append(1) }}", "{{ self.__init__.__globals__ }}", "{{ raise_exception('no\nway') }}",
            "{{ (raise_exception|attr('__globals__'))['sys'] }}", "{% include '/etc/passwd' %}",
-           "{% import 'os' as os %}", "{{ 'x' * 10 ** 11 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+           "{% import 'os' as os %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
            "{% if", "{{ 1 / 0 }}"]
 
 
 @pytest.mark.parametrize("template", ESCAPES)
 def test_templates_that_fail_or_try_to_escape(template):
-    with pytest.raises(InputError, match=r"chat template can't be rendered|took more than") as error:
+    with pytest.raises(InputError, match="chat template can't be rendered") as error:
         around_user(template + "{{ messages[0].content }}", {}, "here")
     assert "\n" not in str(error.value) and str(error.value).startswith("here")
-
-
-def test_a_template_that_does_not_end():
-    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
-    start = time.perf_counter()
-    with pytest.raises(InputError, match="took more than 2 s"):
-        around_user(loop, {}, "here")
-    assert time.perf_counter() - start < 30
 
 
 @pytest.mark.parametrize(("template", "message"), [

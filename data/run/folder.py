@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import signal
-import threading
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -116,12 +115,12 @@ def brief(row: dict) -> dict:
 
 
 class Log:
-    """metrics.jsonl, a line a step, and wandb where asked for."""
+    """metrics.jsonl, a line a step, and wandb where asked for: should it fail, the run goes on after one note."""
 
     def __init__(self, folder: Path, config: dict):
         self.path, self.wandb = folder / "metrics.jsonl", None
         if config["wandb"] != "disabled":
-            self.wandb = Wandb(folder, config)
+            self._try(lambda: start_wandb(folder, config))
 
     def rewind(self, stage: str, step: int) -> None:
         """Forgets lines of `stage` from `step` on, and a line that a crash left half written."""
@@ -140,74 +139,49 @@ class Log:
     def write(self, row: dict) -> None:
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(brief(row)) + "\n")  # a half written line is forgotten at the next start
-        if self.wandb:
-            self.wandb.log({f"{row['stage']}/{k}": v for k, v in row.items() if k != "stage"})
+        stage = row["stage"]
+        self._try(lambda: self.wandb.log({f"{stage}/{k}": v for k, v in row.items() if k != "stage"}), self.wandb)
 
     def close(self) -> None:
-        if self.wandb:
-            self.wandb.close()
+        self._try(lambda: self.wandb.finish(), self.wandb)
+
+    def _try(self, call: Callable, wanted: object = True) -> None:
+        """Calls, where wandb is wanted; what goes wrong there is no reason to stop."""
+        try:
+            self.wandb = (call() or self.wandb) if wanted else None
+        except InputError:
+            raise
+        except Exception as e:  # no class of exceptions covers a network
+            note(f"wandb: {type(e).__name__}: {' '.join(str(e).split())[:200]}; the run goes on without it, "
+                 f"metrics.jsonl has every row")
+            self.wandb = None
 
 
-class Wandb:
-    """wandb in a thread of its own, behind a queue: should it fail or hang, the run goes on after one note.
+def start_wandb(folder: Path, config: dict) -> Any:
+    """A run of wandb, whose curves are drawn over the steps of their own stage.
 
     Online, its id is drawn once and kept in the run folder, so that a run taken up again goes on in the same curves.
     Offline, wandb resumes nothing: of two starts with one id, the sync of one would replace the other. So each is a run
-    of its own there, all in one group; every curve is drawn over its stage's own step, and so goes on. InputError where
-    the package is missing.
+    of its own there, all in one group. InputError where the package is missing.
     """
-
-    patience = 15.0  # seconds that the end of a run waits for its last rows to be sent
-
-    def __init__(self, folder: Path, config: dict):
-        try:
-            import wandb
-        except ImportError as e:
-            raise InputError(f"--wandb {config['wandb']}: {e}; pip install wandb, or leave --wandb out") from None
-        known = folder / "wandb.json"
-        if not known.exists():
-            write_json(known, {"id": f"{config['run'][:40]}-{uuid.uuid4().hex[:8]}"})
-        id_ = read_json(known, "delete it to begin new curves").get("id")
-        own, offline = id_, config["wandb"] == "offline"
-        if offline:
-            own = f"{id_}-{uuid.uuid4().hex[:8]}"
-            if (folder / "metrics.jsonl").exists():
-                note(f"wandb: offline, no run is resumed: this start is a run of its own, {own}, in the group {id_}; "
-                     f"wandb sync takes them all")
-        self.rows: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
-        self.settings = {"project": "memtrain", "name": config["run"], "id": own, "group": id_,
-                         "resume": None if offline else "allow", "mode": config["wandb"], "dir": str(folder),
-                         "config": config}
-        self.thread = threading.Thread(target=self._send, args=(wandb,), daemon=True)
-        self.thread.start()
-
-    def _send(self, wandb) -> None:
-        try:
-            run = wandb.init(**self.settings)
-            axes: set[str] = set()
-            while (row := self.rows.get()) is not None:
-                for axis in [k for k in row if k.endswith("/step") and k not in axes]:
-                    run.define_metric(axis.removesuffix("step") + "*", step_metric=axis)
-                    axes.add(axis)
-                run.log(row)
-            run.finish()
-        except BaseException as e:  # no class of exceptions covers a network; nor is it this run's to end
-            self._give_up(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
-
-    def _give_up(self, why: str) -> None:
-        note(f"wandb: {why}; the run goes on without it, metrics.jsonl has every row")
-
-    def log(self, row: dict) -> None:
-        if self.thread.is_alive():
-            self.rows.put(row)
-
-    def close(self) -> None:
-        """Waits for the last rows, but not for ever."""
-        waiting = self.thread.is_alive()
-        self.rows.put(None)
-        self.thread.join(self.patience)
-        if waiting and self.thread.is_alive():
-            self._give_up(f"no answer within {self.patience:g} seconds")
+    try:
+        import wandb
+    except ImportError as e:
+        raise InputError(f"--wandb {config['wandb']}: {e}; pip install wandb, or leave --wandb out") from None
+    known = folder / "wandb.json"
+    if not known.exists():
+        write_json(known, {"id": f"{config['run'][:40]}-{uuid.uuid4().hex[:8]}"})
+    own = id_ = read_json(known, "delete it to begin new curves").get("id")
+    if config["wandb"] == "offline":
+        own = f"{id_}-{uuid.uuid4().hex[:8]}"
+        if (folder / "metrics.jsonl").exists():
+            note(f"wandb: offline, no run is resumed: this start is a run of its own, {own}, in the group {id_}; "
+                 f"wandb sync takes them all")
+    run = wandb.init(project="memtrain", name=config["run"], id=own, group=id_, mode=config["wandb"], dir=str(folder),
+                     resume=None if own != id_ else "allow", config=config)
+    for stage in config["stages"].split(","):
+        run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+    return run
 
 
 HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # Windows has none

@@ -5,7 +5,7 @@
     LoCoMo        {sample_id, conversation: {session_N, session_N_date_time}, qa: [{question, answer, category}]}
     LongMemEval   {question_id, question_type, question, answer, question_date, haystack_dates, haystack_sessions}
     a chat        [{role, content}, ...] or [{speaker, text}, ...], content also as parts, [{type, text}, ...]; lines
-                  "Name: text", also behind WhatsApp's time stamps
+                  "Name: text"
 
 Forms are recognised by their content. Whatever is wrong ends in InputError: one line with the file and the record.
 """
@@ -32,9 +32,6 @@ REFUSALS = ("not mentioned", "no information available")  # what its authors tak
 DATES = ("%I:%M %p on %d %B, %Y", "%Y/%m/%d %H:%M")  # LoCoMo's, LongMemEval's without the weekday
 STATEMENT = re.compile(r"(\d+) (\S.*)")
 TURN = regex.compile(r"(\w[\w .'’-]{0,39}+)(?:: +|：\s*)(\S.*)")
-# What WhatsApp puts before a name: "[12.03.24, 18:22:01] " or "12/03/2024, 6:22 PM - "; the name may be a number.
-STAMP = re.compile(r"\u200e?\[?\d{1,4}([./-])\d\d?\1\d{1,4},?\s\d\d?(?::\d\d){1,2}(?:\s?[ap]m)?\]?(?:\s-)?\s", re.I)
-STAMPED = regex.compile(r"([^:：]{1,40})(?:: +|：\s*)(\S.*)")
 
 
 @dataclass(frozen=True)
@@ -202,28 +199,21 @@ def chat(name: str, text: str) -> list[tuple[str, str]]:
     return turns(name, items)
 
 
-def who_begins(line: str) -> str:
-    """The speaker whose turn begins with this line, "" where there is none."""
-    stamp = STAMP.match(line)
-    found = (STAMPED if stamp else TURN).fullmatch(line, stamp.end() if stamp else 0)
-    return found[1] if found else ""
-
-
 def speaking(lines: list[str]) -> set[str]:
-    """The speakers of lines "Name: text", with or without a time stamp before the name, if they are a conversation: the
-    first line is a turn or has a stamp, most are turns, and few names come back. Empty otherwise."""
-    found = [who_begins(line) for line in lines]
-    names = [who for who in found if who]
+    """The speakers of lines "Name: text", if they are a conversation: the first line is a turn, most are turns, and few
+    names come back. Empty otherwise."""
+    found = [TURN.fullmatch(line) for line in lines]
+    names = [turn[1] for turn in found if turn]
     few = 2 <= len(set(names)) <= max(2, len(names) // 3)
-    begins = lines and (found[0] or STAMP.match(lines[0]))  # WhatsApp's first line is a notice
-    return set(names) if begins and len(names) >= len(lines) / 2 and few else set()
+    return set(names) if few and found[0] and len(names) >= len(lines) / 2 else set()
 
 
 def joined(name: str, lines: Iterable[str], speakers: set[str]) -> Iterator[str]:
-    """Lines that neither a speaker nor a time stamp begins belong to the turn before. InputError on an empty turn."""
+    """Lines that no speaker begins belong to the turn before. InputError on an empty turn."""
     turn, count, bare = "", 0, {f"{who}:" for who in speakers}
     for line in chain(lines, [""]):
-        if turn and line and not (line in bare or who_begins(line) in speakers or STAMP.match(line)):
+        begun = TURN.fullmatch(line)
+        if turn and line and line not in bare and not (begun and begun[1] in speakers):
             turn += " " + line
             continue
         if turn in bare:

@@ -20,8 +20,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import regex
-
 from data import InputError
 from data.text import conversations, files, hub
 from data.text.dense import Dense, retriever_of
@@ -79,8 +77,7 @@ class Question:
 
 
 class Corpus:
-    """Passages, a name, and an index that is built when it is first needed: BM25, or what `searched_by` says, which is
-    kept in the folder `kept` then.
+    """Passages, a name, and an index that is built when it is first needed: BM25, or what `searched_by` says.
 
     `clues` is kept as given; only the mini-world, which knows its own facts, provides it.
     Raises InputError if there is no passage.
@@ -92,7 +89,7 @@ class Corpus:
         self.passages = list(passages)
         self.name = name
         self.clues = clues
-        self.searched_by, self.kept = "bm25", None
+        self.searched_by = "bm25"
 
     def __len__(self) -> int:
         return len(self.passages)
@@ -143,7 +140,7 @@ class Corpus:
     @cached_property
     def retriever(self) -> Retriever | Dense:
         """Over the passages, built when it is first needed."""
-        return retriever_of(self.searched_by, self, self.kept)
+        return retriever_of(self.searched_by, self)
 
 
 def load_passages(spec: str, *, limit: int | None = None, max_words: int = 180,
@@ -151,14 +148,10 @@ def load_passages(spec: str, *, limit: int | None = None, max_words: int = 180,
     """The corpus that `spec` names: a file, a folder (its files, sorted, recursive), or "wikipedia".
 
     .json, .jsonl: records {title, text}, or {contents} as in FlashRAG, whose first line is the quoted title;
-        taken as they are.
-    .parquet: the same as columns; texts of more than `max_words` of what `size` measures are split (`split_text`).
+        taken as they are. .parquet: the same as columns, split into `max_words` of what `size` measures.
     .txt: a blank line ends a paragraph, long ones are split; the first of several lines is the title if it
         looks like a heading (`_is_heading`).
-    "wikipedia": articles, split too. 150 passages of at most 180 words make about 32,000 tokens of Qwen's
-        vocabulary (the paper's documents: 24,000 to 40,000); of 120 words, about 21,000.
-    size: words (data.text.words); a run gives its tokens, which alone are comparable between languages.
-    Any of the files may be packed with gzip (.jsonl.gz), and have UTF-16's mark at its beginning.
+    "wikipedia": articles, split too.
     What has no title is named after its file, with a running number. `limit` is the number of articles for
     "wikipedia" (default 20,000), of passages for files (default all). Repeated passages are dropped.
     Raises InputError.
@@ -274,12 +267,8 @@ def _sentences(text: str, max_words: int, size: Callable[[str], int]) -> Iterato
         yield piece
 
 
-# A line that ends so is no heading: with punctuation, but for brackets and quotes that open, dashes and the like.
-PUNCTUATED = regex.compile(r"""[.!?,;:"”’)[\p{Po}\p{Pe}\p{Pf}--[\0-\x7f]]]\Z""", regex.V1)
-
-
 def _is_heading(line: str) -> bool:
-    return len(line) <= 60 and count(line) <= 8 and not PUNCTUATED.search(line)
+    return len(line) <= 60 and count(line) <= 8 and unicodedata.category(line[-1])[0] != "P"
 
 
 def load_questions(spec: str, limit: int | None = None) -> list[Question]:
@@ -299,14 +288,14 @@ def load_questions(spec: str, limit: int | None = None) -> list[Question]:
         records = hub.rows(HOTPOTQA, split, limit or HOTPOTQA_QUESTIONS)
     else:
         records = question_records(Path(spec))
-    questions = [question for _, question in parse_questions(records)]
+    questions = list(parse_questions(records))
     if not questions:
         raise InputError(f"{spec}: empty, not one question in it; {QUESTION_FORMS}")
     return questions[:limit]
 
 
-def parse_questions(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Question]]:
-    """(where, Question) of each (where, parsed JSON). InputError as in `load_questions`."""
+def parse_questions(records: Iterable[tuple[str, Any]]) -> Iterator[Question]:
+    """The questions of (where, parsed JSON). InputError as in `load_questions`."""
     ids: set[str] = set()
     for where, record in (part for whole in records for part in conversations.expand(*whole)):
         try:
@@ -318,7 +307,7 @@ def parse_questions(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Q
         if question.id in ids:
             raise InputError(f"{where}: the id {question.id!r} occurs twice; give every question its own")
         ids.add(question.id)
-        yield where, question
+        yield question
 
 
 def question_records(path: Path) -> Iterator[tuple[str, Any]]:

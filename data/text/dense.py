@@ -1,10 +1,10 @@
 """Passages found by meaning: the vectors of a sentence model, as the public release finds them, beside BM25.
 
-    Dense(corpus, model)          model: the folder of a sentence-transformers model, such as all-MiniLM-L6-v2
-    Dense(corpus, model, folder)  the vectors that `folder` keeps; made and kept there if the folder is absent or empty
+    Dense(corpus, model)    model: the folder of a sentence-transformers model, such as all-MiniLM-L6-v2
 
 A text is the mean (or the first) of its tokens' last hidden states, of length 1; two texts are as close as their inner
-product. Loads torch and transformers, which is no requirement of the project, only here.
+product. Vectors take minutes, so they are kept beside the rows of the hub, in a file named after corpus and model.
+Loads torch and transformers, which is no requirement of the project, only here.
 """
 
 from __future__ import annotations
@@ -19,34 +19,41 @@ from typing import Any
 from tqdm import tqdm
 
 from data import InputError
-from data.run.files import read_json
-from data.text.retrieval import LONGEST_QUERY, Corpus, Retriever, keep, read_arrays, top, write_arrays
+from data.run.files import read_json, replacing
+from data.text.hub import kept
+from data.text.retrieval import LONGEST_QUERY, Retriever, top
 
-VECTORS = "vectors.npz"
 KNOWN = {"Transformer", "Pooling", "Normalize"}  # modules of a sentence model that are computed here
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 BATCH = 64  # passages encoded side by side
 
 
 class Dense:
-    """Vectors of the passages of `corpus`; a data.text.retrieval.Retriever to whoever searches, with its errors."""
+    """Vectors of the passages of `corpus`, a data.text.corpus.Corpus; searched as a data.text.retrieval.Retriever."""
 
-    def __init__(self, corpus: Corpus, model: Path, folder: Path | None = None):
+    def __init__(self, corpus, model: Path):
         self.corpus, self.encoder = corpus, encoder(model)
-        about = {"form": 1, "corpus": corpus.name, "passages": len(corpus), "fingerprint": corpus.fingerprint,
-                 "model": self.encoder.fingerprint}
-        self.vectors = self._encoded() if folder is None else keep(  # (passages, D) float32
-            Path(folder, VECTORS), lambda path: read_arrays(path, about, ("vectors",))["vectors"], self._encoded,
-            lambda vectors, path: write_arrays(path, about, {"vectors": vectors}))
+        self.vectors = self._kept(kept(f"vectors-{corpus.fingerprint}-{self.encoder.fingerprint}.npy"))
 
-    def _encoded(self) -> Any:
-        return self.encoder([p.rendered for p in self.corpus.passages])
+    def _kept(self, path: Path) -> Any:
+        """(passages, D) float32, from the file `path`, made there if it is absent. InputError if it is damaged."""
+        import numpy as np
+
+        if not path.exists():
+            vectors = self.encoder([p.rendered for p in self.corpus.passages])
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.save(file, vectors)
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as e:
+            raise InputError(f"{path}: damaged or unreadable ({type(e).__name__}); delete it to have it made "
+                             f"anew") from None
 
     def search(self, queries: Sequence[str], k: int = 3) -> list[list[int]]:
         """For each query the k nearest passages, nearest first, ties to the lower index; none for a blank query."""
         if isinstance(queries, str):
             raise TypeError("queries must be a list of strings, not one string")
-        return [top(self.scores(q), min(k, len(self.corpus))) if q.strip() else [] for q in queries]
+        return [top(self.scores(q), min(k, len(self.vectors))) if q.strip() else [] for q in queries]
 
     def scores(self, text: str) -> Any:
         """Inner product of every passage with `text`: float32 array (passages,)."""
@@ -57,37 +64,42 @@ class Encoder:
     """Texts to vectors of length 1. InputError where a package or a file is missing or the model is another kind."""
 
     def __init__(self, folder: Path):
-        remedy = "give the folder of a sentence-transformers model, like all-MiniLM-L6-v2"
+        def refuse(what: str):
+            raise InputError(f"--retriever dense:{folder}: {' '.join(what.split())[:200]}; give the folder of a "
+                             f"sentence-transformers model, like all-MiniLM-L6-v2, or use bm25") from None
+
         try:
             import torch
             from transformers import AutoModel, AutoTokenizer
             from transformers.utils import logging
         except ImportError as e:
             raise InputError(f"--retriever dense:{folder}: {e}; pip install transformers, or use bm25") from None
+
+        def said(name: str) -> dict:
+            path = folder / name
+            return read_json(path, "download the model again") if path.exists() else {}
+
         if not (folder / "config.json").is_file():
-            raise InputError(f"--retriever dense:{folder}: no config.json there; {remedy}")
+            refuse("no config.json there")
         if (path := folder / "modules.json").exists():
-            kinds = [m["type"].rpartition(".")[2] for m in json.loads(path.read_text(encoding="utf-8"))]
-            if odd := set(kinds) - KNOWN:
-                raise InputError(f"{path}: {min(odd)} is not supported, only {', '.join(sorted(KNOWN))}; {remedy}")
-        said = read_json(path, remedy) if (path := folder / "1_Pooling" / "config.json").exists() else {}
-        modes = [said["pooling_mode"]] if "pooling_mode" in said else [
-            POOLINGS.get(name, name) for name, on in said.items() if name in POOLINGS and on] or ["mean"]
-        other = [n for n, on in said.items() if n.startswith("pooling_mode_") and on is True and n not in POOLINGS]
-        if other or len(modes) != 1 or modes[0] not in POOLINGS.values():
-            raise InputError(f"{path}: pooling by {(other or modes)[0]} is not supported, only mean or cls; {remedy}")
+            kinds = {m["type"].rpartition(".")[2] for m in json.loads(path.read_text(encoding="utf-8"))}
+            if odd := kinds - KNOWN:
+                refuse(f"its module {min(odd)} is not supported, only {', '.join(sorted(KNOWN))}")
+        pooling = said("1_Pooling/config.json")
+        modes = [pooling["pooling_mode"]] if "pooling_mode" in pooling else [
+            POOLINGS.get(n, n) for n, on in pooling.items() if n.startswith("pooling_mode_") and on is True] or ["mean"]
+        if len(modes) != 1 or modes[0] not in POOLINGS.values():
+            refuse(f"pooling by {', '.join(modes)} is not supported, only mean or cls")
         logging.disable_progress_bar()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self.model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
         except Exception as e:  # a folder can be wrong in many ways
-            why = " ".join(str(e).split())[:200]
-            raise InputError(f"--retriever dense:{folder}: can't be loaded ({type(e).__name__}: {why}); "
-                             f"{remedy}") from None
+            refuse(f"can't be loaded ({type(e).__name__}: {e})")
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        bert = folder / "sentence_bert_config.json"
-        said = read_json(bert, remedy).get("max_seq_length") if bert.exists() else None
-        self.mean, self.limit = modes == ["mean"], said or min(512, self.tokenizer.model_max_length)
+        self.mean = modes == ["mean"]
+        self.limit = said("sentence_bert_config.json").get("max_seq_length") or min(
+            512, self.tokenizer.model_max_length)
         digest = hashlib.sha256(f"{modes} {self.limit}".encode())
         for name, weight in self.model.state_dict().items():
             digest.update(name.encode() + weight.cpu().numpy().tobytes())
@@ -121,9 +133,9 @@ def encoder(folder: Path) -> Encoder:
     return Encoder(folder)
 
 
-def retriever_of(spec: str, corpus: Corpus, folder: Path | None = None) -> Retriever | Dense:
+def retriever_of(spec: str, corpus) -> Retriever | Dense:
     """--retriever: bm25, or dense:FOLDER. InputError for anything else."""
     kind, _, model = spec.partition(":")
     if spec != "bm25" and (kind != "dense" or not model):
         raise InputError(f"--retriever {spec}: choose bm25 or dense:FOLDER")
-    return Dense(corpus, Path(model), folder) if model else Retriever(corpus, folder)
+    return Dense(corpus, Path(model)) if model else Retriever(corpus)

@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any, Protocol
 
 import regex
@@ -24,7 +24,6 @@ from data import InputError
 from data.text.words import INVISIBLE, JOINED, UNSPACED
 
 PLACEHOLDER = re.compile(r"\[(?:MASK|TARGET)\]")
-SPACY_MODELS = ("en_core_web_sm", "en_core_web_md", "en_core_web_lg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,33 +43,31 @@ class Finder(Protocol):
 
 
 def make_finder(choice: str = "auto") -> Finder:
-    """The finder for "rules", "spacy" (its small, medium or large English model), "spacy:<model>", or "auto":
-    spaCy if it and one of these models are installed, else rules.
+    """The finder for "rules", "spacy" (its small English model), "spacy:<model>", or "auto": spaCy if it and that model
+    are installed, else rules.
 
     Raises InputError for anything else, and where spaCy or its model is missing or does not load.
     """
     if choice == "rules":
         return RuleFinder()
-    if choice not in ("auto", "spacy") and not choice.startswith("spacy:"):
+    kind, _, model = choice.partition(":")
+    if choice != "auto" and kind != "spacy":
         raise InputError(f"entity finder {choice!r} is unknown; use auto, rules, spacy or spacy:<model>")
-    models = (choice.removeprefix("spacy:"),) if ":" in choice else SPACY_MODELS
+    model = model or "en_core_web_sm"
     try:
         import spacy
 
-        for model in filter(spacy.util.is_package, models):
-            # NER needs none of these, and they would take most of the time.
-            others = ["tagger", "parser", "attribute_ruler", "lemmatizer"]
-            return SpacyFinder(spacy.load(model, exclude=others))
-        problem = f"no model {' or '.join(models)}"
-    except ModuleNotFoundError as error:
-        problem = f"no module {error.name}"
+        if spacy.util.is_package(model):  # NER needs none of these, and they would take most of the time
+            return SpacyFinder(spacy.load(model, exclude=["tagger", "parser", "attribute_ruler", "lemmatizer"]))
+    except ModuleNotFoundError:
+        pass
     except Exception as error:  # installed, but broken: "auto" must not quietly make other data of it
-        problem = f"spaCy does not load ({type(error).__name__})"
-        raise InputError(f"entity finder {choice!r}: {problem}; repair it or use rules") from error
+        raise InputError(f"entity finder {choice!r}: spaCy does not load ({type(error).__name__}); repair it or use "
+                         f"rules") from error
     if choice == "auto":
         return RuleFinder()
-    remedy = f"pip install spacy && python -m spacy download {models[0]}"
-    raise InputError(f"entity finder {choice!r}: {problem}; {remedy}, or use rules")
+    raise InputError(f"entity finder {choice!r}: no spaCy, or no model {model}; pip install spacy && python -m spacy "
+                     f"download {model}, or use rules")
 
 
 # ---- masking
@@ -195,10 +192,8 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-CONNECTORS = _words("of de da di du del della des la le van von zu bin ibn al el y")
-ARTICLES = _words("the la las los le les der den")  # may follow a connector: "of the", "van der"
-ABBREVIATIONS = _words("Mr Mrs Ms Dr St Mt Ft Prof Gen Col Capt Lt Sgt Rev Gov Sen Rep")  # may end in "."
-# Words that open a sentence with a capital. These are never the first word of a name ...
+CONNECTORS = _words("of de da di du del della des la le les los las van von der den zu bin ibn al el y")
+# Words that open a sentence with a capital: never the first word of a name ...
 FUNCTION = _words(
     """a about according across after against all along alongside also although am among amongst an and
     another any are around as at be because before behind being below beneath beside besides between both but
@@ -211,28 +206,14 @@ FUNCTION = _words(
     we were what whatever when where whereas whether which while who whom whose why with within without would
     yet you your"""
 )
-# ... these are none alone (nor is a word in -ly, -ed or -ing) ...
-COMMON = _words(
-    """actor additional again album almost already annual apart author back best born built children
-    citizens city come construction critics current dancers development director dozens early eight evidence
-    experts famous fans farmers film films first five former four game girls good great half historians home
-    hot important international key king known large last late less life little local long made main major
-    married members men modern mother music never new news next nine non none notable note nothing often old
-    one original part parts people players poor popular population president previous principal prior
-    production pupils recent records research residents reviews scholars school scientists second set seven
-    several short similar six small something sometimes songs students subject success summer team ten third
-    three time today town travelers twelve twenty two unable various very villagers visitors war water whilst
-    widespread winter women work workers writer written years young"""
-)
-# ... and so are these, where another language was let through: pronouns, and articles that open a sentence.
-COMMON |= _words(
+# ... nor a name alone: months and days, our placeholders' words, and what opens sentences in other languages.
+NEVER_ALONE = _words(
+    f"""{MONTHS} Monday Tuesday Wednesday Thursday Friday Saturday Sunday mask target""".lower()
+) | _words(
     """er sie es ich wir ihr man die das ein eine je tu il elle on nous vous ils elles un une yo él ella nosotros ellos
     ellas una lui lei noi loro gli eu ele ela eles elas uma ik hij zij wij het een jag ja ono oni я
     ты он она оно мы вы они він вона воно ми ви вони εγώ αυτός αυτή αυτό εμείς αυτοί biz onlar"""
 )
-# ... and these are none alone wherever they stand.
-CALENDAR = _words(f"{MONTHS} Monday Tuesday Wednesday Thursday Friday Saturday Sunday".lower())
-NEVER_ALONE = CALENDAR | CONNECTORS | ARTICLES | {a.lower() for a in ABBREVIATIONS} | {"il", "mask", "target"}
 
 
 def english(texts: Iterable[str]) -> bool:
@@ -249,9 +230,9 @@ LONGEST = 100  # characters: what runs on for longer is a headline or a list
 class RuleFinder:
     """Dates, numbers, quoted titles and runs of capitalised words, found without a model.
 
-    Names go on over "of", "de", "von", "&" and the like, over "the" in "Alexander the Great", but not over
-    "and", which mostly stands between two names. An article in front is left out. A single digit is not
-    taken: hidden, it would be all over the document and still be guessed.
+    Names go on over "of", "de", "von", "&" and the like, but not over "and", which mostly stands between two names. An
+    article in front is left out. A single digit is not taken: hidden, it would be all over the document and still be
+    guessed. What more was tried (titles before names, common words, articles) does not agree better with spaCy.
     """
 
     name = "rules"
@@ -293,40 +274,30 @@ def _figures(text: str) -> Iterator[Span]:
 
 def _names(text: str, used: bytearray) -> Iterator[Span]:
     lower = set(LOWER.findall(text))
-    runs: list[list[re.Match]] = [[]]  # capitalised words that belong together; the last may still grow
-    pending: list[str] = []  # connectors behind it, kept if another capitalised word follows
+    runs: list[list[re.Match]] = []  # capitalised words that belong together; the last may still grow
+    run: list[re.Match] = []
     previous = None
-    for token, following in pairwise(chain(TOKEN.finditer(text), [None])):
-        run, word = runs[-1], token[0]
-        taken = used.find(1, *token.span()) >= 0
+    for token in TOKEN.finditer(text):
+        word, taken = token[0], used.find(1, *token.span()) >= 0
         if taken or (run and not _adjacent(text, previous, token)):
-            run, pending = [], []
-            runs.append(run)
+            run = []
         previous = token
         if taken:
             continue
         if not _is_capitalised(word):
-            pending.append(word)
-            link = pending == ["the"] or (pending[0] in CONNECTORS and ARTICLES.issuperset(pending[1:]))
-            if not run or not link or len(pending) > 2:
-                runs.append([])
-                pending = []
-            continue
-        if run:
-            goes_on = following and _is_capitalised(following[0]) and _adjacent(text, token, following)
-            object_follows = pending == ["the"] and (goes_on or len(run) > 2)  # gave Smith the Nobel Prize
-            sentence_starts = run[-1]["initials"] and word.lower() in FUNCTION  # in the U.S. The
-            if object_follows or sentence_starts:
+            if word not in CONNECTORS:
                 run = []
-                runs.append(run)
-        pending = []
-        if run or word.lower() not in FUNCTION:
+        elif run and not (run[-1]["initials"] and word.lower() in FUNCTION):  # "in the U.S. The"
             run.append(token)
-    for run in filter(None, runs):
+        else:
+            run = [token] if word.lower() not in FUNCTION else []
+            runs += [run] if run else []
+    for run in runs:
         start, end = run[0].start(), run[-1].end()
         if len(run[-1]["initials"] or "") == 2:
             end -= 1  # the full stop of "Henry V." ends the sentence
-        if end - start <= LONGEST and (len(run) > 1 or _is_name(text, start, end, lower)):
+        alone = text[start:end].lower() if len(run) == 1 else ""  # a name alone is nowhere written small
+        if end - start <= LONGEST and not (alone and (len(alone) < 2 or alone in lower or alone in NEVER_ALONE)):
             yield start, end, "NAME"
 
 
@@ -336,19 +307,7 @@ def _is_capitalised(word: str) -> bool:
 
 def _adjacent(text: str, left: re.Match, right: re.Match) -> bool:
     """Whether only a space, or what may stand inside a name, is between two tokens."""
-    gap = text[left.end() : min(right.start(), left.end() + 4)]
-    return gap in (" ", "  ", "\xa0", " & ", "- ") or (gap == ". " and left[0] in ABBREVIATIONS)
-
-
-def _is_name(text: str, start: int, end: int, lower: set[str]) -> bool:
-    """Whether a capitalised word that stands alone is a name."""
-    word = text[start:end].lower()
-    if len(word) < 2 or word in lower or word in NEVER_ALONE:
-        return False
-    before = text[max(0, start - 4) : start].rstrip(" \"'“‘([")
-    # "Beijing: Beijing is ..." starts with a title, not with a sentence.
-    opens_sentence = (not before or before[-1] in ".!?:\n") and text[end : end + 1] not in ("", "\n", ":")
-    return not (opens_sentence and (word in COMMON or word.endswith(("ly", "ed", "ing"))))
+    return text[left.end():min(right.start(), left.end() + 4)] in (" ", "  ", "\xa0", " & ", "- ")
 
 
 # ---- finding with spaCy

@@ -5,7 +5,6 @@ record, or row), and what to do.
 
 import codecs
 import gzip
-import io
 import json
 import re
 import zlib
@@ -44,26 +43,28 @@ def unpacked(path: Path) -> BinaryIO:
     return gzip.open(file) if packed else file  # type: ignore[return-value]
 
 
-def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, line). Only line feeds end a line: JSON strings may hold other separators."""
-    number = 0
+def text_of(path: Path) -> str:
+    """What a file of text holds; InputError if it can't be read."""
     try:
         with unpacked(path) as file:
-            coded = encoding(file.read(4))
-            file.seek(0)
-            if coded == "utf-8-sig":
-                for number, line in enumerate(file, start=1):
-                    if b"\0" in line:  # most often UTF-16 without its mark, which passes for UTF-8
-                        raise UnicodeError
-                    yield number, line.decode(coded if number == 1 else "utf-8")
-            else:
-                yield from enumerate(io.TextIOWrapper(file, coded, newline="\n"), start=1)
+            content = file.read()
+        text = content.decode(coded := encoding(content))
     except UnicodeError as error:
-        what = "neither UTF-8 nor UTF-16 with its mark"
-        raise InputError(f"{path}, line {number}: {what}; save the file as UTF-8") from error
+        line = content.count(b"\n", 0, getattr(error, "start", 0)) + 1
+        raise InputError(f"{path}, line {line}: neither UTF-8 nor UTF-16 with its mark; save the file as "
+                         f"UTF-8") from error
     except UNPACKED as error:
         why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: cannot be read ({why}); check its permissions, or download it again") from error
+    if coded == "utf-8-sig" and "\0" in text:  # most often UTF-16 without its mark, which passes for UTF-8
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise InputError(f"{path}, line {line}: neither UTF-8 nor UTF-16 with its mark; save the file as UTF-8")
+    return text
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line). Only line feeds end a line: JSON strings may hold other separators."""
+    return enumerate(text_of(path).split("\n"), start=1)
 
 
 def records(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
@@ -72,32 +73,22 @@ def records(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[
     if ending(path) == ".parquet":
         yield from _rows(path, columns)
         return
-    numbered, count = lines(path), 0
-    for number, line in numbered:
-        values = _values(path, number, line, None if count else numbered)
-        for value in values:
-            inner = value.get("data") if isinstance(value, dict) else value
-            several = isinstance(inner, list)
-            for record in inner if several else [value]:
-                count += 1
-                yield f"{path}, record {count}" if several or len(values) > 1 else f"{path}, line {number}", record
-
-
-def _values(path: Path, number: int, text: str, rest: Iterator[tuple[int, str]] | None) -> list[Any]:
-    """The JSON values of a line, or, where the file's first one goes on behind it, of the line and the `rest`."""
-    found, at = [], 0
-    text = text.strip()
-    try:
-        while at < len(text):
-            value, at = json.JSONDecoder().raw_decode(text, at)
-            found.append(value)
-            at = SPACE.match(text, at).end()
-        return found
-    except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits and endless brackets
-        if rest is not None and text[0] in "[{":
-            return _values(path, number, text + "\n" + "".join(line for _, line in rest), None)
-        at, why = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", type(error).__name__)
-        raise InputError(f"{path}, line {at}: not JSON ({why}); use one list or JSON lines") from error
+    text, decoder, line, count = text_of(path), json.JSONDecoder(), 1, 0
+    began, at = 0, SPACE.match(text).end()
+    while at < len(text):
+        line += text.count("\n", began, at)
+        began = at
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits and endless brackets
+            why, at = getattr(error, "msg", type(error).__name__), getattr(error, "lineno", line)
+            raise InputError(f"{path}, line {line if ending(path) == '.jsonl' else at}: not JSON ({why}); use one list "
+                             f"or JSON lines") from error
+        inner = value.get("data") if isinstance(value, dict) else value
+        for record in inner if isinstance(inner, list) else [value]:
+            count += 1
+            yield f"{path}, record {count}" if isinstance(inner, list) else f"{path}, line {line}", record
+        at = SPACE.match(text, at).end()
 
 
 def _rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[str, Any]]:

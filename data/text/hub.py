@@ -42,21 +42,25 @@ def rows(source: Source, split: str, limit: int) -> Iterator[tuple[str, dict[str
     if not path.exists():
         _fetch(source, split, limit, path)
     try:
-        with gzip.open(path) as file:  # to its end, where the checksum stands, before the first row is given out
-            if not sum(map(len, iter(lambda: file.read(2**20), b""))):
-                raise EOFError("empty")
+        text = gzip.decompress(path.read_bytes()).decode("ascii")  # to its end, where the checksum stands
+        if not text:
+            raise EOFError("empty")
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: damaged or unreadable ({error}); delete it, and it is fetched again") from error
-    with gzip.open(path, "rt", encoding="ascii") as file:
-        for number, line in enumerate(file, start=1):
-            yield f"{path}, line {number}", json.loads(line)
+    for number, line in enumerate(text.splitlines(), start=1):
+        yield f"{path}, line {number}", json.loads(line)
 
 
 def cached(source: Source, split: str, limit: int) -> Path:
-    """The file that keeps these rows, in the folder that HF_HOME names (default ~/.cache/huggingface)."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    """The file that keeps these rows."""
     parts = (source.name.replace("/", "--"), source.config, split, str(limit), source.revision[:12])
-    return Path(home, "memtrain", "-".join(parts) + ".jsonl.gz").expanduser()
+    return kept("-".join(parts) + ".jsonl.gz")
+
+
+def kept(name: str) -> Path:
+    """A file that outlives a run, in the folder that HF_HOME names (default ~/.cache/huggingface)."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(home, "memtrain", name).expanduser()
 
 
 def _fetch(source: Source, split: str, limit: int, path: Path) -> None:

@@ -59,15 +59,3 @@ def compared(text: str) -> tuple[str, ...]:
 def count(text: str) -> int:
     """Length in words; without spaces, in characters. Forty letters at most are one word."""
     return len(UNIT.findall(text))
-
-
-def asks(text: str) -> bool:
-    """Whether there is a question mark of any script in it (? ？ ؟ ՞ ፧), Greek's ; at its end, or a word that asks:
-    Japanese か, Korean 까, Chinese 吗 and 呢."""
-    return (any("QUESTION MARK" in unicodedata.name(c, "") for c in text)
-            or bool(regex.search(r"[か까吗嗎呢]\W*\Z|\p{Greek}[^;]*;\W*\Z", text)))
-
-
-def ends(text: str) -> bool:
-    """Whether it ends as a sentence does, in any script."""
-    return bool(regex.search(r"""[\p{Sentence_Terminal}…][\p{Pe}\p{Pf}"']{0,3}\s{0,3}\Z""", text))

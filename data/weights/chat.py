@@ -2,21 +2,17 @@
 
     around_user(template, variables, where) -> (text before the user's, text behind it, text behind a response)
 
-A template is a program from a stranger. It runs in jinja2's sandbox, and in a process of its own that is killed
-after LIMIT_SECONDS of computing or LIMIT_BYTES of memory: the sandbox keeps a template from escaping, but not from
-counting to 10^18. (This file is that process too: a request on standard input, the reply on standard output.)
+A template is a program from a stranger: it runs in jinja2's sandbox, as for transformers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from datetime import datetime
-from functools import cache
 
-LIMIT_SECONDS, LIMIT_BYTES, LIMIT_TEXT = 2, 1 << 30, 1 << 20
+from data import InputError
+
 TODAY = datetime(2024, 7, 26)  # for templates that tell the date: Llama 3.1's own default, the same in every run
 ANSWER = "response-behind-the-prompt"
 
@@ -28,44 +24,30 @@ def around_user(template: str, variables: dict, where: str) -> tuple[str, str, s
     conversation ("" where the template can't show one). InputError, one line that begins with `where`, if the
     template fails, or if it does not put every user's text, unchanged, in one place of the same surroundings.
     """
-    from data import InputError
-
     # Two texts that no template can foresee; quotes, markup, case, accents and inner whitespace are in them so that
     # whatever rewrites the text (escaping, lower case, JSON, split and join) shows. Nothing to strip at the ends:
     # Llama 3 strips, and the texts of this project are placed as ids, behind the template's back.
     mark = hashlib.sha256(template.encode("utf-8", "replace")).hexdigest()
     users = [f"User{mark[:20]} <b>&\"'\\ \u00c9\n\n \t{{{{ 7 * 7 }}}} {mark[20:n]}z" for n in (40, 60)]
-    reply = _ask(json.dumps({"template": template, "variables": variables, "users": users}))
-    if reply is None:
-        raise InputError(f"{where}: the chat template took more than {LIMIT_SECONDS} s or {LIMIT_BYTES >> 30} GB to "
-                         f"render; give a checkpoint with a sound chat_template")
-    if "error" in reply:
-        raise InputError(f"{where}: the chat template can't be rendered ({reply['error']}); "
-                         f"give a checkpoint with a sound chat_template")
-    for user, text in zip(users, reply["texts"], strict=True):
+    try:
+        texts, closing = render(template, variables, users)
+    except Exception as e:  # a template can raise anything
+        why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise InputError(f"{where}: the chat template can't be rendered ({why}); give a checkpoint with a sound "
+                         f"chat_template") from None
+    for user, text in zip(users, texts, strict=True):
         if text.count(user) != 1:
             raise InputError(f"{where}: the chat template shows the user's text {text.count(user)} times as it was "
                              f"given, not once; give a checkpoint whose template leaves it as it is")
-    (before, after), other = (text.split(user) for user, text in zip(users, reply["texts"], strict=True))
+    (before, after), other = (text.split(user) for user, text in zip(users, texts, strict=True))
     if [before, after] != other:
         raise InputError(f"{where}: what the chat template puts around the user's text depends on that text; "
                          f"give a checkpoint whose template doesn't")
-    return before, after, reply["closing"]
+    return before, after, closing
 
 
-@cache
-def _ask(request: str) -> dict | None:
-    """`render` in a process of its own (0.1 s); None if it had to be killed."""
-    try:
-        child = subprocess.run([sys.executable, "-P", __file__], input=request.encode(), capture_output=True,
-                               timeout=60)
-    except subprocess.TimeoutExpired:
-        return None
-    return json.loads(child.stdout) if child.returncode == 0 else None
-
-
-def render(template: str, variables: dict, users: list[str]) -> dict:
-    """{"texts": a prompt for each user, "closing": what follows a response}, or {"error": one line}."""
+def render(template: str, variables: dict, users: list[str]) -> tuple[list[str], str]:
+    """(a prompt for each user, what follows a response). Raises whatever the template does."""
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -92,28 +74,14 @@ def render(template: str, variables: dict, users: list[str]) -> dict:
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": TODAY.strftime}
 
     def show(messages: list[dict], prompt: bool) -> str:
-        text = compiled.render(**variables, messages=messages, tools=None, documents=None,
+        return compiled.render(**variables, messages=messages, tools=None, documents=None,
                                add_generation_prompt=prompt, enable_thinking=False)
-        if len(text) > LIMIT_TEXT:
-            raise ValueError(f"{len(text)} characters")
-        return text
 
-    try:
-        compiled = environment.from_string(template)
-        texts = [show([{"role": "user", "content": user}], True) for user in users]
-    except Exception as e:  # a template can raise anything
-        return {"error": " ".join(f"{type(e).__name__}: {e}".split())[:200]}
+    compiled = environment.from_string(template)
+    texts = [show([{"role": "user", "content": user}], True) for user in users]
     try:
         talk = [{"role": "user", "content": users[0]}, {"role": "assistant", "content": ANSWER}]
         closing = show(talk, False).partition(ANSWER)[2]
     except Exception:  # some know no assistant; then the checkpoint's eos ends a response
         closing = ""
-    return {"texts": texts, "closing": closing}
-
-
-if __name__ == "__main__":
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_SECONDS, LIMIT_SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
-    print(json.dumps(render(**json.load(sys.stdin))))
+    return texts, closing

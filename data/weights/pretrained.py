@@ -28,10 +28,10 @@ from data.run.terminal import note
 if TYPE_CHECKING:
     import torch
 
-FAMILIES = {  # model_type: what such a decoder has, and its class in transformers
-    "llama": ({"qk_norm": False, "bias": False}, "LlamaForCausalLM"),
-    "qwen2": ({"qk_norm": False, "bias": True}, "Qwen2ForCausalLM"),
-    "qwen3": ({"qk_norm": True, "bias": False}, "Qwen3ForCausalLM"),
+FAMILIES = {  # model_type: what such a decoder has
+    "llama": {"qk_norm": False, "bias": False},
+    "qwen2": {"qk_norm": False, "bias": True},
+    "qwen3": {"qk_norm": True, "bias": False},
 }
 ASSUMED = {  # what a config.json means that leaves it out: transformers' defaults
     "llama": {"max_position_embeddings": 2048},
@@ -117,7 +117,7 @@ def read_shape(folder: Path) -> dict[str, Any]:
     refuse(raw.get("sliding_window") if family == "llama" else
            raw.get("use_sliding_window") and slides and not raw.get("layer_types"), "a sliding window")
     shape["tied"] = shape["tied"] and not _own_head(folder)
-    return shape | FAMILIES[family][0]
+    return shape | FAMILIES[family]
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -343,55 +343,28 @@ SHARD = 4 << 30  # bytes
 def export_weights(folder: Path, model, source: Path | None) -> None:
     """config.json and safetensors with adapters merged, in shards of 4 GB, as transformers reads them.
 
-    source: the checkpoint the weights came from, whose config.json and tokenizer files are taken along; None writes a
-    config.json for our own decoder. A norm behind the embedding, which no published family has, is folded into it.
+    source: the checkpoint the weights came from, whose config.json and tokenizer files are taken along. InputError
+    where there is none: no other tool has our own decoder and its vocabulary.
     """
     from huggingface_hub import save_torch_state_dict
 
-    from data.weights.tokenizer import NANO_RANKS
-
-    tensors = dict(_merged(model))
+    if not source:
+        raise InputError("--format hf: a decoder of our own, which no other tool reads; give a checkpoint whose run "
+                         "began from a published --model")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict(tensors, folder, max_shard_size=SHARD)
-    if source:
-        raw = read_json(source / "config.json", "give the checkpoint it came from")
-        write_json(folder / "config.json", raw | {"dtype": model.c.dtype, "torch_dtype": model.c.dtype,
-                                                   "tie_word_embeddings": model.c.tied})
-        files = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern)]
-    else:
-        write_json(folder / "config.json", describe(model, "lm_head.weight" not in tensors))
-        files = [NANO_RANKS]
-    for file in files:
-        place = folder / (file.relative_to(source) if source else file.name)
-        with replacing(place) as temporary:
+        save_torch_state_dict(dict(_merged(model)), folder, max_shard_size=SHARD)
+    raw = read_json(source / "config.json", "give the checkpoint it came from")
+    write_json(folder / "config.json", raw | {"dtype": model.c.dtype, "torch_dtype": model.c.dtype,
+                                               "tie_word_embeddings": model.c.tied})
+    for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):
+        with replacing(folder / file.relative_to(source)) as temporary:
             shutil.copyfile(file, temporary)
 
 
 def _merged(model) -> Iterator[tuple[str, torch.Tensor]]:
     """(published name, tensor) of every weight, adapters added."""
     adapted = {f"{name}.weight": m for name, m in model.named_modules() if m in set(model.adapted())}
-    fold = model.embed_norm is not None
     for name, tensor in model.state_dict().items():
-        if ".lora_" in name or name.startswith("embed_norm"):
-            continue
-        if name == "embed" and fold:
-            yield NAMES["embed"], model.embed_norm(tensor).detach()
-            if model.c.tied:
-                yield NAMES["output"], tensor
-        else:
+        if ".lora_" not in name:
             yield published(name), adapted[name].merged().detach() if name in adapted else tensor
-
-
-def describe(model, tied: bool) -> dict[str, Any]:
-    """config.json for a decoder of our own."""
-    c = model.c
-    family = next(name for name, (has, _) in FAMILIES.items() if has == {"qk_norm": c.qk_norm, "bias": c.bias})
-    rope: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_type": "default"}
-    if c.rope_scaling:
-        rope |= dict(zip(SCALING, map(float, c.rope_scaling.split(",")), strict=True)) | {"rope_type": "llama3"}
-    return {"architectures": [FAMILIES[family][1]], "model_type": family, "hidden_size": c.width,
-            "num_hidden_layers": c.layers, "num_attention_heads": c.heads, "num_key_value_heads": c.key_heads,
-            "head_dim": c.head_size, "intermediate_size": c.hidden, "rms_norm_eps": c.norm_eps, "hidden_act": "silu",
-            "rope_parameters": rope, "tie_word_embeddings": tied, "vocab_size": len(model.embed),
-            "max_position_embeddings": c.window, "dtype": c.dtype}

@@ -1,10 +1,5 @@
 """ids <-> text: the mini-world's own ranks or a `.tiktoken` file through tiktoken, or a published checkpoint.
 
-    python -m data.world.vocabulary            # rebuild data/nano/miniworld.tiktoken (about two minutes)
-
-The shipped ranks are older than the last changes to the mini-world's pages: a rebuild gives others (names and
-phrasings are the same, their order is not), and then needs a base trained anew (`--stages base`).
-
 Text can never become a special token: documents, questions and memories pass through `encode`, which knows
 ordinary ranks only; the ids of `user`, `assistant` and `end` are placed by the prompt code alone.
 """

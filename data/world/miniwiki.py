@@ -388,16 +388,12 @@ class MiniWorld:
 
 def main() -> None:
     """Prints a text of the evaluation world to read, and on standard error what can be asked about it."""
-    parser = argparse.ArgumentParser(prog="python -m data.world.miniwiki", description=main.__doc__)
-    parser.add_argument("--passages", type=int, default=60, help="lines of the text (default: 60)")
-    parser.add_argument("--questions", type=int, default=3, help="questions it answers (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
-    options = parser.parse_args()
-    world, rng = MiniWorld(600, 0, "eval"), random.Random(options.seed)
-    questions = [world.question(rng.randrange(1 << 20)) for _ in range(options.questions)]
+    argparse.ArgumentParser(prog="python -m data.world.miniwiki", description=main.__doc__).parse_args()
+    world, rng = MiniWorld(600, 0, "eval"), random.Random(0)
+    questions = [world.question(rng.randrange(1 << 20)) for _ in range(3)]
     gold = {p for q in questions for p in q.gold}
     others = [p for p in world.passages if p not in gold]
-    chosen = [*gold, *rng.sample(others, max(0, min(len(others), options.passages - len(gold))))]
+    chosen = [*gold, *rng.sample(others, 60 - len(gold))]
     chosen.sort(key=lambda p: p.rendered)  # a set has no order of its own
     rng.shuffle(chosen)
     for q in questions:

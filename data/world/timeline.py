@@ -327,8 +327,6 @@ def main() -> None:
     """Prints a chronicle and a dialogue of the evaluation world with their questions, or how far guessing gets."""
     parser = argparse.ArgumentParser(prog="python -m data.world.timeline", description=main.__doc__)
     parser.add_argument("--baselines", action="store_true", help="how much of 600 questions a kind guessing gets")
-    parser.add_argument("--tokens", type=int, default=320, help="length of a document (default: 320)")
-    parser.add_argument("--index", type=int, default=0, help="of the first question (default: 0)")
     options = parser.parse_args()
     tokenizer = load_tokenizer()
     if options.baselines:
@@ -338,8 +336,8 @@ def main() -> None:
                 print(f"{split:6} {kind:10} {c:8.1%} {f:16.1%} {l:15.1%}")
         return
     timeline, shown = Timeline(MiniWorld(600, 0, "eval"), tokenizer), set()
-    for index in range(options.index, options.index + 100):
-        problem = timeline.question(index, options.tokens)
+    for index in range(100):
+        problem = timeline.question(index, 320)
         if (genre := problem.id.partition("-")[0]) not in shown:
             shown.add(genre)
             print("\n".join(problem.passages) + "\n")

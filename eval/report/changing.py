@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from eval.metrics import wilson_interval
 from eval.report import plots
@@ -153,30 +152,16 @@ def content(arms: Sequence[Arm]) -> dict:
             "distance": (["system", *asked], by_distance(arms)), "effects": (list(EFFECTS), effects(arms))}
 
 
-def figures(arms: Sequence[Arm]) -> list[tuple[str, Callable]]:
-    """(label, draw on axes): right and stale answers on what holds now, by length; none where there are no rows."""
-    found = []
+def plot(arms: Sequence[Arm], path: Path) -> bool:
+    """changing.png: right and stale answers on what holds now, by length."""
+    panels = []
     for label, field in (("Right on what holds now", "right"), ("Stale answers on what holds now", "stale")):
         lines, ticks = {}, Facts(arms[0]).all.columns
         for i, (name, facts, system) in enumerate(shown(arms)):
             look = plots.LOOKS[system] if facts.arm.name == FULL else (
-                plots.ARM_COLOURS[i % len(plots.ARM_COLOURS)], plots.ARM_DASHES[1], plots.MARKERS[i % 7])
+                plots.ARM_COLOURS[i % len(plots.ARM_COLOURS)], (0, (4, 2)), plots.MARKERS[i % 7])
             if curve := plots.curve(getattr(facts, field), system, look):
                 lines[name] = curve
         if lines:
-            found.append((label, plots.over_lengths(label, lines, ticks)))
-    return found
-
-
-def plot(arms: Sequence[Arm], path: Path) -> bool:
-    """changing.png; False, and no file, where there are no rows."""
-    path.unlink(missing_ok=True)
-    drawn = figures(arms)
-    if not drawn:
-        return False
-    with plots.drawing():
-        figure = Figure(figsize=(11.4, 4.0), layout="constrained")
-        for axes, (_, draw) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-            draw(axes)
-        figure.savefig(path)
-    return True
+            panels.append(plots.over_lengths(label, lines, ticks))
+    return plots.picture(path, panels, (11.4, 4.0))

@@ -27,7 +27,6 @@ from eval.report.paper import (
     WEAK_BASELINE,
     gap,
     lead,
-    wins,
 )
 
 MIN_SEEDS = 3  # with fewer no claim is decided
@@ -114,13 +113,6 @@ def _each(over: Callable[[list], Difference], columns: Sequence) -> tuple[Differ
     return over(columns), {n: over([n]) for n in columns}
 
 
-def _everywhere(claim: str, paper: str, each: dict) -> Claim:
-    """In how many columns the difference lies above zero."""
-    tested = [d for d in each.values() if not d.reason]
-    ours = f"interval above zero at {sum(d.low > 0 for d in tested)} of {len(tested)}"
-    return Claim(claim, paper, ours if tested else "—")
-
-
 def _leads(table: Table, claim: str, a: str, b: str, paper_b: str, matched: str,
            note: str = "") -> tuple[Claim, list[Claim]]:
     """A lead at long documents: (on average, the detail by length)."""
@@ -130,7 +122,7 @@ def _leads(table: Table, claim: str, a: str, b: str, paper_b: str, matched: str,
     detail = [Claim(f"{claim}, {n:g}x", gap(PAPER_TABLE1, a, paper_b, column[n]) if n in column else "—", str(d), d)
               for n, d in each.items()]
     return (deciding(f"{claim}, average", gap(PAPER_TABLE1, a, paper_b), average, said, note=note, matched=matched),
-            [_everywhere(f"{claim}, at every length", wins(PAPER_TABLE1, a, paper_b), each), *detail])
+            detail)
 
 
 def _falls_less(table: Table) -> Claim:
@@ -254,8 +246,7 @@ def on_search(table: Table) -> tuple[Claim, list[Claim]]:
         average, each = _each(lambda columns: table.compare(a, b, columns), table.shared(a, b))
     return (deciding(f"{claim}, average", gap(PAPER_TABLE2, a, b), average,
                      state(average, each, lead(PAPER_TABLE2, a, b)), matched=ON_TOP.format("MEM1")),
-            [_everywhere(f"{claim}, on every benchmark", wins(PAPER_TABLE2, a, b), each),
-             *(Claim(f"{claim}, {n}", "—", str(d), d) for n, d in each.items())])
+            [Claim(f"{claim}, {n}", "—", str(d), d) for n, d in each.items()])
 
 
 def on_backbones(found: dict[str, list[Arm]]) -> Claim:

@@ -13,7 +13,6 @@ left out. The paper's own figures stand beside ours, also where they do not flat
 
 import argparse
 import base64
-import dataclasses
 import hashlib
 import json
 import re
@@ -23,37 +22,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from data import InputError
-from data.config import Config
 from data.run.files import json_bytes, output, replacing, writing
 from data.run.terminal import one_line, printable
 from eval.report import changing, curve, plots, tables
-from eval.report.arms import BOTH, FULL, Arm, backbones
+from eval.report.arms import BOTH, Arm, backbones
 from eval.report.claims import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, RULE, Claim, verdicts
-from eval.report.ledger import ledger
 from eval.report.paper import PAPER_BENCHMARKS, PAPER_LENGTHS, PAPER_TABLE1, PAPER_TABLE2
 from eval.report.results import SYSTEMS, Run, load_run
 from eval.report.tables import LONG, Outside
 
-TITLES = {
-    "C1": "MemTrain, without one label, lifts the base, on average over lengths.",
-    "C2": "MemTrain before MemAgent beats MemAgent alone.",
-    "C3": "It falls off less as documents grow.",
-    "C4": "Leaving out memory recall is worse.",
-    "C5": "Recall that isn’t rewarded end to end is worse on long documents.",
-    "C6": "More post-training does not replace MemTrain.",
-    "C7": "MemTrain before MEM1 beats MEM1 alone at search.",
-    "C8": "It holds for more than one backbone.",
-}
 INTERVALS = (
     "Differences in percentage points with their 95% interval, rounded outwards: a paired bootstrap over questions, "
     "with the spread of the seeds added by Student's t, which is wide where seeds are few; the two questions of a "
     "search are drawn together. The paper's averages are over its eight lengths, ours over those of this run; for C1 "
     "it compares with base in one window.")
+COUNTED = ("FLOPs are the model's: 2 a parameter and token sampled or, where it was counted, read in a prompt, 6 a "
+           "parameter and trained token; attention, recomputation and evaluation are not counted.")
 SIGNS = {REPRODUCED: "yes", NOT_REPRODUCED: "no", INCONCLUSIVE: "open"}  # the look of a state; the others are grey
-VIEWER_BYTES = 6_000_000  # of JSON for the viewer: the whole page stays under 10 MB
 
 
 def md(value) -> str:
@@ -73,7 +61,6 @@ def content(named: dict[str, list[Arm]], labels: curve.Curve | None) -> dict:
     table, search, config = full.table, full.search, runs[0].config
     rows = {section: full.rows(section) for section in ("long_qa", "recall", "masked", "memory")}
     summary, detail = verdicts(named)
-    costs, assumed = ledger(arms)
     known = {key: [Outside(v) for v in sorted({str(run.environment.get(key, "not recorded")) for run in everyone})]
              for key in ("commit", "date")}
     return {
@@ -94,9 +81,9 @@ def content(named: dict[str, list[Arm]], labels: curve.Curve | None) -> dict:
                      "table1": tables.by_columns(own[0].table, LONG)} for name, own in list(named.items())[1:]],
         "benchmarks": [Outside(n) for n in search.columns], "paper2": _averaged(PAPER_TABLE2),
         "paper_benchmarks": list(PAPER_BENCHMARKS),
-        "table2": tables.by_columns(search, tables.search_systems(search)), "searched": tables.how_searched(search),
+        "table2": tables.by_columns(search, tables.search_systems(search)), "searched": tables.aside(search),
         "summary": summary, "detail": detail, "aside": tables.aside(table), "kinds": tables.by_kind(table),
-        "locomo": tables.locomo(table),
+        "locomo": tables.by_kind(table, "locomo_f1"),
         "ablations": {SYSTEMS[s]: found for s in (BOTH, "memtrain")
                       if len(found := tables.ablations(arms, s)) > 1},
         "changed": [[Outside(arm.name), str(len(arm.runs)),
@@ -108,7 +95,7 @@ def content(named: dict[str, list[Arm]], labels: curve.Curve | None) -> dict:
         "masked": tables.per_system(rows["masked"], "em", "em_low", "em_high"),
         "memory": tables.memory(rows["memory"]), "kept_after": [f"k = {k}" for k in tables.RETENTION],
         "changing": changing.content(arms),
-        "stages": tables.stages(runs), "costs": tables.costs(costs), "assumed": [Outside(a) for a in assumed],
+        "stages": tables.stages(runs), "counted": COUNTED,
         "notes": [Outside(run.results["claims_note"]) for run in everyone if run.results.get("claims_note")],
     }
 
@@ -143,21 +130,6 @@ def _averaged(paper: dict) -> dict[str, list[list[str]]]:
 # ------------------------------------------------------------------------------------------------ html
 
 
-def ranged(claims: Sequence[Claim]) -> list[dict]:
-    """Each claim with where its interval lies, in % of one axis that all of them share."""
-    drawn = [c.difference for c in claims if c.difference and not c.difference.reason]
-    low, high = min([0.0, *(d.low for d in drawn)]), max([0.0, *(d.high for d in drawn)])
-    margin = 0.04 * (high - low) or 1.0
-    low, high = low - margin, high + margin
-
-    def at(x: float) -> float:
-        return round(100 * (x - low) / (high - low), 2)
-
-    return [{"claim": c, "range": {"zero": at(0), "low": at(c.difference.low), "mean": at(c.difference.mean),
-                                   "width": round(at(c.difference.high) - at(c.difference.low), 2)}
-             if c.difference and not c.difference.reason else None} for c in claims]
-
-
 def embedded(value) -> Markup:
     """JSON as it may stand inside a <script> of data: nothing in it can end the element, or begin another."""
     text = json.dumps(value, ensure_ascii=False)
@@ -165,94 +137,39 @@ def embedded(value) -> Markup:
     return Markup(re.sub(unsafe, lambda m: f"\\u{ord(m[0]):04x}", text))
 
 
-def readings(runs: Sequence[Run]) -> tuple[Markup | str, tuple[int, int]]:
-    """(data of the viewer, (documents in it, documents that were read)): those of the first run that has some."""
-    found = next((run.readings for run in runs if run.readings), [])
-    found = [d for d in found if d["sections"] and d["systems"]]
-    chosen, size = [], 0
-    for d in found:
-        keep = {"task": d["task"], "kind": d.get("kind") or "", "question": d["question"], "sections": d["sections"],
-                "systems": {name: {key: reading.get(key) for key in ("memories", "answer", "correct")}
-                            for name, reading in d["systems"].items()}} | (
-                                {"outdated": d["outdated"]} if d.get("outdated") else {})
-        keep |= {key: [part for part in d[key] if part.strip()] for key in ("answers", "gold", "marks")}
-        size += len(embedded(keep).encode())
-        if size > VIEWER_BYTES:
-            break
-        chosen.append(keep)
-    value = embedded({"documents": chosen, "names": SYSTEMS}) if chosen else ""
-    return value, (len(chosen), len(found))
+def readings(runs: Sequence[Run]) -> Markup | str:
+    """Data of the viewer: the documents of the first run that has some."""
+    chosen = []
+    for d in next((run.readings for run in runs if run.readings), []):
+        systems = {name: {key: reading.get(key) for key in ("memories", "answer", "correct")}
+                   for name, reading in d["systems"].items()}
+        if d["sections"] and systems:
+            marked = {key: [part for part in d[key] if part.strip()] for key in ("answers", "gold", "marks")}
+            chosen.append(marked | {"task": d["task"], "kind": d.get("kind") or "", "question": d["question"],
+                                    "sections": d["sections"], "systems": systems,
+                                    "outdated": d.get("outdated") or []})
+    return embedded({"documents": chosen, "names": SYSTEMS}) if chosen else ""
 
 
-def figures(arms: Sequence[Arm], labels: curve.Curve | None) -> dict[str, list[dict]]:
-    """Lists of {"label", "svg"}, empty where there is nothing to draw."""
-    full = arms[0]
-
-    def plot(label: str, draw, size=plots.PANEL) -> dict:
-        return {"label": label, "svg": Markup(plots.inline(draw, size))}
-
-    found: dict[str, list[dict]] = {"table1": [], "table2": [], "labels": [], "ablations": [],
-                                    "retention": []}
-    if full.table.columns:
-        found["table1"] = [plot("Accuracy by document length in this run", plots.table1_ours(full.table)),
-                           plot("Accuracy by document length in the paper", plots.table1_paper)]
-    if full.search.columns:
-        systems = tables.search_systems(full.search)
-        found["table2"] = [plot("Exact match by benchmark in this run", plots.table2_ours(full.search, systems)),
-                           plot("Exact match by benchmark in the paper", plots.table2_paper)]
-    for system in (BOTH, "memtrain"):
-        own = [arm for arm in arms if arm.table.has(system)]
-        if len(own) > 1 and own[0] is full:
-            found["ablations"].append(plot(f"{SYSTEMS[system]} by arm, average", plots.ablation_averages(arms, system),
-                                           (5.3, max(2.2, 0.32 * len(own) + 1))))
-            if system == BOTH:
-                found["ablations"].insert(0, plot(f"{SYSTEMS[system]} by arm and length",
-                                                  plots.ablations_by_length(arms, system)))
-                found["ablations"].append(plot("The paper's ablations, average", plots.ablations_paper, (5.3, 2.2)))
-    if labels:
-        found["labels"] = [plot("Accuracy by labelled questions, with MemTrain first and without",
-                                plots.label_curve(labels), (7.6, 3.6))]
-    found["changing"] = [plot(label, draw) for label, draw in changing.figures(arms)]
-    memories = full.rows("memory")
-    for task, what in tables.tasks(memories).items():
-        if draw := plots.retention([row for row in memories if row.get("task") == task], what):
-            found["retention"].append(plot(f"Gold facts kept after further sections, {what}", draw))
-    panels, _ = plots.training(full.runs)
-    found["training"] = [plot(f"{plots.CURVES[name]} by step", draw, (4.2, 2.9)) for name, draw in panels.items()]
+def figures(folder: Path) -> dict[str, Markup]:
+    """{name: address of an image that holds it} of the plots that were drawn beside the page."""
+    found = {}
+    for name, kind in (("table1.svg", "svg+xml"), ("labels.svg", "svg+xml"), ("changing.png", "png"),
+                       ("training.png", "png")):
+        if (path := folder / name).exists():
+            held = base64.b64encode(path.read_bytes()).decode()
+            found[path.stem] = Markup(f"data:image/{kind};base64,{held}")
     return found
 
 
-def figure_cell(value) -> Markup:
-    """A cell of a table: what stands in brackets behind a figure goes below it."""
-    text = str(value) if isinstance(value, Markup) else printable(str(value))
-    found = re.fullmatch(r"([+-]?[\d.]+) ([(\[][^()\[\]]*[)\]])(.*)", text)
-    return Markup("{}<small>{}{}</small>").format(*found.groups()) if found else escape(text)
-
-
-def configuration(run: Run) -> tuple[list, list]:
-    """(fields that differ from the defaults with both values, all fields)."""
-    default = dataclasses.asdict(Config())
-    changed = [[Outside(k), Outside(v), Outside(default.get(k, "—"))]
-               for k, v in run.config.items() if k != "run" and default.get(k) != v]
-    return changed, [[Outside(k), Outside(v)] for k, v in run.config.items()]
-
-
-def html(named: dict[str, list[Arm]], labels: curve.Curve | None, said: dict, data: Markup | str) -> str:
-    """The page. Everything but our own style, script and plots is escaped."""
-    arms, here = next(iter(named.values())), Path(__file__)
-    runs = arms[0].runs
+def html(said: dict, folder: Path, data: Markup | str) -> str:
+    """The page, whose plots lie in `folder`. Everything but our own style, script and plots is escaped."""
+    here = Path(__file__)
     script = here.with_name("report.js").read_text(encoding="utf-8")
-    settings, config = configuration(runs[0])
     environment = _environment(autoescape=True, finalize=lambda v: v if isinstance(v, Markup) else printable(str(v)))
-    environment.filters["figure"] = figure_cell
     environment.filters["sign"] = lambda claim: SIGNS.get(claim.word, "none")
     return environment.get_template("report.html.j2").render(said | {
-        "titles": TITLES, "figures": figures(arms, labels),
-        "summary": ranged(said["summary"]), "detail": ranged(said["detail"]),
-        "trained": [(stage, plots.LOOKS.get(stage, (plots.INK,))[0]) for stage in plots.training(runs)[1]],
-        "settings": settings, "config": config,
-        "cost_lines": {"own": [row for row in said["costs"][:-1] if row[1] == FULL],
-                       "other": [row for row in said["costs"][:-1] if row[1] != FULL]},
+        "figures": figures(folder),
         "style": Markup(here.with_name("report.css").read_text(encoding="utf-8")), "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), "readings": data})
 
@@ -289,9 +206,8 @@ def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = 
     runs = [load_run(path) for path in (run_dir, *others)]
     named, out = backbones(runs), Path(out or run_dir)
     arms = next(iter(named.values()))
-    data, shown = readings([run for arm in arms for run in arm.runs])
-    labels = curve.label_curve(arms)
-    said = content(named, labels) | {"warnings": [Outside(w) for w in tables.warnings(arms, list(named), shown)]}
+    data, labels = readings([run for arm in arms for run in arm.runs]), curve.label_curve(arms)
+    said = content(named, labels) | {"warnings": [Outside(w) for w in tables.warnings(arms, list(named))]}
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         plots.plot_table1(arms[0].table, out / "table1.svg")
@@ -300,7 +216,7 @@ def write_report(run_dir: Path, others: Sequence[Path] = (), out: Path | None = 
         changing.plot(arms, out / "changing.png")
     markdown = _environment(finalize=lambda v: md(v) if isinstance(v, Outside) else v)
     markdown.filters |= {"cell": lambda v: md(v) if isinstance(v, Outside) else v, "lines": claim_cells, "md": md}
-    made = {"report.html": html(named, labels, said, data),
+    made = {"report.html": html(said, out, data),
             "report.md": markdown.get_template("report.md.j2").render(said, curves=curves, shown=bool(data)),
             "claims.json": json_bytes([figures_of(c) for c in said["summary"]]).decode()}
     for name, text in made.items():

@@ -51,9 +51,3 @@ def lead(table: dict, a: str, b: str, model: str = "Qwen3-4B") -> float:
 def gap(table: dict, a: str, b: str, at: int | slice = slice(None)) -> str:
     """The paper's a - b in points, per backbone: on average, or in one column."""
     return ", ".join(f"{np.mean(rows[a][at]) - np.mean(rows[b][at]):+.1f} ({model})" for model, rows in table.items())
-
-
-def wins(table: dict, a: str, b: str) -> str:
-    """In how many columns a lies above b, per backbone."""
-    return "higher at " + ", ".join(f"{sum(map(float.__gt__, rows[a], rows[b]))} of {len(rows[a])} ({model})"
-                                    for model, rows in table.items())

@@ -13,13 +13,15 @@ from pathlib import Path
 
 from data import InputError
 from data.config import FREE_FIELDS, UNTRAINED, Config
+from data.run.files import read_json
 
 FORMAT = 2  # of results.json
 SYSTEMS = {  # name in results.json: name in print
     "base-one-window": "Base, one window", "base": "Base", "memtrain": "+ MemTrain", "memagent": "+ MemAgent",
     "memtrain+memagent": "+ MemTrain + MemAgent", "mem1": "+ MEM1", "memtrain+mem1": "+ MemTrain + MEM1",
 }
-# In what runs of one arm may differ: their seed, the machine's fields, where a base or an index lies, what is kept.
+# In what runs of one arm may differ: their seed, the machine's fields, where a base lies, what is kept. Of older runs
+# also where an index was.
 UNSHARED = (FREE_FIELDS | UNTRAINED | {"index"}) - {"world"}
 SHAPE = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model"} | {"model"}  # a backbone
 
@@ -33,7 +35,8 @@ def _count(value) -> bool:
 
 
 def _pair(value) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_count, value)) and value[0] <= value[1]
+    return (isinstance(value, list) and len(value) == 2 and number(value[0]) and _count(value[1])
+            and 0 <= value[0] <= value[1])
 
 
 def _texts(value) -> bool:
@@ -46,45 +49,33 @@ CHECKS: dict[str, tuple[Callable, str]] = {
     "text": (lambda v: isinstance(v, str), "a text"),
     "texts": (_texts, "a list of texts"),
     "count": (_count, "a whole number, not negative"),
-    "positive": (lambda v: number(v) and v > 0, "a number above 0"),
     "number": (number, "a number"),
+    "positive": (lambda v: number(v) and v > 0, "a number above 0"),
     "share": (lambda v: number(v) and 0 <= v <= 1, "a number in [0, 1]"),
     "bits": (lambda v: isinstance(v, list) and all(_count(x) and x <= 1 for x in v), "zeros and ones"),
     "bit": (lambda v: _count(v) and v <= 1, "0 or 1"),
-    "kinds": (lambda v: isinstance(v, dict) and all(map(_pair, v.values())), "{kind: [correct, asked]}"),
+    "kinds": (lambda v: isinstance(v, dict) and all(map(_pair, v.values())), "{kind: [sum, asked]}"),
     "marks": (lambda v: isinstance(v, str) and v.isascii() and v.isalnum(), "a letter or digit for each question"),
-    "sums": (lambda v: isinstance(v, dict) and all(
-        isinstance(x, list) and len(x) == 2 and number(x[0]) and _count(x[1]) and 0 <= x[0] <= x[1] > 0
-        for x in v.values()), "{kind: [sum of shares, asked]}"),
     "pairs": (lambda v: isinstance(v, list) and all(map(_pair, v)), "a list of [kept, asked]"),
     "object": (lambda v: isinstance(v, dict), "an object"),
 }
-# section: fields of its rows; ? marks those that may be missing or null. sub_em: until 2026-11-28 the share of
-# predictions that hold an answer as whole words, which is no script's.
+# section: fields of its rows; ? marks those that may be missing or null. All others are numbers.
 SCHEMA = {
-    "long_qa": "system:system seed:count length:positive n:positive em:share em_low:share em_high:share "
-               "correct:bits sections?:number tokens?:number f1?:share sub_em_search_r1?:share "
-               "sub_em_memagent?:share sub_em?:share kinds?:kinds locomo_f1?:sums memory_tokens?:number "
-               "finished?:share",
+    "long_qa": "system:system seed:count length:positive n:positive em:share em_low:share em_high:share correct:bits "
+               "kinds?:kinds locomo_f1?:kinds",
     "recall": "system:system seed:count n:count accuracy:share low:share high:share",
-    "masked": "system:system seed:count n:positive em:share em_low:share em_high:share sections?:number f1?:share "
-              "sub_em_search_r1?:share sub_em_memagent?:share",
-    "stages": "name:text seed?:count steps?:count seconds?:number tokens_sampled?:count tokens_trained?:count "
-              "tokens_prompts?:count parameters?:count flops?:number reward_first?:number reward_last?:number",
-    "search_qa": "system:system seed:count benchmark:text n:positive em:share em_low:share em_high:share correct:bits "
-                 "f1?:share sub_em_search_r1?:share sub_em_memagent?:share turns?:number searches?:number "
-                 "answered?:share malformed?:number found?:share memory_tokens?:number",
+    "masked": "system:system seed:count n:positive em:share em_low:share em_high:share",
+    "stages": "name:text",
+    "search_qa": "system:system seed:count benchmark:text n:positive em:share em_low:share em_high:share correct:bits",
     "changing": "system:system seed:count length:positive n:positive em:share em_low:share em_high:share correct:bits "
-                "asked:marks stale:marks changes:marks distance:marks sections?:number tokens?:number f1?:share "
-                "sub_em_search_r1?:share sub_em_memagent?:share kinds?:kinds memory_tokens?:number finished?:share",
-    "memory": "system:system seed:count length:positive n:positive task?:text unit?:text retention?:pairs "
-              "facts_per_100?:number gold_per_100?:number verbatim?:share invented?:share",
+                "asked:marks stale:marks changes:marks distance:marks kinds?:kinds",
+    "memory": "system:system seed:count length:positive n:positive task?:text unit?:text retention?:pairs",
 }
 ONCE = {  # section: with system and seed, what tells a measurement from another
     "long_qa": ("length",), "recall": (), "masked": ("sections",), "search_qa": ("benchmark",),
     "memory": ("task", "length"), "changing": ("length",)}
-DOCUMENT = ("id:text task:text kind?:text question:text answers:texts sections:texts gold:texts marks:texts "
-            "outdated?:texts systems:object")  # of readings.json
+DOCUMENT = ("id:text task:text kind:text length:count question:text answers:texts sections:texts gold:texts "
+            "marks:texts outdated?:texts systems:object")  # of readings.json
 READING = "memories:texts answer?:text correct?:bit"
 
 
@@ -110,31 +101,14 @@ class Run:
         return {name: value for name, value in self.setting.items() if name in SHAPE}
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; the run has to reach its evaluation first") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: can't be read ({error})") from None
-
-
-def _object(path: Path) -> dict:
-    try:
-        value = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object is needed, not a {type(value).__name__}")
-    return value
-
-
-def _check(where: str, row, fields: str) -> None:
-    """InputError unless `row` is an object with these fields."""
+def _check(where: str, row, fields: str) -> set[str]:
+    """The names of these fields. InputError unless `row` is an object that has them."""
     if not isinstance(row, dict):
         raise InputError(f"{where} must be an object")
+    names = set()
     for name, kind in (item.split(":") for item in fields.split()):
         name, optional = name.rstrip("?"), name.endswith("?")
+        names.add(name)
         if optional and row.get(name) is None:
             continue
         if name not in row:
@@ -142,6 +116,7 @@ def _check(where: str, row, fields: str) -> None:
         good, meaning = CHECKS[kind]
         if not good(row[name]):
             raise InputError(f"{where}.{name} must be {meaning}, not {row[name]!r:.60}")
+    return names
 
 
 def _check_rows(path: Path, section: str, rows) -> list[dict]:
@@ -151,7 +126,9 @@ def _check_rows(path: Path, section: str, rows) -> list[dict]:
         where = f"{path}: {section}[{index}]"
         if isinstance(bits := row.get("correct"), str) and not bits.strip("01"):  # "0110"; older runs hold a list
             row["correct"] = list(map(int, bits))
-        _check(where, row, SCHEMA[section])
+        named = _check(where, row, SCHEMA[section])
+        if odd := [k for k, v in row.items() if k not in named and v is not None and not number(v)]:
+            raise InputError(f"{where}.{odd[0]} must be a number, not {row[odd[0]]!r:.60}")
         if "correct" in row:
             asked, right = row["n"] * (2 if section == "search_qa" else 1), sum(row["correct"])
             if len(row["correct"]) != asked or abs(right / asked - row["em"]) > 1e-3:
@@ -164,44 +141,36 @@ def _check_rows(path: Path, section: str, rows) -> list[dict]:
 def _read_metrics(path: Path) -> list[dict]:
     """Training steps; a resumed run logs some steps twice, the later line counts."""
     steps: dict = {}
-    lines = _read(path).split("\n") if path.exists() else []
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     for position, line in enumerate(lines, 1):
         try:
-            row = json.loads(line) if line.strip() else None
+            row = json.loads(line or "null")
         except ValueError:
             if position == len(lines):  # no newline behind it: the run was stopped while writing
                 break
             raise InputError(f"{path}: line {position} is not JSON") from None
-        if row is None:
-            continue
-        if not (isinstance(row, dict) and isinstance(row.get("stage"), str) and _count(row.get("step"))):
-            raise InputError(f"{path}: line {position} needs a 'stage' and a 'step'")
-        steps[row["stage"], row["step"]] = row
+        if row is not None:
+            _check(f"{path}: line {position}", row, "stage:text step:count")
+            steps[row["stage"], row["step"]] = row
     return [steps[key] for key in sorted(steps)]
 
 
-def load_readings(path: Path, more: str = "") -> list[dict]:
-    """Documents of readings.json, each with the memories of several systems; none where the file is missing. more:
-    fields that they need besides DOCUMENT."""
-    if not path.exists():
-        return []
-    try:
-        return _checked_readings(path, f"{DOCUMENT} {more}")
-    except InputError as error:
-        raise InputError(f"{error}; delete it to have it written anew") from None
-
-
-def _checked_readings(path: Path, fields: str) -> list[dict]:
-    value = _object(path)
+def load_readings(path: Path) -> list[dict]:
+    """Documents of readings.json, each with the memories of several systems; none where the file is missing."""
+    again = "delete it and results.json beside it to have both written anew"
+    value = read_json(path, again) if path.exists() else {"format": 1, "documents": []}
     if value.get("format") != 1 or not isinstance(value.get("documents"), list):
-        raise InputError(f"{path}: readings of another form")
-    for index, document in enumerate(value["documents"]):
-        where = f"{path}: documents[{index}]"
-        _check(where, document, fields)
-        for name, reading in document["systems"].items():
-            _check(f"{where}.systems[{name!r:.40}]", reading, READING)
-            if len(reading["memories"]) > len(document["sections"]):
-                raise InputError(f"{where}.systems[{name!r:.40}]: more memories than the document has sections")
+        raise InputError(f"{path}: readings of another form; {again}")
+    try:
+        for index, document in enumerate(value["documents"]):
+            where = f"{path}: documents[{index}]"
+            _check(where, document, DOCUMENT)
+            for name, reading in document["systems"].items():
+                _check(f"{where}.systems[{name!r:.40}]", reading, READING)
+                if len(reading["memories"]) > len(document["sections"]):
+                    raise InputError(f"{where}.systems[{name!r:.40}]: more memories than the document has sections")
+    except InputError as error:
+        raise InputError(f"{error}; {again}") from None
     return value["documents"]
 
 
@@ -209,19 +178,17 @@ def load_run(path: Path) -> Run:
     """Read one run folder; InputError says in one line what is wrong with it."""
     path = Path(path)
     source = path / "results.json"
-    results = _object(source)
+    results = read_json(source, "the run has to reach its evaluation first")
     if results.get("format") != FORMAT:
         raise InputError(f"{source}: of an older form (format {results.get('format')!r:.20}, needed: {FORMAT}); move "
                          f"it away and run the same command again to evaluate anew")
-    for name in ("environment", "config"):
-        if not isinstance(results.get(name, {}), dict):
-            raise InputError(f"{source}: {name} must be an object")
+    _check(str(source), results, "environment?:object config?:object evaluation?:object")
     for section in SCHEMA:
         results[section] = _check_rows(source, section, results.get(section, []))
     _check(f"{source}: evaluation", results.get("evaluation", {}), "seconds?:number")
     if not results["long_qa"] and not results["search_qa"]:
         raise InputError(f"{source}: long_qa is empty: nothing was evaluated")
-    config = results.get("config") or _object(path / "config.json")
+    config = results.get("config") or read_json(path / "config.json", "the run has to be started first")
     if not all(isinstance(value, str | int | float | bool | None) for value in config.values()):
         raise InputError(f"{source}: config must hold plain values")
     return Run(path, results.get("environment", {}), config, results, _read_metrics(path / "metrics.jsonl"),

@@ -42,22 +42,11 @@ BESIDE = {"em": ("EM", 100), "f1": ("F1", 100), "sub_em_search_r1": ("sub-EM, Se
           "found": ("found, %", 100), "finished": ("finished, %", 100), "memory_tokens": ("memory, tokens", 1)}
 
 
-def how_searched(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Beside exact match, heads and lines: means over benchmarks and seeds."""
-    return _beside(table, ("f1", "sub_em_search_r1", "sub_em_memagent", "turns", "searches", "answered", "malformed",
-                           "found", "memory_tokens"))
-
-
 def aside(table: Table) -> tuple[list[str], list[list[str]]]:
-    """The lenient metrics and how the systems read, heads and lines: means over lengths and seeds."""
-    return _beside(table, ("em", "f1", "sub_em_search_r1", "sub_em_memagent", "sub_em", "finished", "memory_tokens"))
-
-
-def _beside(table: Table, fields: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Containment only as far as the rows, which may be older, have it."""
+    """The lenient metrics and how the systems read or searched, as far as the rows, which may be older, have them:
+    heads and lines, means over columns and seeds."""
     systems = [s for s in SYSTEMS if table.has(s)]
-    fields = [f for f in fields if not f.startswith("sub_em") or any(
-        row.get(f) is not None for s in systems for row in table.rows(s))]
+    fields = [f for f in BESIDE if any(row.get(f) is not None for s in systems for row in table.rows(s))]
     return ["system", *(BESIDE[f][0] for f in fields)], _means(table, systems, {f: BESIDE[f][1] for f in fields})
 
 
@@ -80,28 +69,17 @@ def per_system(rows: Sequence[dict], value: str, low: str, high: str) -> list[li
             for (_, sections), own in sorted(groups.items(), key=lambda item: item[0])]
 
 
-def by_kind(table: Table) -> list[list[str]]:
-    """Accuracy per kind of question over all lengths and seeds: every length asks the same questions."""
+def by_kind(table: Table, field: str = "kinds") -> list[list[str]]:
+    """Accuracy per kind of question over all lengths and seeds: every length asks the same questions. field:
+    "locomo_f1" for F1 as LoCoMo's authors count it, by category."""
     sums: dict = {}
     for system in LONG:
         for row in table.rows(system):
-            for kind, pair in (row.get("kinds") or {}).items():
+            for kind, pair in (row.get(field) or {}).items():
                 sums[kind, system] = sums.get((kind, system), np.zeros(2)) + pair
     return [[Outside(kind), *(f"{points(right / asked):.1f} ({asked:.0f})" if asked else "—"
                               for right, asked in (sums.get((kind, s), (0, 0)) for s in LONG))]
             for kind in sorted({kind for kind, _ in sums})]
-
-
-def locomo(table: Table) -> list[list[str]]:
-    """F1 as LoCoMo's authors count it, by category over all lengths and seeds."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for system in LONG:
-        for row in table.rows(system):
-            for kind, pair in (row.get("locomo_f1") or {}).items():
-                sums = found.setdefault(kind, {})
-                sums[system] = sums.get(system, np.zeros(2)) + pair
-    return [[Outside(kind), *(f"{points(own[s][0] / own[s][1]):.1f} ({own[s][1]:.0f})" if s in own else "—"
-                              for s in LONG)] for kind, own in sorted(found.items())]
 
 
 def memory(rows: Sequence[dict]) -> list[list[str]]:
@@ -117,10 +95,8 @@ def memory(rows: Sequence[dict]) -> list[list[str]]:
             found = [row["retention"][k] for row in own if k < len(row.get("retention") or [])]
             kept, asked = np.sum(found or [[0, 0]], axis=0)
             cells.append(f"{points(kept / asked):.1f} ({asked})" if asked else "—")
-        for field, scale in (("facts_per_100", 1), ("gold_per_100", 1), ("verbatim", 100), ("invented", 100)):
-            values = [row[field] for row in own if row.get(field) is not None]
-            cells.append(f"{scale * np.mean(values):.1f}" if values else "—")
-        lines.append([name, *cells])
+        copied = [row["verbatim"] for row in own if row.get("verbatim") is not None]
+        lines.append([name, *cells, f"{100 * np.mean(copied):.1f}" if copied else "—"])
     return lines
 
 
@@ -166,25 +142,8 @@ def stages(runs: Sequence[Run]) -> list[list[str]]:
             for run in runs for row in run.results["stages"]]
 
 
-def costs(rows: Sequence[dict]) -> list[list[str]]:
-    """The ledger of eval.report.ledger in print."""
-    def show(row: dict, key: str) -> str:
-        value = row.get(key)
-        if value is None:
-            return "—"
-        if key == "flops":
-            return f"{value / 1e15:.3g} PFLOP" if value >= 1e14 else f"{value / 1e12:.3g} TFLOP"
-        if key in ("hours", "kwh"):
-            return f"{value:.3g}" + (f" {row['unit']}" if key == "hours" else "")
-        return f"{value:,.0f}"
-
-    keys = ("seconds", "tokens_sampled", "tokens_trained", "flops", "hours", "kwh")
-    return [[Outside(row["stage"]), Outside(row["arm"]), Outside(row["device"]), str(row.get("runs", "")),
-             *(show(row, key) for key in keys)] for row in rows]
-
-
-def warnings(arms: Sequence[Arm], backbones: Sequence[str], shown: tuple[int, int]) -> list[str]:
-    """What a reader must know before believing a figure. shown: documents in the viewer, and those that were read."""
+def warnings(arms: Sequence[Arm], backbones: Sequence[str]) -> list[str]:
+    """What a reader must know before believing a figure."""
     table, runs, found = arms[0].table, arms[0].runs, []
     config = runs[0].config
     if config.get("preset") == "nano" and config.get("corpus", "miniworld") != "miniworld":
@@ -204,7 +163,4 @@ def warnings(arms: Sequence[Arm], backbones: Sequence[str], shown: tuple[int, in
     if len(backbones) > 1:
         found.append(f"Tables and plots show the first backbone, {backbones[0]}; "
                      "of the others there are Table 1 and C8.")
-    if shown[0] < shown[1]:
-        found.append(f"The memory viewer shows {shown[0]} of {shown[1]} documents, to keep this page small; "
-                     f"readings.json has all.")
     return found
