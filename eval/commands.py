@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data import InputError
-from data.config import FREE_FIELDS, PRESETS, as_evaluated, check, command_options, given_fields, parse, read_config
+from data.config import FREE_FIELDS, as_evaluated, check, command_options, given_fields, parse, read_config
 from data.run.files import output
 
 
@@ -38,7 +38,7 @@ def plan(argv: Sequence[str]) -> None:
     """python memtrain.py plan: what a configuration will need."""
     from eval.plan import main
 
-    main(argv, parse, PRESETS)
+    main(argv)
 
 
 def study(argv: Sequence[str]) -> int:
