@@ -23,6 +23,7 @@ from data.config import (
     STUDY,
     Config,
     ablations,
+    flag,
     lengths_of,
     parse,
     seeds_of,
@@ -51,7 +52,7 @@ def arguments(c: Config) -> list[str]:
         value = getattr(c, f.name)
         fixed = f.name == "preset" or (c.model and f.metadata["group"] == "model")  # --model has a shape of its own
         if not fixed and value != getattr(preset, f.name):
-            given.append(f"--{f.name.replace('_', '-')}={str(value).lower() if f.type == 'bool' else value}")
+            given.append(f"{flag(f.name)}={str(value).lower() if f.type == 'bool' else value}")
     return given
 
 

@@ -24,7 +24,18 @@ from typing import NamedTuple
 
 from data import InputError
 from data.arms import jobs
-from data.config import PRESETS, TRAINED, CommandParser, is_study, kind_of, parse, readers, searchers, systems_of
+from data.config import (
+    PRESETS,
+    TRAINED,
+    CommandParser,
+    flag,
+    is_study,
+    kind_of,
+    parse,
+    readers,
+    searchers,
+    systems_of,
+)
 from data.run.terminal import columns
 
 GB = 1e9
@@ -417,7 +428,7 @@ def remedy(c, vocab: int, limit: float) -> str:
         for name, value in milder.items():
             tried = dataclasses.replace(now, **{name: value})
             if peak(tried, vocab)[1] < peak(now, vocab)[1]:
-                now, changes[name] = tried, f"--{name.replace('_', '-')} {str(value).lower()}"
+                now, changes[name] = tried, f"{flag(name)} {str(value).lower()}"
             if peak(now, vocab)[1] <= limit:
                 return " ".join(changes.values())
     return "a smaller preset"

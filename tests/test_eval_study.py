@@ -101,8 +101,8 @@ def test_one_base_for_all():
 # ---- bad input
 
 BAD = {
-    "--seeds 0,1,0": ["--seeds 0,1,0", "0 is given twice"], "--seeds 1,x": ["--seeds 1,x", "whole numbers"],
-    "--seeds 0,-1": ["--seeds 0,-1", "not negative"], "--seeds 1,": ["--seeds 1,"], "--seeds 0.5": ["--seeds 0.5"],
+    "--seeds 0,1,0": ["--seeds 0,1,0", "ascending"], "--seeds 1,x": ["--seeds 1,x", "whole numbers"],
+    "--seeds 0,-1": ["--seeds 0,-1", "from 0"], "--seeds 1,": ["--seeds 1,"], "--seeds 0.5": ["--seeds 0.5"],
     "--seeds 1 --seed 2": ["--seed 2", "--seeds 1", "one of the two"],
     "--ablations --stages eval": ["--ablations", "memtrain", "--stages eval"],
     "--scaling --stages memtrain,eval": ["--scaling", "memagent"], "--seeds 1,2 --stages report": ["nothing to do"],
@@ -226,7 +226,7 @@ def test_a_study_runs_everything_once_and_reports(stand_in, capsys):
 
     assert main(STUDY) == 0 and len(calls()) == 7 and len(stand_in) == 2, "nothing is left but the report"
     seeds = STUDY.index("--seeds") + 1
-    more = [*STUDY[:seeds], "1,2,0", *STUDY[seeds + 1:]]
+    more = [*STUDY[:seeds], "0,1,2", *STUDY[seeds + 1:]]
     assert main(more) == 0 and sorted(calls()[7:]) == ["t.s2", "t.s2.longer-memagent", "t.s2.more-labels"]
     assert main([*more, "--eval-lengths", "1,2"]) == 0 and len(calls()) == 10 + 9, "all but the base evaluate more"
     capsys.readouterr()
