@@ -339,10 +339,9 @@ class CommandParser(StrictParser):
 def argument_parser() -> CommandParser:
     """The command line of Config: every field an option, absent unless given."""
     parser = CommandParser("", "MemTrain in miniature: python memtrain.py reproduces the paper end to end.")
-    parser.usage = "python memtrain.py [plan | read | export] [--field value ...]"
-    parser.epilog = ("python memtrain.py plan, read and export have a --help of their own: what a run needs, a text "
-                     "read with a memory, a checkpoint for other tools.")
-    groups = {}
+    parser.usage = "python memtrain.py [plan | read | export | gates] [--field value ...]"
+    parser.epilog = "python memtrain.py plan, read, export and gates have a --help of their own."
+    groups: dict = {}
     for f in dataclasses.fields(Config):
         group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
         kind = {"int": int, "float": float, "bool": _truth}.get(f.type, str)
@@ -358,8 +357,7 @@ def command_options(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace,
         parser = CommandParser(name, "Read a text of any length section by section: the memory after each, the answer.")
         parser.add_argument("file", metavar="FILE", help="text, markdown, HTML or a chat (JSON, lines \"Name: "
                                                          "text\", WhatsApp's export) in UTF-8; - for standard input")
-        parser.add_argument("--question", action="append", help="answered after the last section; may be given several "
-                                                                "times")
+        parser.add_argument("--question", action="append", help="answered after the last section; as often as you like")
         parser.add_argument("--out", type=Path, metavar="FILE", help="also write memories and answer as JSON")
     elif name == "gates":
         parser = CommandParser(name, "Whether a base is fit to start reinforcement learning from, step by step.")
@@ -368,11 +366,10 @@ def command_options(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace,
         parser.add_argument("--format", choices=("peft", "hf"), required=True, help="adapter, or whole weights")
         parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--checkpoint", type=Path, required=name == "export", metavar="RUN/STAGE",
-                        help="like runs/nano/memtrain; read and gates take the shipped base, or --model's weights, "
-                             "without it")
+                        help="like runs/nano/memtrain; without it the shipped base, or --model's weights")
     options, fields = parser.parse_known_args(argv)
-    if study := given_fields(fields).keys() & set(STUDY):
-        raise InputError(f"--{min(study)}: {name} is no study; leave it out")
+    for study in STUDY:
+        refuse(study in given_fields(fields), f"--{study}: {name} is no study; leave it out")
     return options, fields
 
 
@@ -385,20 +382,17 @@ def parse(argv: Sequence[str]) -> Config:
     """Command line -> checked Config. InputError on an unknown name, a wrong type or an impossible combination."""
     given = given_fields(argv)
     preset = given.setdefault("preset", preset_of(given["model"]) if "model" in given else "nano")
-    if preset not in PRESETS:
-        raise InputError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
+    refuse(preset not in PRESETS, f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
     if "questions" in given:  # those of one's own are for search, too, unless there are others
         given.setdefault("benchmarks", "")
-    if "seed" in given and given.get("seeds"):
-        raise InputError(f"--seed {given['seed']}: --seeds {given['seeds']} names the seeds of a study; give one of "
-                         f"the two")
-    name = {"run": preset + "-study" * bool(given.keys() & set(STUDY) and any(map(given.get, STUDY)))}
+    refuse("seed" in given and given.get("seeds"),
+           f"--seed {given.get('seed')}: --seeds {given.get('seeds')} names the seeds of a study; give one of the two")
+    name = {"run": preset + "-study" * any(given.get(x) for x in STUDY)}
     config = dataclasses.replace(Config(), **(name | PRESETS[preset] | given))
     if config.model:
         shape = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model"}
-        if own := shape & given.keys():
-            raise InputError(f"{flag(min(own))}: --model {config.model} has a shape of its own; give one "
-                             f"of the two")
+        for own in shape & given.keys():
+            raise InputError(f"{flag(own)}: --model {config.model} has a shape of its own; give one of the two")
         if Path(config.model).exists():
             config = dataclasses.replace(config, **read_shape(Path(config.model)))
     check(config)
@@ -410,10 +404,10 @@ def read_config(path: Path, remedy: str) -> Config:
     `remedy` on an unknown option, or a value of another type: nothing in it is dropped."""
     theirs, defaults = read_json(path, remedy), dataclasses.asdict(Config())
     for name, value in theirs.items():
-        if name not in defaults:
-            raise InputError(f"{path}: {name} is no option of this version; {remedy}")
-        if type(value) not in (kind := type(defaults[name]), int if kind is float else kind):
-            raise InputError(f"{path}: {name} is {value!r}, not of type {kind.__name__}; {remedy}")
+        refuse(name not in defaults, f"{path}: {name} is no option of this version; {remedy}")
+        kind = type(defaults[name])
+        refuse(type(value) not in (kind, int if kind is float else kind),
+               f"{path}: {name} is {value!r}, not of type {kind.__name__}; {remedy}")
     return Config(**theirs)
 
 

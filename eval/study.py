@@ -126,7 +126,7 @@ class Study:
             except (KeyError, TypeError):
                 raise InputError(f"{self.book}: not a study of this version; {again}") from None
         self.children = [Child(job, known.get(job.run, {})) for job in jobs(c)]
-        self.bases = {child.job.run: child for child in self.children if child.job.arm == "base"}
+        self.base = next((child for child in self.children if child.job.arm == "base"), None)  # of all the others
         self.running: dict[int, Child] = {}  # place -> the run there
 
     def begin(self) -> None:
@@ -138,10 +138,10 @@ class Study:
         write_json(self.book, {"command": self.command, "runs": [child.entry for child in self.children]})
 
     def _start(self, spots: Sequence[dict], options: Sequence[str]) -> bool:
-        """Starts runs where there is room: those not started yet whose base is there. Whether there are more: runs of a
-        study that was killed go on by themselves, and are waited for."""
-        ready = [child for child in self.children if not child.finished and not child.process and (
-            not child.job.after or self.bases[child.job.after].finished)]
+        """Starts runs where there is room, the base alone before the others. Whether there are more: runs of a study
+        that was killed go on by themselves, and are waited for."""
+        known = self.children if not self.base or self.base.finished else [self.base]
+        ready = [child for child in known if not child.finished and not child.process]
         for place in set(range(len(spots))) - self.running.keys():
             child = next((child for child in ready if not RunFolder(child.folder).locked()), None)
             if child:
