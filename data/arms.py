@@ -23,6 +23,7 @@ from data.config import (
     STUDY,
     Config,
     ablations,
+    flag,
     lengths_of,
     parse,
     seeds_of,
@@ -31,12 +32,10 @@ from data.config import (
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a study. overrides: the fields that make its arm; after: the run whose base it starts from, or ""."""
+    """One run of a study."""
 
     arm: str
     config: Config
-    overrides: dict
-    after: str = ""
 
     @property
     def run(self) -> str:
@@ -51,7 +50,7 @@ def arguments(c: Config) -> list[str]:
         value = getattr(c, f.name)
         fixed = f.name == "preset" or (c.model and f.metadata["group"] == "model")  # --model has a shape of its own
         if not fixed and value != getattr(preset, f.name):
-            given.append(f"--{f.name.replace('_', '-')}={str(value).lower() if f.type == 'bool' else value}")
+            given.append(f"{flag(f.name)}={str(value).lower() if f.type == 'bool' else value}")
     return given
 
 
@@ -63,28 +62,24 @@ def jobs(c: Config) -> list[Job]:
     arms = {name: change for name, change in ablations(vars(c)).items()
             if (c.scaling if name in SCALING else c.ablations)}
     short = ",".join(str(n) for n in lengths_of(c) if n <= ARM_SECTIONS) or c.eval_lengths
-    made, after = [], ""
+    made = []
     if "base" in c.stages.split(","):
-        after = f"{c.run}.base"
-        made.append(Job("base", dataclasses.replace(alone, run=after, stages="base"), {}))
-        alone = dataclasses.replace(alone, init=checkpoint(after))
+        base = dataclasses.replace(alone, run=f"{c.run}.base", stages="base")
+        made.append(Job("base", base))
+        alone = dataclasses.replace(alone, init=str(Path("runs", base.run, "base", "checkpoint.safetensors")))
     if wanted:
         own = dataclasses.replace(alone, stages=",".join(wanted))
-        made += [Job("full", dataclasses.replace(own, run=f"{c.run}.s{s}", seed=s), {}, after) for s in seeds]
+        made += [Job("full", dataclasses.replace(own, run=f"{c.run}.s{s}", seed=s)) for s in seeds]
     for name, change in arms.items():
         trains = ["memagent"] if name == "longer-memagent" else ["memtrain", "memtrain+memagent"]
         shown = [trains[-1], *(f"{trains[-1]}@{n}" for n in change.get("keep_steps", "").split(",") if n)]
         own = dataclasses.replace(alone, **change, stages=",".join([*trains, "eval"]),
                                   eval_lengths=c.eval_lengths if name in CLAIMED else short,
                                   eval_systems=",".join(["base"] * (name in OTHER_BASE) + shown))
-        made += [Job(name, dataclasses.replace(own, run=f"{c.run}.s{s}.{name}", seed=s), change, after) for s in seeds]
+        made += [Job(name, dataclasses.replace(own, run=f"{c.run}.s{s}.{name}", seed=s)) for s in seeds]
     if not made:
         raise InputError(f"--stages {c.stages}: leaves the runs of a study nothing to do; python -m eval.report RUN "
                          f"[RUN ...] builds a report anew")
     for job in made:
         parse(arguments(job.config))  # refuses what can't work, before anything is started
     return made
-
-
-def checkpoint(run: str) -> str:
-    return str(Path("runs") / run / "base" / "checkpoint.safetensors")

@@ -9,9 +9,11 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from data import InputError
@@ -19,32 +21,29 @@ from data.run.files import read_json
 from data.run.terminal import StrictParser, one_line
 from data.weights.pretrained import read_shape
 
-
-def memory_times(factor: float):
-    """Overrides that scale the memory, and with it what a turn may write and its window."""
-    def overrides(c: Mapping) -> dict:
-        more = max(1, round(factor * c["memory"])) - c["memory"]
-        return {name: c[name] + share * more for name, share in (("memory", 1), ("response", 1), ("window", 2))}
-
-    return overrides
-
-
 LABELS = (60, 180, 450, 900)  # labelled questions at which the label curve has a point
 
 
-def memagent_steps(times: int):
-    """Overrides: MemAgent as many times longer than all steps of MemTrain and MemAgent, and what is kept on the way."""
-    def overrides(c: Mapping) -> dict:
-        equal = c["memtrain_steps"] + c["memagent_steps"]
-        points = {math.ceil(n / c["documents"]) for n in LABELS} | {equal}
-        kept = sorted(n for n in points if n < times * equal and n != c["memagent_steps"])
-        return {"memagent_steps": times * equal, "keep_steps": ",".join(map(str, kept))}
-
-    return overrides
+def flag(name: str) -> str:
+    """The option of a field."""
+    return "--" + name.replace("_", "-")
 
 
-# The arms of a study beside the full run: name -> the fields that differ, or a function of a configuration's fields
-# where they follow from it.
+def memory_times(factor: float, c: Mapping) -> dict:
+    """The fields that scale the memory, and with it what a turn may write and its window."""
+    more = max(1, round(factor * c["memory"])) - c["memory"]
+    return {name: c[name] + share * more for name, share in (("memory", 1), ("response", 1), ("window", 2))}
+
+
+def memagent_steps(times: int, c: Mapping) -> dict:
+    """MemAgent as many times longer than all steps of MemTrain and MemAgent, and what is kept on the way."""
+    equal = c["memtrain_steps"] + c["memagent_steps"]
+    points = {math.ceil(n / c["documents"]) for n in LABELS} | {equal}
+    kept = sorted(n for n in points if n < times * equal and n != c["memagent_steps"])
+    return {"memagent_steps": times * equal, "keep_steps": ",".join(map(str, kept))}
+
+
+# The arms of a study beside the full run: name -> the fields that differ, or a function that has them from the others.
 ABLATIONS: dict[str, dict | Callable[[Mapping], dict]] = {
     "end-to-end": {"recall_group": 0},  # Figure 3: no IMR at all
     "decoupled": {"recall_weight": 0.0},  # Figure 3: IMR is trained, and R^E knows nothing of it
@@ -52,12 +51,14 @@ ABLATIONS: dict[str, dict | Callable[[Mapping], dict]] = {
     "paper-order": {"prompt_order": "paper"},
     "std": {"divide_by_std": True},
     "random-related": {"related": 0},
-    "memory-half": memory_times(0.5),
-    "memory-double": memory_times(2.0),
+    "memory-half": partial(memory_times, 0.5),
+    "memory-double": partial(memory_times, 2.0),
     "g2-1": {"recall_group": 1},
     "g2-4": {"recall_group": 4},
-    "more-labels": memagent_steps(1),  # MemTrain, then MemAgent with as many steps as both have in the full run
-    "longer-memagent": memagent_steps(2),  # MemAgent alone, up to twice as many: Figure 4 has equal steps, 500 + 300
+    # MemTrain, then MemAgent with as many steps as both have in the full run; MemAgent alone, up to twice as many: in
+    # Figure 4 both have 500 + 300
+    "more-labels": partial(memagent_steps, 1),
+    "longer-memagent": partial(memagent_steps, 2),
 }
 SCALING = ("more-labels", "longer-memagent")  # those that --scaling adds; --ablations adds the others
 CLAIMED = ("end-to-end", "decoupled", *SCALING)  # those that C4-C6 compare with: evaluated like the full run
@@ -96,62 +97,53 @@ def option(default, group: str, text: str):
 class Config:
     """The whole configuration, flat. The command line is generated from it; a preset only changes values."""
 
-    preset: str = option("nano", "run", "set of defaults: nano (two CPU cores, twenty minutes); small (one GPU "
-                         "of 8 GB or more, its base is trained in the same run); smollm2-135m (real weights that two "
-                         "cores can read with); qwen3-0.6b, qwen2.5-1.5b, qwen3-4b, "
-                         "qwen2.5-7b (real weights on one GPU); paper, the same for "
-                         "any other --model; each of them with -consumer (batches for 24 GB)")
+    preset: str = option("nano", "run", "set of defaults: nano (two CPU cores, twenty minutes); small (one GPU, trains "
+                         "its base); smollm2-135m (real weights that two cores can read with); qwen3-0.6b, "
+                         "qwen2.5-1.5b, qwen3-4b, qwen2.5-7b (real weights on one GPU); paper, the same for any other "
+                         "--model; each of them with -consumer (batches for 24 GB)")
     model: str = option("", "run", "real weights instead of our own: a folder as published (config.json, safetensors, "
                         "tokenizer), or its name on the hub; its shape replaces the fields of the group model")
     revision: str = option("main", "run", "branch, tag or commit of --model on the hub")
-    run: str = option("", "run", "name of the folder under runs/; the preset's name if empty, for a study with "
-                      "-study behind it")
-    stages: str = option("memtrain,memagent,mem1,eval,report", "run",
-                         "what to do, in order: base (train the stand-in for an instruct model), warmup (a --model "
-                         "learns the formats, without labels), memtrain, memagent and mem1 (from the base and, where "
-                         "memtrain was run, from it too; memtrain+memagent, memtrain+mem1: from it alone), eval, "
-                         "report")
+    run: str = option("", "run", "name of the folder under runs/; the preset's if empty, with -study for a study")
+    stages: str = option("memtrain,memagent,mem1,eval,report", "run", "what to do, in order: base (train the stand-in "
+                         "for an instruct model), warmup (a --model learns the formats, without labels), memtrain, "
+                         "memagent, mem1 (from the base and, where memtrain was run, from it too; memtrain+memagent, "
+                         "memtrain+mem1: from it alone), eval, report")
     seed: int = option(0, "run", "seed of documents, rollouts and evaluation")
     seeds: str = option("", "run", "a study: one run a seed, like 0,1,2, then one report of them all")
     ablations: bool = option(False, "run", "a study: also one run a seed for each of " + ", ".join(
-        name for name in ABLATIONS if name not in SCALING) + f"; those that no claim asks for are evaluated up to "
-        f"{ARM_SECTIONS}x")
+        name for name in ABLATIONS if name not in SCALING) + f"; most of them evaluated up to {ARM_SECTIONS}x")
     scaling: bool = option(False, "run", "a study: also " + " and ".join(SCALING) + ": MemAgent with and without "
                            "MemTrain before it, at equal labels, steps and FLOPs")
     init: str = option("", "run", "checkpoint instead of the shipped base, which the base stage trains on from; with "
                        "--model the folder of a PEFT adapter")
     device: str = option("auto", "run", "auto, cpu or cuda")
     threads: int = option(0, "run", "CPU threads of a process; 0: all cores, shared out among the processes")
-    processes: int = option(0, "run", "that share the run on this machine; 0: on a CPU one a core, up to "
-                                      "four, for our own models without --threads, else one. On GPUs torchrun does it")
-    deterministic: bool = option(False, "run", "on a GPU: only operations that give the same result every time, or an "
-                                               "error; slower. On a CPU every run is")
-    tf32: bool = option(False, "run", "on a GPU: float32 products with ten bits of mantissa (bfloat16 has seven), "
-                                      "several times faster")
+    processes: int = option(0, "run", "that share the run on this machine; 0: on a CPU one a core, up to four, for our "
+                            "own models without --threads, else one. On GPUs torchrun does it")
+    deterministic: bool = option(False, "run", "on a GPU: only operations that give the same result every time, slower")
+    tf32: bool = option(False, "run", "on a GPU: float32 products with ten bits of mantissa, several times faster")
     wandb: str = option("disabled", "run", "disabled, offline or online")
     debug: bool = option(False, "run", "show tracebacks")
 
     corpus: str = option("miniworld", "data", "miniworld, wikipedia, or a .jsonl/.json/.txt/.parquet file or folder")
     people: int = option(600, "data", "size of the mini-world: about 14 passages a person")
     questions: str = option("", "data", "evaluation questions: a file (HotpotQA, 2WikiMultiHopQA, MuSiQue or FlashRAG "
-                                     "form), or hotpotqa (its validation split, from the hub)")
-    train_questions: str = option("", "data", "training questions: a file, or hotpotqa:train; needed where --questions "
-                                           "is given")
+                            "form), or hotpotqa (its validation split, from the hub)")
+    train_questions: str = option("", "data", "training questions: a file, or hotpotqa:train")
     entities: str = option("auto", "data", "entity finder: auto, rules or spacy")
     masked_text: str = option("encyclopaedia", "data", "what MemTrain reads in the mini-world: encyclopaedia; "
                               "timeline, chronicles and dialogues in which facts change; or both, in turn")
     mask: str = option("any", "data", "what MemTrain hides: any entity of a passage drawn at random, everywhere (the "
-                       "paper); last, one of the last section that competes with earlier ones of its type, there "
-                       "alone, in text in its own order: the timeline, or --corpus as it comes")
+                       "paper); last, one of the last section that competes with earlier ones of its type, there alone")
     passages: int = option(60, "data", "passages of a masked document (paper: 150)")
     related: int = option(10, "data", "of them retrieved for the pivot (paper: 29)")
     masked_sections: int = option(8, "data", "longest masked document, in sections; long passages are fewer (paper: 8)")
-    train_sections: int = option(4, "data", "tokens of a training question's document, in sections; passages are "
-                                       "not cut, so that it has about one more (paper: 5-8)")
+    train_sections: int = option(4, "data", "of a training question's document, and about one more (paper: 5-8)")
 
     benchmarks: str = option("", "data", "search QA: comma-separated NAME of the hub (triviaqa, bamboogle, hotpotqa, "
-                                      "nq, popqa, 2wikimultihopqa, musique; all), FILE or NAME=FILE of questions; "
-                                      "--questions if empty; the mini-world asks seven families of its own")
+                             "nq, popqa, 2wikimultihopqa, musique; all), FILE or NAME=FILE of questions; --questions "
+                             "if empty; the mini-world asks seven families of its own")
     search_corpus: str = option("", "data", "passages that a search looks through, as --corpus takes them; if empty, "
                                 "those of --corpus and all that came with the questions")
     retriever: str = option("bm25", "data", "of related passages and search: bm25, or dense:FOLDER, the vectors of a "
@@ -175,8 +167,7 @@ class Config:
     lora_rank: int = option(0, "LoRA", "rank of the adapters; 0 trains all weights")
     lora_alpha: float = option(32.0, "LoRA", "their scale is alpha / rank")
     lora_targets: str = option("q,k,v,o,gate,up,down", "LoRA", "projections that have one")
-    lora_merge: bool = option(True, "LoRA", "add them to the weights while sampling: faster, for a second copy of "
-                              "these weights meanwhile")
+    lora_merge: bool = option(True, "LoRA", "add them to a copy of the weights while sampling: faster, more memory")
     dtype: str = option("float32", "LoRA", "of frozen weights, activations and caches: float32, bfloat16, or auto, "
                         "which is bfloat16 where the hardware multiplies it; what is trained is float32")
     recompute: bool = option(False, "LoRA", "recompute a block's activations in the backward pass")
@@ -223,8 +214,7 @@ class Config:
     base_people: int = option(200, "base", "size of the worlds that demonstrations are drawn from")
 
     base_documents: int = option(12, "base", "documents read by the demonstrators a step")
-    base_sharpen: float = option(2.0, "base", "factor on all logits at the end: demonstrations that differ leave a "
-                                              "policy flatter than an instruct model's")
+    base_sharpen: float = option(2.0, "base", "factor on all logits at the end: demonstrations leave a policy flat")
     base_answers: int = option(24, "base", "answers from a sufficient memory a step")
     base_searches: int = option(14, "base", "pairs of questions answered with the search tool a step")
     base_timelines: int = option(0, "base", "documents on facts that change read by careless readers a step")
@@ -243,8 +233,8 @@ class Config:
     eval_top_p: float = option(0.95, "evaluation", "nucleus of sampling in evaluation (MemAgent's: 0.95)")
     eval_pairs: int = option(64, "evaluation", "pairs of questions a search benchmark")
     eval_masked: int = option(100, "evaluation", "held-out masked documents for recall and reconstruction")
-    changing: bool = option(False, "evaluation", "also ask about facts that change, as many questions at the same "
-                            "lengths, in the mini-world's chronicles and dialogues")
+    changing: bool = option(False, "evaluation", "also ask about facts that change, in the mini-world's chronicles and "
+                            "dialogues, as many questions at the same lengths")
     eval_systems: str = option("", "evaluation", "what to evaluate, like base,memtrain+memagent; if empty, the base "
                                "(also with the whole document in one window) and all that was trained")
 
@@ -321,6 +311,13 @@ TRAINED = ("memtrain", "memagent", "memtrain+memagent", "mem1", "memtrain+mem1")
 STAGES = ("base", "warmup", *TRAINED, "eval", "report")
 SYSTEMS = ("base-one-window", "base", *TRAINED)
 STUDY = ("seeds", "ablations", "scaling")  # fields that ask for a study: its runs are started without them
+CHOICES = {"prompt_order": ("section-first", "paper"), "prompts": ("short", "full"), "mask": ("any", "last"),
+           "dtype": ("auto", "float32", "bfloat16"), "masked_text": ("encyclopaedia", "timeline", "both"),
+           "world": ("eval", "dev"), "wandb": ("disabled", "offline", "online"), "device": ("auto", "cpu", "cuda")}
+# Numbers that are not 0 by default and may be
+MAY_BE_ZERO = {"memtrain_steps", "memagent_steps", "mem1_steps", "recall_group", "recall_weight", "related", "warmup",
+               "eps_low", "eps_high", "eval_masked", "base_steps", "base_copy_steps", "base_documents", "base_answers",
+               "base_searches", "base_recalls", "base_directs"}
 COMMANDS = ("plan", "read", "export", "gates")  # besides training and evaluation; the plain command takes options only
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Fields that may differ between two starts of the same run: a trained run can be evaluated at more lengths, and one
@@ -341,15 +338,14 @@ class CommandParser(StrictParser):
 def argument_parser() -> CommandParser:
     """The command line of Config: every field an option, absent unless given."""
     parser = CommandParser("", "MemTrain in miniature: python memtrain.py reproduces the paper end to end.")
-    parser.usage = "python memtrain.py [plan | read | export] [--field value ...]"
-    parser.epilog = ("python memtrain.py plan, read and export have a --help of their own: what a run needs, a text "
-                     "read with a memory, a checkpoint for other tools.")
-    groups = {}
+    parser.usage = "python memtrain.py [plan | read | export | gates] [--field value ...]"
+    parser.epilog = "python memtrain.py plan, read, export and gates have a --help of their own."
+    groups: dict = {}
     for f in dataclasses.fields(Config):
         group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
         kind = {"int": int, "float": float, "bool": _truth}.get(f.type, str)
         extra = {"nargs": "?", "const": True} if f.type == "bool" else {}
-        group.add_argument("--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
+        group.add_argument(flag(f.name), type=kind, default=argparse.SUPPRESS,
                            metavar=f.type.upper(), help=f"{f.metadata['help']} (default: {f.default!r})", **extra)
     return parser
 
@@ -360,8 +356,7 @@ def command_options(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace,
         parser = CommandParser(name, "Read a text of any length section by section: the memory after each, the answer.")
         parser.add_argument("file", metavar="FILE", help="text, markdown, HTML or a chat (JSON, lines \"Name: "
                                                          "text\", WhatsApp's export) in UTF-8; - for standard input")
-        parser.add_argument("--question", action="append", help="answered after the last section; may be given several "
-                                                                "times")
+        parser.add_argument("--question", action="append", help="answered after the last section; as often as you like")
         parser.add_argument("--out", type=Path, metavar="FILE", help="also write memories and answer as JSON")
     elif name == "gates":
         parser = CommandParser(name, "Whether a base is fit to start reinforcement learning from, step by step.")
@@ -370,11 +365,10 @@ def command_options(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace,
         parser.add_argument("--format", choices=("peft", "hf"), required=True, help="adapter, or whole weights")
         parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--checkpoint", type=Path, required=name == "export", metavar="RUN/STAGE",
-                        help="like runs/nano/memtrain; read and gates take the shipped base, or --model's weights, "
-                             "without it")
+                        help="like runs/nano/memtrain; without it the shipped base, or --model's weights")
     options, fields = parser.parse_known_args(argv)
-    if study := given_fields(fields).keys() & set(STUDY):
-        raise InputError(f"--{min(study)}: {name} is no study; leave it out")
+    for study in STUDY:
+        refuse(study in given_fields(fields), f"--{study}: {name} is no study; leave it out")
     return options, fields
 
 
@@ -387,20 +381,17 @@ def parse(argv: Sequence[str]) -> Config:
     """Command line -> checked Config. InputError on an unknown name, a wrong type or an impossible combination."""
     given = given_fields(argv)
     preset = given.setdefault("preset", preset_of(given["model"]) if "model" in given else "nano")
-    if preset not in PRESETS:
-        raise InputError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
+    refuse(preset not in PRESETS, f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
     if "questions" in given:  # those of one's own are for search, too, unless there are others
         given.setdefault("benchmarks", "")
-    if "seed" in given and given.get("seeds"):
-        raise InputError(f"--seed {given['seed']}: --seeds {given['seeds']} names the seeds of a study; give one of "
-                         f"the two")
-    name = {"run": preset + "-study" * bool(given.keys() & set(STUDY) and any(map(given.get, STUDY)))}
+    refuse("seed" in given and given.get("seeds"),
+           f"--seed {given.get('seed')}: --seeds {given.get('seeds')} names the seeds of a study; give one of the two")
+    name = {"run": preset + "-study" * any(given.get(x) for x in STUDY)}
     config = dataclasses.replace(Config(), **(name | PRESETS[preset] | given))
     if config.model:
         shape = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model"}
-        if own := shape & given.keys():
-            raise InputError(f"--{min(own).replace('_', '-')}: --model {config.model} has a shape of its own; give one "
-                             f"of the two")
+        for own in shape & given.keys():
+            raise InputError(f"{flag(own)}: --model {config.model} has a shape of its own; give one of the two")
         if Path(config.model).exists():
             config = dataclasses.replace(config, **read_shape(Path(config.model)))
     check(config)
@@ -412,10 +403,10 @@ def read_config(path: Path, remedy: str) -> Config:
     `remedy` on an unknown option, or a value of another type: nothing in it is dropped."""
     theirs, defaults = read_json(path, remedy), dataclasses.asdict(Config())
     for name, value in theirs.items():
-        if name not in defaults:
-            raise InputError(f"{path}: {name} is no option of this version; {remedy}")
-        if type(value) not in (kind := type(defaults[name]), int if kind is float else kind):
-            raise InputError(f"{path}: {name} is {value!r}, not of type {kind.__name__}; {remedy}")
+        refuse(name not in defaults, f"{path}: {name} is no option of this version; {remedy}")
+        kind = type(defaults[name])
+        refuse(type(value) not in (kind, int if kind is float else kind),
+               f"{path}: {name} is {value!r}, not of type {kind.__name__}; {remedy}")
     return Config(**theirs)
 
 
@@ -439,16 +430,19 @@ def dashes(argument: str) -> str:
     return name.replace("_", "-") + eq + value if name.startswith("--") else argument
 
 
-def lengths_of(config: Config) -> list[int]:
+def ascending(c: Config, name: str, least: int, most: float, example: str) -> list[int]:
+    """A field of whole numbers as ints. InputError where they are not ascending, or out of bounds."""
+    text = getattr(c, name)
+    numbers = [int(x) if x.isascii() and x.isdecimal() else -1 for x in text.split(",")]
+    if sorted(set(numbers)) != numbers or numbers[0] < least or numbers[-1] > most:
+        raise InputError(f"{flag(name)} {text}: expected ascending whole numbers from {least}"
+                         f"{f' to {most}' if most < math.inf else ''}, like {example}")
+    return numbers
+
+
+def lengths_of(c: Config) -> list[int]:
     """--eval-lengths as ascending ints."""
-    try:
-        lengths = [int(x) for x in config.eval_lengths.split(",")]
-    except ValueError:
-        lengths = []
-    if not lengths or min(lengths) < 1 or max(lengths) > 128 or sorted(set(lengths)) != lengths:
-        raise InputError(f"--eval-lengths {config.eval_lengths}: expected ascending whole numbers from 1 to 128, "
-                         f"like 1,2,4")
-    return lengths
+    return ascending(c, "eval_lengths", 1, 128, "1,2,4")
 
 
 def processes(c: Config, cuda: bool) -> int:
@@ -465,15 +459,8 @@ def is_study(c: Config) -> bool:
 
 
 def seeds_of(c: Config) -> list[int]:
-    """--seeds as ints in the order given; without it --seed alone."""
-    if not c.seeds:
-        return [c.seed]
-    if not all(x.isascii() and x.isdecimal() for x in c.seeds.split(",")):
-        raise InputError(f"--seeds {c.seeds}: expected whole numbers that are not negative, like 0,1,2")
-    seeds = [int(x) for x in c.seeds.split(",")]
-    if twice := [s for s in seeds if seeds.count(s) > 1]:
-        raise InputError(f"--seeds {c.seeds}: {twice[0]} is given twice; each seed is one run")
-    return seeds
+    """--seeds as ascending ints; without it --seed alone."""
+    return ascending(c, "seeds", 0, math.inf, "0,1,2") if c.seeds else [c.seed]
 
 
 def rope_scaling(c: Config) -> tuple[float, ...]:
@@ -494,11 +481,7 @@ def kind_of(stage: str) -> str:
 
 def kept_steps(c: Config) -> list[int]:
     """--keep-steps as ascending ints."""
-    steps = c.keep_steps.split(",") if c.keep_steps else []
-    if not all(x.isascii() and x.isdecimal() and int(x) > 0 for x in steps) or sorted(set(map(int, steps))) != [
-            int(x) for x in steps]:
-        raise InputError(f"--keep-steps {c.keep_steps}: expected ascending whole numbers above 0, like 5,38")
-    return list(map(int, steps))
+    return ascending(c, "keep_steps", 1, math.inf, "5,38") if c.keep_steps else []
 
 
 def systems_of(c: Config) -> list[str]:
@@ -522,124 +505,107 @@ def as_evaluated(c: Config) -> Config:
     return dataclasses.replace(c, temperature=c.eval_temperature, top_p=c.eval_top_p)
 
 
+def refuse(bad: object, message: str) -> None:
+    """InputError with the message where something is bad."""
+    if bad:
+        raise InputError(message)
+
+
 def check(c: Config) -> None:
     """Refuses what can't work, in one line."""
-    def refuse(bad: bool, message: str) -> None:
-        if bad:
-            raise InputError(message)
+    for f in dataclasses.fields(Config):
+        value, name = getattr(c, f.name), flag(f.name)
+        if f.name in CHOICES:
+            refuse(value not in CHOICES[f.name], f"{name} {value}: choose {' or '.join(CHOICES[f.name])}")
+        if f.type in ("int", "float"):
+            refuse(not value < math.inf, f"{name} {value}: must be finite")
+            refuse(value < 0, f"{name} {value}: must not be negative")
+            refuse(not value and f.default and f.name not in MAY_BE_ZERO, f"{name} {value}: must be above 0")
+    check_parts(c)
+    check_stages(c)
+    check_data(c)
+    check_study(c)
+    lengths_of(c)
 
-    wants = c.stages.split(",")
-    unknown = [s for s in wants if s not in STAGES]
-    refuse(bool(unknown), f"--stages {c.stages}: unknown stage {unknown and unknown[0]!r}; "
-                          f"choose from {','.join(STAGES)}")
-    known = systems_of(c)
-    odd = [s for s in c.eval_systems.split(",") if c.eval_systems and s not in known]
-    refuse(bool(odd), f"--eval-systems {c.eval_systems}: unknown system {odd and odd[0]!r}; choose from "
-                      f"{','.join(known)}")
+
+def check_parts(c: Config) -> None:
+    """Sizes that don't go together."""
     refuse(c.group < 2, f"--group {c.group}: a group of one has no mean to compare with; use at least 2")
-    for name in ("people", "passages", "train_sections", "masked_sections", "turns", "hits", "result", "eval_pairs",
-                 "width", "layers", "heads", "key_heads",
-                 "head_size", "hidden", "documents", "update_documents", "save_every", "eval_questions",
-                 "micro_tokens", "sample_rows"):
-        refuse(getattr(c, name) < 1, f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
-    for name in ("lr", "temperature", "eval_temperature", "grad_clip", "rope_theta", "base_lr", "base_sharpen",
-                 "lora_alpha", "cache_gb", "norm_eps"):
-        refuse(not getattr(c, name) > 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must be above 0")
-    for name in ("memtrain_steps", "memagent_steps", "mem1_steps", "base_searches", "base_timelines", "recall_group",
-                 "recall_weight", "kl", "lora_rank", "related",
-                 "eval_masked", "warmup", "threads", "processes", "base_copy_steps", "base_steps", "vocab"):
-        refuse(getattr(c, name) < 0, f"--{name.replace('_', '-')} {getattr(c, name)}: must not be negative")
-    refuse(c.documents % c.update_documents > 0,
+    refuse(c.documents % c.update_documents,
            f"--update-documents {c.update_documents}: must divide --documents {c.documents}")
-    refuse(c.heads % c.key_heads > 0, f"--key-heads {c.key_heads}: must divide --heads {c.heads}")
-    refuse(c.head_size % 2 > 0, f"--head-size {c.head_size}: rotary positions need an even size")
-    for name in ("top_p", "eval_top_p"):
-        refuse(not 0 < getattr(c, name) <= 1, f"--{name.replace('_', '-')} {getattr(c, name)}: must lie in (0, 1]")
-    refuse(not (0 <= c.eps_low < 1 and c.eps_high >= 0), f"--eps-low {c.eps_low}, --eps-high {c.eps_high}: "
-                                                         f"expected 0 <= eps_low < 1 and eps_high >= 0")
-    refuse(c.demo_steps < 1 or c.demo_documents < 1 or not c.demo_lr > 0,
-           f"--demo-steps {c.demo_steps}, --demo-documents {c.demo_documents}, --demo-lr {c.demo_lr}: must be above 0")
-    refuse("warmup" in wants and not c.model, f"--stages {c.stages}: warmup is for a --model; our own decoder is "
-                                              f"taught by the stage base")
-    refuse(c.passages <= c.related, f"--related {c.related}: a document of --passages {c.passages} holds the pivot "
-                                    f"and at most {c.passages - 1} related passages")
-    refuse(c.people < 40, f"--people {c.people}: a mini-world needs at least 40")
-    refuse(c.prompt_order not in ("section-first", "paper"),
-           f"--prompt-order {c.prompt_order}: choose section-first or paper")
-    refuse(c.prompts not in ("short", "full"), f"--prompts {c.prompts}: choose short or full")
-    refuse(c.dtype not in ("auto", "float32", "bfloat16"), f"--dtype {c.dtype}: choose auto, float32 or bfloat16")
+    world = max(c.processes, int(os.environ.get("WORLD_SIZE", "1")))
+    refuse(c.update_documents % world,
+           f"--update-documents {c.update_documents}: must be a multiple of the {world} processes that share them")
+    refuse(c.heads % c.key_heads, f"--key-heads {c.key_heads}: must divide --heads {c.heads}")
+    refuse(c.head_size % 2, f"--head-size {c.head_size}: rotary positions need an even size")
+    rope_scaling(c)
+    for name in ("top_p", "eval_top_p", "eps_low"):
+        refuse(getattr(c, name) > 1, f"{flag(name)} {getattr(c, name)}: must be at most 1")
     refuse(c.dtype == "bfloat16" and not c.lora_rank, f"--dtype {c.dtype}: weights that are trained stay float32; give "
                                                      f"--lora-rank, or --dtype float32")
     refuse(not set(c.lora_targets.split(",")) <= set(PROJECTIONS),
            f"--lora-targets {c.lora_targets}: choose from {','.join(PROJECTIONS)}")
-    refuse(bool(c.model) and "base" in c.stages.split(","), f"--stages {c.stages}: --model is the base; leave base out")
-    refuse("base" in c.stages.split(",") and c.base_steps < 1 and c.base_copy_steps < 1,
-           f"--base-steps {c.base_steps}: the base stage has nothing to do; give it steps, or leave it out")
-    refuse(bool(c.lora_rank) and "base" in c.stages.split(","),
-           f"--lora-rank {c.lora_rank}: the base stage trains all weights; run it without adapters first")
-    refuse(bool(c.model and c.init) and not c.lora_rank,
+    refuse(c.model and c.init and not c.lora_rank,
            f"--init {c.init}: beside --model it is an adapter; give its --lora-rank, too")
-    rope_scaling(c)
-    world = max(c.processes, int(os.environ.get("WORLD_SIZE", "1")))
-    refuse(c.update_documents % world > 0,
-           f"--update-documents {c.update_documents}: must be a multiple of the {world} processes that share them")
-    refuse(max(kept_steps(c), default=0) > max(c.memagent_steps, c.mem1_steps),
-           f"--keep-steps {c.keep_steps}: neither --memagent-steps {c.memagent_steps} nor --mem1-steps {c.mem1_steps} "
-           f"goes that far")
-    refuse(c.masked_text not in ("encyclopaedia", "timeline", "both"),
-           f"--masked-text {c.masked_text}: choose encyclopaedia, timeline or both")
-    refuse(c.mask not in ("any", "last"), f"--mask {c.mask}: choose any or last")
-    for name in ("masked_text", "changing"):
-        refuse(c.corpus != "miniworld" and getattr(c, name) != getattr(Config, name),
-               f"--{name.replace('_', '-')}: only the mini-world has a timeline; leave it out with --corpus")
-    refuse(c.corpus == "miniworld" and c.mask == "last" and c.masked_text == "encyclopaedia",
-           "--mask last: the encyclopaedia's documents have no order; give --masked-text timeline or both")
-    refuse(c.world not in ("eval", "dev"), f"--world {c.world}: choose eval or dev")
-    refuse(c.world == "dev" and c.corpus != "miniworld", f"--world dev: there is none of --corpus {c.corpus}; give "
-                                                         f"development questions as --questions")
-    refuse(c.wandb not in ("disabled", "offline", "online"), f"--wandb {c.wandb}: choose disabled, offline or online")
-    refuse(c.device not in ("auto", "cpu", "cuda"), f"--device {c.device}: choose auto, cpu or cuda")
     refuse(c.response <= c.memory, f"--response {c.response}: needs --memory {c.memory} and a stop token")
     refuse(c.act < 8, f"--act {c.act}: too few tokens for a line with a query or answers; give at least 8")
     need = c.section + c.memory + c.response + 24
     refuse(c.window < need, f"--window {c.window}: section {c.section} + memory {c.memory} + response {c.response} + "
                             f"at least 24 for the instruction need {need}; raise --window or lower the parts")
     need = c.result + 2 * c.memory + 2 * c.act + 24
-    refuse("mem1" in map(kind_of, wants) and c.window < need,
+    refuse("mem1" in map(kind_of, c.stages.split(",")) and c.window < need,
            f"--window {c.window}: a search's result {c.result} + memory {c.memory} twice + query and action, {c.act} "
            f"each + at least 24 for the instruction need {need}; raise --window or lower the parts")
-    refuse(len(c.run) > 100, f"--run {c.run[:20]}...: {len(c.run)} characters; give a name of at most 100")
-    refuse(not c.run.replace("-", "").replace("_", "").replace(".", "").isalnum() or c.run.startswith("."),
-           f"--run {c.run}: use letters, digits, '-', '_' and '.'; runs are folders under runs/")
-    refuse(c.retriever != "bm25" and not (c.retriever.startswith("dense:") and c.retriever != "dense:"),
+
+
+def check_stages(c: Config) -> None:
+    """Stages and systems that are unknown, or not of this model; a folder that is none."""
+    wants = c.stages.split(",")
+    for name, known in (("stages", STAGES), ("eval_systems", ["", *systems_of(c)])):
+        for part in getattr(c, name).split(","):
+            refuse(part not in known, f"{flag(name)} {getattr(c, name)}: {part!r} is unknown; choose from "
+                                      f"{','.join(filter(None, known))}")
+    refuse("warmup" in wants and not c.model, f"--stages {c.stages}: warmup is for a --model; our own decoder is "
+                                              f"taught by the stage base")
+    refuse("base" in wants and c.model, f"--stages {c.stages}: --model is the base; leave base out")
+    refuse("base" in wants and c.lora_rank,
+           f"--lora-rank {c.lora_rank}: the base stage trains all weights; run it without adapters first")
+    refuse(max(kept_steps(c), default=0) > max(c.memagent_steps, c.mem1_steps),
+           f"--keep-steps {c.keep_steps}: neither --memagent-steps {c.memagent_steps} nor --mem1-steps {c.mem1_steps} "
+           f"goes that far")
+    refuse(not re.fullmatch(r"[\w-][\w.-]{0,99}", c.run), f"--run {c.run[:100]}: use at most 100 letters, digits, "
+           f"'-', '_' and '.'; runs are folders under runs/")
+
+
+def check_data(c: Config) -> None:
+    """Data that the mini-world does not have, or that another corpus needs."""
+    own, wants = c.corpus == "miniworld", c.stages.split(",")
+    refuse(c.passages <= c.related, f"--related {c.related}: a document of --passages {c.passages} holds the pivot "
+                                    f"and at most {c.passages - 1} related passages")
+    refuse(c.people < 40, f"--people {c.people}: a mini-world needs at least 40")
+    refuse(c.retriever != "bm25" and not re.fullmatch("dense:.+", c.retriever),
            f"--retriever {c.retriever}: choose bm25 or dense:FOLDER")
+    refuse(own and c.mask == "last" and c.masked_text == "encyclopaedia",
+           "--mask last: the encyclopaedia's documents have no order; give --masked-text timeline or both")
     for name in ("questions", "train_questions", "benchmarks", "search_corpus"):
-        refuse(c.corpus == "miniworld" and bool(getattr(c, name)),
-               f"--{name.replace('_', '-')}: the mini-world asks and searches its own pages; give --corpus too")
-    refuse(c.corpus != "miniworld" and "eval" in wants and not c.questions,
-           f"--corpus {c.corpus}: evaluation needs --questions FILE, or --stages without eval")
-    for stage in TRAINED[1:]:
-        refuse(c.corpus != "miniworld" and stage in wants and not c.train_questions,
-               f"--corpus {c.corpus}: the {stage} stage needs --train-questions FILE, or --stages without {stage}")
-    for f in dataclasses.fields(Config):
-        value = getattr(c, f.name)
-        refuse(f.type == "float" and not math.isfinite(value), f"--{f.name.replace('_', '-')} {value}: must be finite")
-    refuse(c.seed < 0, f"--seed {c.seed}: must not be negative")
-    check_study(c)
-    lengths_of(c)
+        refuse(own and getattr(c, name), f"{flag(name)}: the mini-world asks and searches its own pages; give --corpus")
+    for name in ("masked_text", "changing", "world"):
+        refuse(not own and getattr(c, name) != getattr(Config, name),
+               f"{flag(name)} {getattr(c, name)}: the mini-world alone has that; leave it out with --corpus {c.corpus}")
+    for stage, name in (("eval", "questions"), *((s, "train_questions") for s in TRAINED[1:])):
+        refuse(not own and stage in wants and not getattr(c, name),
+               f"--corpus {c.corpus}: the stage {stage} needs {flag(name)} FILE; or leave it out of --stages")
 
 
 def check_study(c: Config) -> None:
-    """Refuses what can't be a study."""
-    if not is_study(c):
-        return
+    """What can't be a study."""
     seeds_of(c)
     stages = c.stages.split(",")
     for name, wanted in (("ablations", ("memtrain", "memagent", "eval")), ("scaling", ("memagent", "eval"))):
-        if getattr(c, name) and (missing := [s for s in wanted if s not in stages]):
-            raise InputError(f"--{name}: needs the stage {missing[0]}, which --stages {c.stages} leaves out")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("--seeds: a study starts processes of its own; start it without torchrun")
+        missing = [s for s in wanted if getattr(c, name) and s not in stages]
+        refuse(missing, f"--{name}: needs the stage {missing and missing[0]}, which --stages {c.stages} leaves out")
+    refuse(is_study(c) and int(os.environ.get("WORLD_SIZE", "1")) > 1,
+           "--seeds: a study starts processes of its own; start it without torchrun")
 
 
 def refusal(error: InputError, argv: Sequence[str]) -> int:

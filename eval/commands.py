@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data import InputError
-from data.config import FREE_FIELDS, PRESETS, as_evaluated, check, command_options, given_fields, parse, read_config
+from data.config import FREE_FIELDS, as_evaluated, check, command_options, flag, given_fields, parse, read_config
 from data.run.files import output
 
 
@@ -28,7 +28,7 @@ def open_checkpoint(options: argparse.Namespace, fields: Sequence[str], policy: 
     theirs = read_config(stage.parent / "config.json", remedy)
     given = given_fields([*idle, *fields])
     if fixed := given.keys() - FREE_FIELDS - {"seed", "eval_temperature", "eval_top_p"}:
-        raise InputError(f"--{min(fixed).replace('_', '-')}: the checkpoint has a value of its own; leave it out")
+        raise InputError(f"{flag(min(fixed))}: the checkpoint has a value of its own; leave it out")
     c = dataclasses.replace(theirs, **given)
     check(c)
     return policy(c, stage.parent, path)
@@ -38,7 +38,7 @@ def plan(argv: Sequence[str]) -> None:
     """python memtrain.py plan: what a configuration will need."""
     from eval.plan import main
 
-    main(argv, parse, PRESETS)
+    main(argv)
 
 
 def study(argv: Sequence[str]) -> int:

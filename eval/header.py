@@ -26,8 +26,6 @@ def header(run, score: Callable) -> None:
     if run.device.type == "cuda" and c.preset == "nano":
         print("note: nano is the preset that a GPU has taken to its report, an H200 in 2.8 minutes; --preset small is "
               "larger and trains its own base, 6,200 steps of 0.26 s there, and has not been run to its report on any")
-    if run.device.type == "cuda" and c.deterministic:
-        print("note: --deterministic samples without captured graphs, which is slower")
     if commit() == "unknown":
         print("note: no git checkout here: results will not say which commit they are of")
     threads = f"{torch.get_num_threads()} threads" + f" in each of {ranks.WORLD} processes" * (ranks.WORLD > 1)

@@ -7,23 +7,18 @@ run is an ordinary one in a folder of its own, runs/NAME.s0, runs/NAME.s0.end-to
 output.log. The same command started again skips what is finished and goes on with the rest. runs/NAME/ holds the
 report and study.json:
 
-    {"format": 1, "command": str, "config": the study's fields,
-     "runs": [{"run", "arm", "seed", "overrides": fields that make the arm, "after": the run whose base it starts from,
-               "seconds": of wall time over all its starts, "finished", "exit_code": of its last start, or null}]}
+    {"command": str, "runs": [{"run", "arm", "arguments": of its command, "seconds": of wall time over all its starts,
+                               "exit_code": of its last start, or null}]}
 
-Needs no torch: what a run has done is read from its metrics.jsonl and results.json.
+Needs no torch.
 """
 
 from __future__ import annotations
 
-import ctypes
-import dataclasses
-import json
 import math
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -36,116 +31,57 @@ from tqdm import tqdm
 
 from data import InputError
 from data.arms import Job, arguments, jobs
-from data.config import FREE_FIELDS, Config, lengths_of, parse
-from data.run.files import json_bytes, read_json, write_json, writing
+from data.config import Config, parse
+from data.run.files import read_json, write_json, writing
 from data.run.folder import Interrupt, RunFolder
 from data.run.terminal import printable
-from eval.plan import evaluated, trainings, work
+from eval.plan import work
 
 SCRIPT = Path(__file__).parents[1] / "memtrain.py"
 POLL = 0.5  # seconds between two looks at the runs
-# of the fields that may differ, those that make work, and for which stage
-DECIDES = {"stages": "", "eval_lengths": "eval", "eval_systems": "eval", "world": "eval"}
-STAGE = re.compile(r'^\{"stage": "([^"]+)"', re.MULTILINE)  # of a line of metrics.jsonl
-SHOWN = 4  # runs whose stage the bar names
-
-
-# ---- One run -----------------------------------------------------------------------------------------------------
 
 
 class Child:
-    """One run of the study: its process while it has one, and how far it is."""
+    """One run of the study: its line in the book, and its process while it has one. known: the line of earlier starts,
+    which holds where the arguments are the same."""
 
-    def __init__(self, job: Job, entry: dict):
-        self.job, self.entry, self.folder = job, entry, Path("runs") / job.run
-        self.work = work(job.config)
+    def __init__(self, job: Job, known: dict):
+        self.job, self.folder, self.work = job, Path("runs") / job.run, sum(work(job.config).values())
+        self.entry = {"run": job.run, "arm": job.arm, "arguments": arguments(job.config), "seconds": 0.0,
+                      "exit_code": None}
+        if known.get("arguments") == self.entry["arguments"] and (self.folder / "config.json").exists():
+            self.entry |= known
         self.process: subprocess.Popen | None = None
-        self.seen: dict[Path, tuple[tuple, object]] = {}  # file -> (size and time, what was read)
 
     @property
-    def total(self) -> float:
-        return sum(self.work.values())
+    def finished(self) -> bool:
+        return self.entry["exit_code"] == 0
 
     def start(self, options: Sequence[str], environment: dict) -> None:
         """Starts its process, in a group of its own: Ctrl-C reaches the study, which passes it on once."""
+        self.entry["exit_code"], self.began = None, time.perf_counter()
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             log = (self.folder / "output.log").open("ab")
         with log:
-            self.process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments(self.job.config), *options],
+            self.process = subprocess.Popen([sys.executable, str(SCRIPT), *self.entry["arguments"], *options],
                                             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                            env=os.environ | environment, process_group=0, preexec_fn=_orphans_stop)
-        self.before, self.began = self.entry["seconds"], time.perf_counter()
+                                            env=os.environ | environment, process_group=0)
 
-    def note_time(self) -> None:
-        self.entry["seconds"] = round(self.before + time.perf_counter() - self.began, 1)
-
-    def signal(self, number: int) -> None:
-        if self.process:
-            self.process.send_signal(number)
-
-    def _read(self, name: str, parse_text):
-        """What `parse_text` makes of a file of the run, read again only where it has changed; None without it."""
-        path = self.folder / name
-        try:
-            status = path.stat()
-            state = status.st_size, status.st_mtime_ns
-            if self.seen.get(path, (None, None))[0] != state:
-                self.seen[path] = state, parse_text(path.read_text(encoding="utf-8"))
-            return self.seen[path][1]
-        except (OSError, ValueError):
-            return None
-
-    def progress(self) -> tuple[float, str]:
-        """(work done, the stage it is at)."""
-        if self.entry["finished"]:
-            return self.total, "finished"
-        steps = self._read("metrics.jsonl", lambda text: Counter(STAGE.findall(text))) or {}
-        done, stage = 0.0, "starting"
-        for name, count in trainings(self.job.config).items():
-            if made := min(steps.get(name, 0), count):
-                stage = f"{name} {made}/{count}"
-                done += self.work[name] * made / count
-        if "eval" in self.work:
-            results = RunFolder(Path()).measured(self.job.config.world) / "results.json"
-            rows = (self._read(str(results), json.loads) or {}).get("long_qa") or []
-            systems = evaluated(self.job.config)
-            read = sum(row["length"] for row in rows if row["system"] in systems)
-            whole = len(systems) * sum(lengths_of(self.job.config))
-            if read:
-                stage = f"eval {read}/{whole}"
-                done += self.work["eval"] * min(1.0, read / whole)
-        return done, stage
+    def ended(self) -> bool:
+        """Whether its process has ended, which is then noted."""
+        self.entry["exit_code"] = self.process.poll()
+        if self.entry["exit_code"] is not None:
+            self.entry["seconds"] += round(time.perf_counter() - self.began, 1)
+        return self.entry["exit_code"] is not None
 
     def last_line(self) -> str:
         """The last thing that the run said."""
         with suppress(OSError):
-            with (self.folder / "output.log").open("rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - 20_000))
-                text = file.read().decode(errors="replace")
+            text = (self.folder / "output.log").read_bytes()[-20_000:].decode(errors="replace")
             lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
             return lines[-1][:300] if lines else "said nothing"
         return "left no output.log"
-
-    def refused(self) -> bool:
-        """Whether its last start was refused before it wrote anything."""
-        return self.entry["exit_code"] == 2 and not (self.folder / "config.json").exists()
-
-    def forget(self) -> None:
-        """Takes back what its start has left, where the run itself has written nothing."""
-        with suppress(OSError):
-            (self.folder / "output.log").unlink()
-            self.folder.rmdir()
-
-
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _orphans_stop() -> None:
-    """In a new process: should the study be killed, its runs are told to save and stop (Linux: PR_SET_PDEATHSIG).
-    Otherwise they would go on, and lock their folders for whoever starts the study again."""
-    if LIBC:
-        LIBC.prctl(1, signal.SIGTERM)
 
 
 # ---- Where they run ------------------------------------------------------------------------------------------------
@@ -162,71 +98,36 @@ def gpus() -> list[str]:
 
 def places(c: Config) -> tuple[list[dict], list[str], str]:
     """(the environment of each run that goes at the same time, options that all runs get, both in words)."""
-    devices = [] if c.device == "cpu" else gpus()
-    if devices:
-        where = "one GPU, one run at a time" if len(devices) == 1 else f"{len(devices)} GPUs, one run on each"
-        return [{"CUDA_VISIBLE_DEVICES": name} for name in devices], [], where
+    if c.device != "cpu" and (devices := gpus()):
+        return [{"CUDA_VISIBLE_DEVICES": name} for name in devices], [], f"{len(devices)} GPUs, one run on each"
     threads = c.threads or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = max(1, cores // threads)
     return ([{"OMP_NUM_THREADS": str(threads)}] * count, [f"--threads={threads}"],
-            f"{cores} CPU cores, {count} at a time of {threads} thread{'s' * (threads > 1)}")
+            f"{cores} CPU cores, {count} runs at a time, threads of each: {threads}")
 
 
 # ---- All of them -----------------------------------------------------------------------------------------------------
-
-
-def did(job: Job) -> bool:
-    """Whether the last start of a run was with this configuration, but for where it ran and in what pieces."""
-    path = Path("runs") / job.run / "config.json"
-    if not path.exists():
-        return False
-    theirs = read_json(path, "delete the folder to start it anew")
-    decides = {name for name, stage in DECIDES.items() if stage in job.config.stages}
-    mine = json.loads(json_bytes(vars(job.config)))
-    return theirs.keys() <= mine.keys() and all(theirs.get(k) == v for k, v in mine.items()
-                                                if k not in FREE_FIELDS - decides)
 
 
 class Study:
     """The runs of one command, and their book: study.json."""
 
     def __init__(self, c: Config, command: str):
-        self.c, self.path = c, Path("runs") / c.run
+        self.c, self.path, self.command = c, Path("runs") / c.run, command
         self.book = self.path / "study.json"
-        known = self._known()
-        self.children = []
-        for job in jobs(c):
-            entry = {"run": job.run, "arm": job.arm, "seed": job.config.seed, "overrides": job.overrides,
-                     "after": job.after, "seconds": 0.0, "finished": False, "exit_code": None}
-            entry |= {k: v for k, v in known.get(job.run, {}).items() if k in ("seconds", "finished", "exit_code")}
-            entry["finished"] = entry["finished"] and did(job)
-            self.children.append(Child(job, entry))
-        self.command = command
-        self.running: dict[int, Child] = {}  # place -> the run there
-        self.is_new, self.waiting = not self.book.exists(), False
-
-    def _known(self) -> dict[str, dict]:
-        """The runs in study.json by name. InputError where the folder is no study, or one of another configuration."""
         if (self.path / "config.json").exists():
             raise InputError(f"{self.path}: holds a single run, whose report the study's would replace; choose another "
                              f"--run")
-        if not self.book.exists():
-            return {}
-        again = "choose another --run, or delete it to start anew"
-        book = read_json(self.book, again)
-        theirs, runs = book.get("config"), book.get("runs")
-        if book.get("format") != 1 or not isinstance(theirs, dict) or not isinstance(runs, list) or not all(
-                isinstance(r, dict) and isinstance(r.get("run"), str) for r in runs):
-            raise InputError(f"{self.book}: not a study of this version; {again}")
-        for name, mine in self._config().items():
-            if theirs.get(name, mine) != mine:
-                raise InputError(f"{self.path}: the study was started with {name}={theirs[name]!r}, now {mine!r}; "
-                                 f"{again}")
-        return {r["run"]: r for r in runs}
-
-    def _config(self) -> dict:
-        return {k: v for k, v in dataclasses.asdict(self.c).items() if k not in FREE_FIELDS | {"seed"}}
+        known, again = {}, "choose another --run, or delete it to start anew"
+        if self.book.exists():
+            try:
+                known = {entry["run"]: entry for entry in read_json(self.book, again)["runs"]}
+            except (KeyError, TypeError):
+                raise InputError(f"{self.book}: not a study of this version; {again}") from None
+        self.children = [Child(job, known.get(job.run, {})) for job in jobs(c)]
+        self.base = next((child for child in self.children if child.job.arm == "base"), None)  # of all the others
+        self.running: dict[int, Child] = {}  # place -> the run there
 
     def begin(self) -> None:
         self.folder = RunFolder(self.path)
@@ -234,118 +135,73 @@ class Study:
         self.write()
 
     def write(self) -> None:
-        write_json(self.book, {"format": 1, "command": self.command, "config": self._config(),
-                               "runs": [child.entry for child in self.children]})
+        write_json(self.book, {"command": self.command, "runs": [child.entry for child in self.children]})
 
-    # ---- running
-
-    def _ready(self) -> Child | None:
-        """The next run to start: not started yet, and the base it needs is there. Runs of a study that was killed may
-        still be saving: they are waited for."""
-        state, self.waiting = {child.job.run: child for child in self.children}, False
-        for child in self.children:
-            waits = child.job.after and not state[child.job.after].entry["finished"]
-            if not (child.entry["finished"] or child.process or waits):
-                if not RunFolder(child.folder).locked():
-                    return child
-                self.waiting = True
-        return None
-
-    def _start(self, spots: Sequence[dict], options: Sequence[str]) -> None:
-        for place, environment in enumerate(spots):
-            if place not in self.running and (child := self._ready()):
-                child.entry["exit_code"] = None
-                child.start(options, environment)
+    def _start(self, spots: Sequence[dict], options: Sequence[str]) -> bool:
+        """Starts runs where there is room, the base alone before the others. Whether there are more: runs of a study
+        that was killed go on by themselves, and are waited for."""
+        known = self.children if not self.base or self.base.finished else [self.base]
+        ready = [child for child in known if not child.finished and not child.process]
+        for place in set(range(len(spots))) - self.running.keys():
+            child = next((child for child in ready if not RunFolder(child.folder).locked()), None)
+            if child:
+                ready.remove(child)
+                child.start(options, spots[place])
                 self.running[place] = child
+        return bool(ready)
 
     def _ended(self) -> list[Child]:
         """Takes out the runs that have ended, and books them."""
-        ended = []
-        for place, child in list(self.running.items()):
-            child.note_time()
-            if (code := child.process.poll()) is not None:
-                child.entry |= {"exit_code": code, "finished": code == 0}
-                del self.running[place]
-                ended.append(child)
-        if ended:
+        ended = [place for place, child in self.running.items() if child.ended()]
+        children = [self.running.pop(place) for place in ended]
+        if children:
             self.write()
-        return ended
+        return children
 
     def _say(self, child: Child) -> None:
-        entry, count = child.entry, sum(c.entry["finished"] for c in self.children)
-        if entry["finished"]:
-            said = f"finished after {entry['seconds'] / 60:.1f} minutes, {count} of {len(self.children)} runs"
+        count = sum(c.finished for c in self.children)
+        if child.finished:
+            said = f"finished after {child.entry['seconds'] / 60:.1f} minutes, {count} of {len(self.children)} runs"
         else:
-            said = f"failed (exit code {entry['exit_code']}): {child.last_line()}"
+            said = f"failed (exit code {child.entry['exit_code']}): {child.last_line()}"
         tqdm.write(printable(f"{child.folder}: {said}"), file=sys.stderr)
 
-    def _show(self, bar: tqdm) -> None:
-        # a run that begins a stage again has done less than was shown
-        bar.n = max(bar.n, sum(child.progress()[0] for child in self.children))
-        stages = [f"{c.job.run.removeprefix(self.c.run + '.')}: {c.progress()[1]}" for c in self.running.values()]
-        more = f" and {len(stages) - SHOWN} more" * (len(stages) > SHOWN)
-        bar.set_postfix_str(", ".join(stages[:SHOWN]) + more, refresh=False)
-        if sys.stderr.isatty() or time.perf_counter() - self.shown > 60:  # a file gets a line a minute
-            bar.refresh()
-            self.shown = time.perf_counter()
-
     def run(self, spots: Sequence[dict], options: Sequence[str], interrupt: Interrupt) -> bool:
-        """Runs what is not finished. False where it was interrupted; then every run has saved and ended."""
+        """Runs what is not finished. False where it was interrupted; then every run has saved and ended. InputError
+        with a run's words where it was refused, as the others would be; they save and end, too."""
         tqdm.monitor_interval = 0  # no thread beside the one that starts processes
-        began = sum(child.progress()[0] for child in self.children)
-        told, self.shown = False, -math.inf
-        with tqdm(total=sum(child.total for child in self.children), initial=began, desc="study",
-                  smoothing=0, dynamic_ncols=True,
-                  bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}, about {remaining} left{postfix}") as bar:
+        refused, told, waiting, shown = "", False, False, -math.inf
+        with tqdm(total=sum(child.work for child in self.children), desc="study", smoothing=0, dynamic_ncols=True,
+                  initial=sum(child.work for child in self.children if child.finished), bar_format="{desc} "
+                  "{percentage:3.0f}%|{bar:20}| {elapsed}, about {remaining} left{postfix}") as bar:
             try:
                 while True:
-                    if not told and not interrupt.asked:
-                        self._start(spots, options)
-                    if interrupt.asked and not told:
-                        told = True
+                    if not (interrupt.asked or refused):
+                        waiting = self._start(spots, options)
+                    elif not told:
+                        told, waiting = True, False
                         for child in self.running.values():
-                            child.signal(signal.SIGTERM)
-                    self._show(bar)
-                    if not self.running and (told or not self.waiting):
-                        return not told
+                            child.process.terminate()
+                    if not self.running and not waiting:
+                        break
+                    bar.set_postfix_str(", ".join(c.job.run for c in self.running.values()), refresh=False)
+                    if sys.stderr.isatty() or time.perf_counter() - shown > 60:  # a file gets a line a minute
+                        bar.refresh()
+                        shown = time.perf_counter()
                     time.sleep(POLL)
                     for child in self._ended():
-                        if not told:
-                            self._refuse_for_all(child)
+                        bar.update(child.work if child.finished else 0)
+                        if child.entry["exit_code"] == 2 and not told:
+                            refused = refused or child.last_line().removeprefix("memtrain: ")
+                        elif not told:
                             self._say(child)
-            except InputError:
-                bar.leave = False  # its one line is all there is to say
-                raise
-            finally:
-                self._leave()
-
-    def _refuse_for_all(self, child: Child) -> None:
-        """InputError with its words where the first run to end was refused what all of them get."""
-        if self.is_new and child.refused() and not any((c.folder / "config.json").exists() for c in self.children):
-            for other in self.running.values():
-                other.signal(signal.SIGTERM)
-                other.process.wait()
-            self.running.clear()
-            if not any((c.folder / "config.json").exists() for c in self.children):
-                message = child.last_line().removeprefix("memtrain: ")
-                for other in self.children:
-                    other.forget()
-                with suppress(OSError):
-                    self.book.unlink()
-                    (self.path / ".lock").unlink()
-                    self.path.rmdir()
-                    Path("runs").rmdir()
-                raise InputError(message)
-
-    def _leave(self) -> None:
-        """No process outlives the study: what is still running here was left by a second Ctrl-C, or by an error."""
-        for child in self.running.values():
-            child.signal(signal.SIGKILL)
-            child.process.wait()
-            child.note_time()
-        if self.running:
-            self.running.clear()
-            self.write()
+            finally:  # no process outlives the study: what is left was left by a second Ctrl-C, or by an error
+                for child in self.running.values():
+                    child.process.kill()
+                    child.process.wait()
+        if refused:
+            raise InputError(refused)
+        return not interrupt.asked
 
 
 def report(study: Study) -> None:
@@ -357,23 +213,16 @@ def report(study: Study) -> None:
     print(printable(f"\n{path.read_text(encoding='utf-8')}\nreport: {path}"))
 
 
-def header(study: Study, where: str) -> None:
-    arms = Counter(child.job.arm for child in study.children)
-    finished = sum(child.entry["finished"] for child in study.children)
-    print(printable(f"memtrain  study {study.path}: {len(study.children)} runs, {finished} of them finished; {where}\n"
-                    f"  arms     {', '.join(f'{name} x {n}' for name, n in arms.items())}\n"
-                    f"  output   of each run in {study.path}.*/output.log"), flush=True)
-
-
 def main(argv: Sequence[str]) -> int:
     """Runs the study that a command line of memtrain.py asks for; returns the exit code. InputError on bad input."""
     c, command = parse(argv), shlex.join(["python", "memtrain.py", *argv])
     study, interrupt = Study(c, command), Interrupt()
-    if all(child.entry["finished"] for child in study.children):
-        spots, options, where = [], [], "nothing left to run"
-    else:
-        spots, options, where = places(c)
-    header(study, where)
+    total, finished = len(study.children), sum(child.finished for child in study.children)
+    spots, options, where = ([], [], "nothing left to run") if finished == total else places(c)
+    arms = Counter(child.job.arm for child in study.children)
+    print(printable(f"memtrain  study {study.path}: {total} runs, {finished} of them finished; {where}\n"
+                    f"  arms     {', '.join(f'{name} x {n}' for name, n in arms.items())}\n"
+                    f"  output   of each run in {study.path}.*/output.log"), flush=True)
     study.begin()
     try:
         went_through = study.run(spots, options, interrupt)
@@ -382,11 +231,11 @@ def main(argv: Sequence[str]) -> int:
     if not went_through:
         print(f"stopped; continue with: {command}", file=sys.stderr)
         return 130
-    if missing := [child.job.run for child in study.children if not child.entry["finished"]]:
-        print(printable(f"memtrain: no report: {len(missing)} of {len(study.children)} runs are not finished "
+    if missing := [child.job.run for child in study.children if not child.finished]:
+        print(printable(f"memtrain: no report: {len(missing)} of {total} runs are not finished "
                         f"({', '.join(missing[:3])}{' ...' * (len(missing) > 3)}); the same command tries them again"),
               file=sys.stderr)
         return 1
-    if "report" in c.stages.split(",") and any(child.job.arm != "base" for child in study.children):
+    if "report" in c.stages.split(",") and arms.keys() - {"base"}:
         report(study)
     return 0

@@ -4,7 +4,6 @@ What a CUDA card would hold is measured on the meta device, where tensors have s
 is alive is counted, with the norm and the attention saving what their CUDA kernels save.
 """
 
-import json
 import subprocess
 import sys
 import weakref
@@ -69,7 +68,7 @@ def test_bytes_of_a_token_are_those_of_the_cache():
         storage = torch.zeros(Cache.elements(*shape), dtype=torch.bfloat16 if c.half else torch.float32)
         made = Cache(storage, *shape)
         tensors = [x for kv in made.prefix + made.suffix for x in kv]
-        assert sum(x.nbytes for x in tensors) == storage.nbytes == plan.cache_bytes(c, [(3, 2, 11, 7)])
+        assert sum(x.nbytes for x in tensors) == storage.nbytes == plan.token_bytes(c) * (3 * 11 + 2 * 7)
         for i, x in enumerate(tensors):
             x.fill_(i)
         assert all((x == i).all() for i, x in enumerate(tensors)), "no two share a place"
@@ -118,21 +117,23 @@ def as_assumed(monkeypatch):
 def test_tokens_are_those_of_a_step(stage, order, as_assumed, agent, world, tokenizer, monkeypatch):
     a = agent("--group", "4", "--recall-group", "4", "--prompt-order", order, "--masked-sections", "4")
     c = a.c
+    count = c.masked_sections if stage == "memtrain" else c.train_sections + 1
     monkeypatch.setattr(Agent, "sections", lambda self, problem: iter([
-        [k + 9 * ord(problem.id[-1])] * c.section for k in range(plan.sections_of(c, stage))]))
+        [k + 9 * ord(problem.id[-1])] * c.section for k in range(count)]))
     batch = memtrain.collect(a, memtrain.Data(c, tokenizer), stage, 0)
     calls = plan.step(c, stage)
     assert len(batch.turns) == sum(x.sequences for x in calls)
-    assert batch.stats["tokens_sampled"] == plan.tokens(c, stage)["sampled"]
+    assert batch.stats["tokens_sampled"] == plan.tokens(c, calls)["sampled"]
     whole = sum(len(t.prefix) + len(t.given) + len(t.sampled) - 1 for t in batch.turns)
     assert plan.unshared(calls) == pytest.approx(whole, rel=0.03)
     for limit in (c.window, 900, 6000):  # groups come in another order: of three batches, one may be cut elsewhere
         packed = [pack([(batch.turns[g[0]].prefix, [(batch.turns[i].given, batch.turns[i].sampled) for i in g])
                         for g in micro]) for micro in micro_batches(batch.turns, limit)]
-        p, close = plan.training(calls, limit), 0.12 if limit == 900 else 0.05
+        passes, close = plan.training(calls, limit), 0.12 if limit == 900 else 0.05
+        p, most = plan.added(passes), plan.largest(passes)
         assert p.tokens == pytest.approx(sum(x.layout.total for x in packed), rel=close)
         assert p.scored == sum(len(x.target) for x in packed)
-        assert p.most == pytest.approx(max(x.layout.total for x in packed), rel=0.12)
+        assert most.tokens == pytest.approx(max(x.layout.total for x in packed), rel=0.12)
         seen = sum(n + int(x.layout.positions.sum()) for x in packed for n in [x.layout.total])
         assert p.pairs == pytest.approx(seen, rel=close), "a token at position p sees p + 1"
 
@@ -143,28 +144,21 @@ def test_the_papers_step_passes_the_tokens_that_the_design_names():
     stands behind the memory there. With unbounded micro-batches it is 7.3 M. The 6 M of a shared recall target are not
     reached: a recall's prefix ends with the memory, which differs between rollouts."""
     c = parse(["--preset", "paper"])
-    assert plan.tokens(c, "memtrain")["unshared"] == pytest.approx(28e6, rel=0.02)
-    assert plan.tokens(c, "memtrain")["packed"] == pytest.approx(7.3e6, rel=0.05)
-    assert plan.tokens(replace(c, prompt_order="paper"), "memtrain")["packed"] == pytest.approx(15e6, rel=0.12)
-    shared = replace(c, shared_probe=True)
-    assert plan.tokens(shared, "memtrain") == plan.tokens(c, "memtrain")
+    own, papers = (plan.tokens(x, plan.step(x, "memtrain")) for x in (c, replace(c, prompt_order="paper")))
+    assert own["unshared"] == pytest.approx(28e6, rel=0.02)
+    assert own["trained"] == pytest.approx(7.3e6, rel=0.05) and papers["trained"] == pytest.approx(15e6, rel=0.12)
+    assert plan.step(replace(c, shared_probe=True), "memtrain") == plan.step(c, "memtrain")
 
 
 @pytest.mark.parametrize("argv", [[], ["--preset", "small"], ["--section", "400", "--memory", "80", "--response",
                                                               "81", "--window", "640", "--base-documents", "8"]])
 def test_tokens_are_those_of_a_step_of_the_base_stage(argv, tokenizer):
     """On the mean of eight steps: each is a draw of documents, questions and readers."""
-    c, tokens, scored = parse(argv), [], []
+    c = parse(argv)
     steps = DemoSteps(c, tokenizer)
-    for i in range(8):
-        rows = steps[c.base_copy_steps + i]
-        packed = pack([(p, [(g, r) for g, r, _ in s]) for p, s in rows])
-        tokens.append(packed.layout.total)
-        scored.append(len(packed.target) + 0.2 * sum(len(p) for p, _ in rows))
-    p = plan.demonstrated(c)
-    assert p.tokens == pytest.approx(sum(tokens) / 8, rel=0.08) and p.scored == pytest.approx(sum(scored) / 8, rel=0.08)
-    assert p.most <= c.micro_tokens and p.most_scored < p.most
-    assert len(steps[0]) * 64 == plan.COPIED
+    made = [steps[c.base_copy_steps + i] for i in range(8)]
+    tokens = sum(pack([(p, [(g, r) for g, r, _ in s]) for p, s in rows]).layout.total for rows in made)
+    assert plan.packed_tokens(c, "base") == pytest.approx(tokens / 8, rel=0.08)
 
 
 def test_what_a_run_trains_and_evaluates():
@@ -177,20 +171,7 @@ def test_what_a_run_trains_and_evaluates():
     assert plan.trainings(arm) == {"memtrain": 60, "memtrain+memagent": 15}
     assert plan.evaluated(arm) == ["memtrain+memagent"] and plan.searched(arm) == []
     assert plan.trainings(parse(["--stages", "memagent,eval"])) == {"memagent": 15}
-    steps = [row["steps"] for row in plan.stages(c, 1536, plan.CARDS["H100"], 0.3)]
-    assert steps == [6000, 200, 60, 30, 12, 1], "memagent and mem1 twice, from the base and from memtrain"
-    assert [row["steps"] for row in plan.stages(arm, 1536, plan.CARDS["H100"], 0.3)] == [60, 15, 1]
     assert set(plan.work(c)) == {*plan.trainings(c), "eval"} and min(plan.work(c).values()) > 0
-
-
-def test_products_have_the_rate_of_their_kind():
-    card = plan.CARDS["H100"]
-    rates = [plan.rate(parse(argv), card) for argv in (["--preset", "qwen3-4b"], ["--preset", "small"], [])]
-    assert rates == [card.tflops, card.tflops / 2, card.single]
-    work = {"prefill": 0.0, "decode": 0.0, "bytes": 0.0, "steps": 1000.0}
-    c = parse(["--preset", "small"])
-    assert plan.seconds(c, work, card, 0.35) == pytest.approx(1000 * plan.LAUNCH * (8 * 11 + 40)), "a kernel has a cost"
-    assert plan.seconds(c, work | {"bytes": 3e12}, card, 0.35) > 1
 
 
 # ---- activations
@@ -302,16 +283,25 @@ def test_a_prompts_activations_are_what_is_alive_at_the_worst_moment(name, merge
     assert plan.forward_bytes(c, T) == pytest.approx(live.peak, rel=0.05)
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("name", ["qwen3-0.6b", "all weights", "adapters"])
+@pytest.mark.parametrize(("name", "recompute"), [("qwen3-0.6b", True), ("qwen3-0.6b", False), ("all weights", False)])
 def test_products_are_those_that_torch_counts(name, recompute, as_cuda):
-    c = case(name, recompute=recompute)
+    """But for those of the last block behind the attention, which are made for scored tokens alone."""
+    c = case(name, recompute=recompute, layers=24)
     model = on_meta(c)
-    p = plan.Passes(tokens=T, scored=M)
     added = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}  # which the counter does not know
     with FlopCounterMode(display=False, custom_mapping=added) as counter:
         model(*inputs()[:2], attend, inputs()[2]).sum().backward()
-    assert plan.training_flops(c, 0, p) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    planned = plan.training_flops(c, 0, plan.Pass(T, M))
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_a_step_takes_about_as_long_as_on_an_h200():
+    """8.2 s, 17.3 GB: kernels/README.md, `step` of eval.gpu, with random weights, whose answers do not end."""
+    c = parse(["--preset", "qwen3-0.6b", "--window", "5632", "--memory", "127", "--response", "128", "--documents", "2",
+               "--update-documents", "2", "--masked-sections", "4", "--micro-tokens", "32768", "--cache-gb", "16",
+               "--stages", "memtrain"])
+    hours, _ = plan.step_cost(c, c.vocab, plan.CARDS["H200"], "memtrain")
+    assert 0.7 < 3600 * hours / 8.2 < 1.3 and 1 < plan.peak(c, c.vocab)[1] / 17.3e9 < 1.1
 
 
 # ---- what fits
@@ -330,9 +320,9 @@ def test_the_presets_fit_the_cards_they_are_made_for(name):
 def test_what_is_proposed_fits(argv, gb):
     c = parse(argv)
     assert plan.peak(c, c.vocab)[1] > gb * plan.GB
-    changes = plan.fitting(c, c.vocab, gb * plan.GB)
-    assert changes and plan.peak(replace(c, **changes), c.vocab)[1] <= gb * plan.GB
-    assert plan.fitting(c, c.vocab, 1 * plan.GB) == {}
+    milder = parse([*argv, *plan.remedy(c, c.vocab, gb * plan.GB).split()])
+    assert plan.peak(milder, c.vocab)[1] <= gb * plan.GB
+    assert plan.remedy(c, c.vocab, 1 * plan.GB) == "a smaller preset"
 
 
 def test_a_run_is_refused_where_the_card_is_too_small(monkeypatch):
@@ -358,20 +348,11 @@ def test_it_answers_at_once_and_loads_no_torch():
     assert max(map(len, done.stdout.splitlines())) <= 130 and len(done.stdout.splitlines()) < 40
 
 
-def test_json_to_a_file(tmp_path):
-    path = tmp_path / "plan.json"
-    assert main(["plan", "--preset", "qwen3-4b", "--gpu", "a100-80", "--mfu", "0.5", "--out", str(path)]) == 0
-    p = json.loads(path.read_text())
-    assert p["fits"] and p["card"] == "A100-80" and p["hours"] > 0 and p["kwh"] == pytest.approx(0.4 * p["hours"])
-    half = plan.make_plan(parse(["--preset", "qwen3-4b"]), plan.CARDS["A100-80"], "", 0.25)
-    assert half["stages"][0]["train_seconds"] == pytest.approx(2 * p["stages"][0]["train_seconds"])
-
-
 BAD = {"--gpu abacus": ["--gpu abacus", "H100"], "--gpu-memory 0": ["--gpu-memory 0"], "--gpu-memory nan": ["nan"],
-       "--gpu-memory lots": ["--gpu-memory", "lots"], "--tflops -3": ["--tflops -3"], "--mfu 1.5": ["--mfu 1.5"],
+       "--gpu-memory lots": ["--gpu-memory", "lots"],
        "--grup 3": ["--grup"], "--preset qwen4": ["--preset qwen4"], "--model some/where": ["some/where", "shape"],
        "--preset qwen3-4b --model some/where": ["some/where", "shape"],
-       "--out memtrain.py": ["--out memtrain.py", "source"], "--stages ,": ["--stages"]}
+       "--stages ,": ["--stages"]}
 
 
 @pytest.mark.parametrize("command", BAD)
@@ -384,7 +365,8 @@ def test_what_cannot_be_planned_is_refused_in_one_line(command, capsys):
 
 
 @pytest.mark.parametrize("argv", [[], ["--stages", "report"], ["--stages", "base"], ["--stages", "eval"],
-                                  ["--stages", "memagent"], ["--tflops", "300"],
+                                  ["--stages", "memagent"], ["--eval-systems", "base-one-window"],
+                                  ["--seeds", "0,1", "--scaling"], ["--preset", "small", "--gpu", "a100-80"],
                                   ["--preset", "qwen3-4b", "--prompt-order", "paper"],
                                   ["--masked-sections", "1", "--recall-group", "0", "--eval-masked", "0"]])
 def test_every_configuration_has_a_plan(argv, capsys):
