@@ -297,7 +297,7 @@ SMOL = PAPER | {
     "vocab": 49_152, "stages": "warmup,memtrain,memagent,eval,report", "prompts": "short", "window": 1024,
     "section": 640, "memory": 127, "response": 128, "passages": 50, "result": 384, "act": 48, "lora_rank": 16,
     "lora_alpha": 32.0, "lr": 1e-4, "recompute": False, "micro_tokens": 8_192, "cache_gb": 4.0, "documents": 8,
-    "update_documents": 8, "eval_lengths": "1,2,4,8,16"}
+    "update_documents": 8, "temperature": 0.5, "eval_lengths": "1,2,4,8,16"}
 # One GPU: the paper's window, 1 : 5 : 1 : 1, at an eighth of its size, and a base that is trained in the same run.
 # Sixty steps of its base ran on an H200, 0.26 s each; none has taken it to its report. `plan --preset small` says more.
 SMALL = {"stages": "base,memtrain,memagent,mem1,eval,report", "people": 2000, "passages": 240, "related": 29,
