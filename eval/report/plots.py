@@ -35,7 +35,7 @@ STYLE = {
     "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
     "axes.titlecolor": INK, "axes.titlesize": 10.5, "axes.grid": True, "axes.grid.axis": "y",
     "grid.color": INK, "grid.alpha": 0.2, "grid.linewidth": 0.6, "lines.linewidth": 1.9,
-    "lines.markersize": 4.5, "savefig.transparent": True, "savefig.dpi": 160,
+    "lines.markersize": 4.5, "savefig.transparent": True, "savefig.dpi": 110,
     "svg.hashsalt": "memtrain",  # same run, same bytes
     "text.parse_math": False,  # names from outside are text, not formulas
 }
