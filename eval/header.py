@@ -28,7 +28,8 @@ def header(run, score: Callable) -> None:
               "larger and trains its own base, 6,200 steps of 0.26 s there, and has not been run to its report on any")
     if commit() == "unknown":
         print("note: no git checkout here: results will not say which commit they are of")
-    threads = f"{torch.get_num_threads()} threads" + f" in each of {ranks.WORLD} processes" * (ranks.WORLD > 1)
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' * (count > 1)}" + f" in each of {ranks.WORLD} processes" * (ranks.WORLD > 1)
     print(printable(
           f"memtrain {commit()}  preset {c.preset}  run {run.folder.path}  seed {c.seed}  stages {c.stages}\n"
           f"  device   {run.device} ({threads}), kernels: {kernels_in_use(run.device)}\n"
