@@ -88,8 +88,7 @@ def evidence_held(asked: Mapping[str, Sequence[Question]], passages: Sequence[Pa
     titles = {compared(p.title) for p in passages}
     bare = {name: some for name, some in asked.items() if not any(q.gold for q in some)}
     answers = {compared(a) for some in bare.values() for q in some for a in q.answers} - {()}
-    text = "\n".join(" ".join(("", *compared(p.rendered), "")) for p in passages) if answers else ""
-    stated = {a for a in answers if f" {' '.join(a)} " in text}
+    stated = _stated(answers, passages) if answers else set()
     held = {}
     for name, some in asked.items():
         if name in bare:
@@ -98,3 +97,18 @@ def evidence_held(asked: Mapping[str, Sequence[Question]], passages: Sequence[Pa
             gold = [p for q in some for p in q.gold]
             held[name] = sum(compared(p.title) in titles for p in gold), len(gold), "gold passages"
     return held
+
+
+def _stated(answers: set[Words], passages: Iterable[Passage]) -> set[Words]:
+    """Those that some passage holds as a run of words."""
+    by_first: dict[str, list[Words]] = {}
+    for answer in answers:
+        by_first.setdefault(answer[0], []).append(answer)
+    found: set[Words] = set()
+    for passage in passages:
+        words = compared(passage.rendered)
+        for i, word in enumerate(words):
+            for answer in by_first.get(word, ()):
+                if answer not in found and words[i:i + len(answer)] == answer:
+                    found.add(answer)
+    return found
