@@ -355,7 +355,7 @@ def command_options(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace,
     if name == "read":
         parser = CommandParser(name, "Read a text of any length section by section: the memory after each, the answer.")
         parser.add_argument("file", metavar="FILE", help="text, markdown, HTML or a chat (JSON, lines \"Name: "
-                                                         "text\", WhatsApp's export) in UTF-8; - for standard input")
+                                                         "text\") in UTF-8; - for standard input")
         parser.add_argument("--question", action="append", help="answered after the last section; as often as you like")
         parser.add_argument("--out", type=Path, metavar="FILE", help="also write memories and answer as JSON")
     elif name == "gates":

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from data import InputError
-from data.config import Config, kind_of, lengths_of
+from data.config import Config, flag, kind_of, lengths_of
 from data.run.terminal import note
 from data.search import SearchProblem, search_problem, with_contexts
 from data.tasks import Problem, in_epochs, last_masked, masked_document, masked_in_order, permutation, qa_document
@@ -114,7 +114,7 @@ class Data:
                              f"{asked[key(leak)]} of the evaluation; give files without a question in common")
 
     def _with_evidence(self, questions: Sequence[Question], field: str) -> list[Question]:
-        option = f"--{field.replace('_', '-')} {getattr(self.c, field)}"
+        option = f"{flag(field)} {getattr(self.c, field)}"
         found, lacking = with_evidence(questions, self.whole, option)
         if lacking:
             note(f"{option}: {lacking} of {len(questions)} questions come without their evidence and are left out")

@@ -49,24 +49,23 @@ MFU, BANDWIDTH_SHARE, BLOCK = 0.25, 0.6, 150e-6
 
 
 class Card(NamedTuple):
-    """memory in GB; dense bfloat16 TFLOP/s with fp32 sums, without sparsity; memory bandwidth in GB/s; board watts."""
+    """memory in GB; dense bfloat16 TFLOP/s with fp32 sums, without sparsity; memory bandwidth in GB/s."""
 
     memory: float
     tflops: float
     bandwidth: float
-    watts: float
 
 
 CARDS = {
-    "3090": Card(24, 71, 936, 350),  # NVIDIA, GA102 architecture whitepaper, table of GeForce cards
-    "4090": Card(24, 165.2, 1008, 450),  # NVIDIA, Ada GPU architecture whitepaper, appendix A
-    "5090": Card(32, 209.5, 1792, 575),  # NVIDIA, RTX Blackwell GPU architecture whitepaper, appendix A
-    "L40S": Card(48, 362, 864, 350),  # NVIDIA L40S data sheet (733 with sparsity)
-    "A100-40": Card(40, 312, 1555, 400),  # NVIDIA A100 data sheet, SXM
-    "A100-80": Card(80, 312, 2039, 400),  # the same
-    "H100": Card(80, 989, 3350, 700),  # NVIDIA H100 data sheet, SXM (1,979 with sparsity)
-    "H200": Card(141, 989, 4800, 700),  # NVIDIA H200 data sheet, SXM
-    "B200": Card(180, 2250, 8000, 1000),  # NVIDIA DGX B200 data sheet, an eighth of it (4,500 with sparsity)
+    "3090": Card(24, 71, 936),  # NVIDIA, GA102 architecture whitepaper, table of GeForce cards
+    "4090": Card(24, 165.2, 1008),  # NVIDIA, Ada GPU architecture whitepaper, appendix A
+    "5090": Card(32, 209.5, 1792),  # NVIDIA, RTX Blackwell GPU architecture whitepaper, appendix A
+    "L40S": Card(48, 362, 864),  # NVIDIA L40S data sheet (733 with sparsity)
+    "A100-40": Card(40, 312, 1555),  # NVIDIA A100 data sheet, SXM
+    "A100-80": Card(80, 312, 2039),  # the same
+    "H100": Card(80, 989, 3350),  # NVIDIA H100 data sheet, SXM (1,979 with sparsity)
+    "H200": Card(141, 989, 4800),  # NVIDIA H200 data sheet, SXM
+    "B200": Card(180, 2250, 8000),  # NVIDIA DGX B200 data sheet, an eighth of it (4,500 with sparsity)
 }
 
 # ---- Parameters ----------------------------------------------------------------------------------------------------

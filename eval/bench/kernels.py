@@ -114,7 +114,8 @@ class Ragged:
         lengths = torch.randint(1, 2 * tokens, (sequences,), generator=generator)
         self.offsets = F.pad(lengths.cumsum(0), (1, 0)).to(device)
         self.sequences, self.total = sequences, int(lengths.sum())
-        self.group = (torch.arange(sequences) // 8).to(device)
+        self.rollout = torch.arange(sequences, device=device)
+        self.group = self.rollout // 8
         self.rewards = torch.rand(sequences, generator=generator).to(device)
         self.advantages = (self.rewards.view(-1, 8) - self.rewards.view(-1, 8).mean(1, keepdim=True)).flatten()
         self.place = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)  # (S,longest)
@@ -131,8 +132,7 @@ class Ragged:
 
     def arguments(self, like: torch.Tensor) -> tuple:
         old, ref = (x.to(widened(like[:0]).dtype) for x in (self.old, self.ref))
-        return (old, ref, self.rewards, self.group, torch.arange(self.sequences, device=like.device), self.offsets,
-                self.sequences, 0.2, 0.2, 1e-3)
+        return old, ref, self.rewards, self.group, self.rollout, self.offsets, self.sequences, 0.2, 0.2, 1e-3
 
     def ours(self, new):
         return grpo_loss(new, *self.arguments(new))[0]

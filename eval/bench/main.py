@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import memtrain
 from data import InputError
-from data.config import STUDY, dashes
+from data.config import STUDY, dashes, flag
 from data.run.files import output, replacing, writing
 from data.run.terminal import StrictParser, one_line
 from eval.bench.gpu_steps import STEPS
@@ -104,7 +104,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
     for option, default in own.items():
         kind = {str: str, type: Path}.get(type(default), int)
-        parser.add_argument(f"--{option.replace('_', '-')}", type=kind, default=None if kind is Path else default,
+        parser.add_argument(flag(option), type=kind, default=None if kind is Path else default,
                             required=kind is Path, choices=SHAPES if option == "shape" else None,
                             help=f"{HELP[option]} (default: {default})")
     options, fields = parser.parse_known_args([dashes(a) for a in argv])
@@ -116,7 +116,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     for option, value in vars(options).items():
         least = 1 if own.get(option) else 0
         if isinstance(value, int) and value < least:
-            raise InputError(f"--{option.replace('_', '-')} {value}: must be at least {least}")
+            raise InputError(f"{flag(option)} {value}: must be at least {least}")
     if options.out:
         output(options.out, inputs=[])
     return options, fields
