@@ -491,22 +491,24 @@ class Agent:
 
 
 def recall_probe(agent: Agent, finder, rollout: Rollout, rng: random.Random):
-    """Task B of the paper: an intermediate step k, an earlier section l < k, one entity of it as [TARGET].
+    """Task B of the paper: an intermediate step k, an earlier section l < k, one entity of it as [TARGET]. The public
+    release asks the memory before step k about a section l, 1 <= l <= k from 0: --released-probe.
 
     -> (masked section ids, memory after step k, target), or None where the document is too short or nameless.
     """
+    early = agent.c.released_probe
     if len(rollout.sections) < 2:
         return None
     k = rng.randrange(1, len(rollout.sections))
     if rollout.problem.kind == "masked-last":  # what held then: of the section just read, beside what it overtook
         made = recall_then([agent.tokenizer.decode(s) for s in rollout.sections[:k + 1]], finder, rng)
     else:
-        made = recall_target(agent.tokenizer.decode(rollout.sections[rng.randrange(k)]), finder, rng)
+        made = recall_target(agent.tokenizer.decode(rollout.sections[rng.randrange(k) + early]), finder, rng)
     if made is None:
         return None
     masked, target = made
     # [TARGET] may be more tokens than the name it hides: the window stays as it is
-    return agent.tokenizer.encode(masked)[:agent.c.section], rollout.memories[k], target
+    return agent.tokenizer.encode(masked)[:agent.c.section], rollout.memories[k - early], target
 
 
 # ---- GRPO --------------------------------------------------------------------------------------------------------
@@ -624,9 +626,13 @@ def micro_loss(model: Decoder, reference: Reference, c: Config, batch: Batch, en
         np.array([x for i in order for x in turns[i].logprobs]), np.array(batch.rewards, np.float64),
         np.array(batch.group), np.array([entry[i] for i in order])])
     old, rewards, group, rollout = packed.carried
+    offsets = packed.offsets
+    if c.token_mean:  # each token an interaction of its own
+        rollout = rollout.repeat_interleave(offsets.diff(), output_size=len(old))
+        offsets = torch.arange(len(old) + 1, device=device)
     ref = reference_logprobs(model, reference, packed, c) if c.kl else None
     loss, stats, new, entropy = linear_grpo_loss(
-        states(model, packed), model.head, packed.target, old, ref, rewards, group, rollout, packed.offsets,
+        states(model, packed), model.head, packed.target, old, ref, rewards, group, rollout, offsets,
         interactions, c.eps_low, c.eps_high, c.kl, c.divide_by_std, c.temperature)
     with torch.no_grad():
         gap = (new - old.to(new.dtype)).abs()
@@ -642,10 +648,11 @@ def accumulate(model: Decoder, reference: Reference, c: Config, batch: Batch, ch
     """Adds this rank's share of the gradient of the objective, a mean over the chosen turns, by micro-batches. Returns
     SUMS by name with `trained`, the packed tokens, and the largest mismatch."""
     turns, entry = [batch.turns[i] for i in chosen], [batch.entry[i] for i in chosen]
+    interactions = sum(len(t.sampled) for t in turns) if c.token_mean else len(turns)
     total = torch.zeros(len(SUMS), dtype=torch.float64, device=model.embed.device)
     largest, trained = total.new_zeros(()), 0
     for micro in itertools.islice(micro_batches(turns, limit), ranks.RANK, None, ranks.WORLD):
-        loss, sums, most, tokens = micro_loss(model, reference, c, batch, entry, micro, turns, len(turns))
+        loss, sums, most, tokens = micro_loss(model, reference, c, batch, entry, micro, turns, interactions)
         loss.backward()
         total += sums
         largest = torch.maximum(largest, most)

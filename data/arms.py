@@ -21,6 +21,7 @@ from data.config import (
     PRESETS,
     SCALING,
     STUDY,
+    TRAINED,
     Config,
     ablations,
     flag,
@@ -71,11 +72,12 @@ def jobs(c: Config) -> list[Job]:
         own = dataclasses.replace(alone, stages=",".join(wanted))
         made += [Job("full", dataclasses.replace(own, run=f"{c.run}.s{s}", seed=s)) for s in seeds]
     for name, change in arms.items():
-        trains = ["memagent"] if name == "longer-memagent" else ["memtrain", "memtrain+memagent"]
-        shown = [trains[-1], *(f"{trains[-1]}@{n}" for n in change.get("keep_steps", "").split(",") if n)]
+        trains = {"longer-memagent": ("memagent",), "settled": TRAINED}.get(name, ("memtrain", "memtrain+memagent"))
+        shown = TRAINED[1:] if name == "settled" else [
+            trains[-1], *(f"{trains[-1]}@{n}" for n in change.get("keep_steps", "").split(",") if n)]
         own = dataclasses.replace(alone, **change, stages=",".join([*trains, "eval"]),
                                   eval_lengths=c.eval_lengths if name in CLAIMED else short,
-                                  eval_systems=",".join(["base"] * (name in OTHER_BASE) + shown))
+                                  eval_systems=",".join([*["base"] * (name in OTHER_BASE), *shown]))
         made += [Job(name, dataclasses.replace(own, run=f"{c.run}.s{s}.{name}", seed=s)) for s in seeds]
     if not made:
         raise InputError(f"--stages {c.stages}: leaves the runs of a study nothing to do; python -m eval.report RUN "

@@ -104,7 +104,7 @@ def deciding(claim: str, paper: str, d: Difference, said: str, ours: str = "", n
 
 # ------------------------------------------------------------------------------------------------ claims
 
-ON_TOP = "labels and steps of {}; MemTrain's steps come on top"
+ON_TOP = "{}, the same labels and steps{}; MemTrain's steps come on top"
 BUT_THE_ARM = "all but what the arm's name says"
 
 
@@ -125,7 +125,7 @@ def _leads(table: Table, claim: str, a: str, b: str, paper_b: str, matched: str,
             detail)
 
 
-def _falls_less(table: Table) -> Claim:
+def _falls_less(table: Table, budget: str) -> Claim:
     lengths = table.shared(BOTH, AGENT)
     fall = Difference(reason=f"{BOTH} and {AGENT} not run")
     if lengths:
@@ -139,19 +139,20 @@ def _falls_less(table: Table) -> Claim:
     return deciding("C3 MemTrain+MemAgent loses less with length than MemAgent",
                     f"28k to 896k: {PAPER_FALL:+.1f}, -8.6 against -21.1 (Qwen2.5-7B, as the text says); "
                     f"7k to 896k: {paper}", fall, state(fall, effect=PAPER_FALL), ours,
-                    matched=ON_TOP.format("MemAgent"))
+                    matched=ON_TOP.format("MemAgent", budget))
 
 
-def on_long_text(table: Table) -> tuple[list[Claim], list[Claim]]:
-    """C1-C3: (the lines that decide, detail)."""
+def on_long_text(table: Table, trained: Table | None = None, budget: str = "") -> tuple[list[Claim], list[Claim]]:
+    """C1-C3: (the lines that decide, detail). trained: where MemAgent is found, with the steps and labels `budget`."""
+    trained = trained or table
     first, first_detail = _leads(table, "C1 MemTrain over base", "memtrain", "base", "base-one-window",
                                  "labels, none on either side")
-    second, second_detail = _leads(table, "C2 MemTrain+MemAgent over MemAgent", BOTH, AGENT, AGENT,
-                                   ON_TOP.format("MemAgent"), WEAK_BASELINE)
+    second, second_detail = _leads(trained, "C2 MemTrain+MemAgent over MemAgent", BOTH, AGENT, AGENT,
+                                   ON_TOP.format("MemAgent", budget), WEAK_BASELINE)
     a, b = "memtrain", "base-one-window"
     window = table.compare(a, b, table.shared(a, b))
     beside = Claim("C1 MemTrain over base in one window, average", gap(PAPER_TABLE1, a, b), str(window), window)
-    return [first, second, _falls_less(table)], [beside, *first_detail, *second_detail]
+    return [first, second, _falls_less(trained, budget)], [beside, *first_detail, *second_detail]
 
 
 def _arm(arms: Sequence[Arm], name: str) -> Arm | None:
@@ -238,14 +239,14 @@ def _span(lengths: Sequence[float]) -> str:
     return f"{lengths[0]:g}x" if len(lengths) == 1 else f"{lengths[0]:g}x to {lengths[-1]:g}x"
 
 
-def on_search(table: Table) -> tuple[Claim, list[Claim]]:
+def on_search(table: Table, budget: str = "") -> tuple[Claim, list[Claim]]:
     """C7: (the line that decides, detail)."""
     a, b, claim = "memtrain+mem1", "mem1", "C7 MemTrain+MEM1 over MEM1 at search"
     average, each = Difference(reason="search QA not run"), {}
     if table.columns:
         average, each = _each(lambda columns: table.compare(a, b, columns), table.shared(a, b))
     return (deciding(f"{claim}, average", gap(PAPER_TABLE2, a, b), average,
-                     state(average, each, lead(PAPER_TABLE2, a, b)), matched=ON_TOP.format("MEM1")),
+                     state(average, each, lead(PAPER_TABLE2, a, b)), matched=ON_TOP.format("MEM1", budget)),
             [Claim(f"{claim}, {n}", "—", str(d), d) for n, d in each.items()])
 
 
@@ -263,10 +264,24 @@ def on_backbones(found: dict[str, list[Arm]]) -> Claim:
     return Claim(claim, paper, ours, state=worst if worst == REPRODUCED else f"{worst}: {which}", entered=entered)
 
 
+def _budget(arm: Arm, field: str) -> str:
+    c = arm.runs[0].setting
+    what = "pairs of questions" if field == "mem1_steps" else "questions"
+    return f", {c[field]} steps of {c['documents']} {what}"
+
+
 def verdicts(found: dict[str, list[Arm]]) -> tuple[list[Claim], list[Claim]]:
-    """(C1-C8, a line each; the detail beside them)."""
+    """(C1-C8, a line each; the detail beside them). C2, C3 and C7 are decided at the budgets that were chosen on the
+    development world, where these were run; the full arm's are then detail."""
     arms = next(iter(found.values()))
-    first, detail = on_long_text(arms[0].table)
-    search, by_benchmark = on_search(arms[0].search)
+    full = arms[0]
+    settled = _arm(arms, "settled") or full
+    agent, mem1 = _budget(settled, "memagent_steps"), _budget(settled, "mem1_steps")
+    first, detail = on_long_text(full.table, settled.table, agent)
+    search, by_benchmark = on_search(settled.search, mem1)
     detail += [*_otherwise_matched(arms), *by_benchmark]
+    if settled is not full:
+        short = [*on_long_text(full.table)[0][1:], on_search(full.search)[0]]
+        for c, field in zip(short, ("memagent_steps", "memagent_steps", "mem1_steps"), strict=True):
+            detail.append(Claim(c.claim + _budget(full, field), "—", c.ours, c.difference))
     return [*first, *on_arms(arms), search, on_backbones(found)], detail

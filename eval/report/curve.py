@@ -65,7 +65,7 @@ def curves(arms: Sequence[Arm]) -> dict[str, dict[int, Point]]:
     found: dict[str, dict[int, Point]] = {}
     for agent, start in STARTS.items():
         made = {0: Point(arms[0], start, 0)} if arms[0].table.has(start) else {}
-        for arm in (a for a in arms if a.changed.keys() <= {"memagent_steps"}):
+        for arm in (a for a in arms if a.changed.keys() <= {"memagent_steps", "mem1_steps"}):
             for system in dict.fromkeys(system for system, _ in arm.table.cells):
                 name, _, kept = system.partition("@")
                 steps = int(kept) if kept else arm.runs[0].setting["memagent_steps"]
