@@ -491,10 +491,9 @@ class Agent:
 
 
 def recall_probe(agent: Agent, finder, rollout: Rollout, rng: random.Random):
-    """Task B of the paper: an intermediate step k, an earlier section l < k, one entity of it as [TARGET]. The public
-    release asks the memory before step k about a section l, 1 <= l <= k from 0: --released-probe.
-
-    -> (masked section ids, memory after step k, target), or None where the document is too short or nameless.
+    """Task B of the paper: an intermediate step k, an earlier section l < k, one entity of it as [TARGET]. As
+    the public release asks it, 1 <= l <= k counting from 0, and the memory is that before step k: --released-probe.
+    -> (masked section ids, memory, target), or None where the document is too short or nameless.
     """
     early = agent.c.released_probe
     if len(rollout.sections) < 2:
@@ -625,8 +624,7 @@ def micro_loss(model: Decoder, reference: Reference, c: Config, batch: Batch, en
     packed = pack([(turns[g[0]].prefix, [(turns[i].given, turns[i].sampled) for i in g]) for g in micro], device, [
         np.array([x for i in order for x in turns[i].logprobs]), np.array(batch.rewards, np.float64),
         np.array(batch.group), np.array([entry[i] for i in order])])
-    old, rewards, group, rollout = packed.carried
-    offsets = packed.offsets
+    (old, rewards, group, rollout), offsets = packed.carried, packed.offsets
     if c.token_mean:  # each token an interaction of its own
         rollout = rollout.repeat_interleave(offsets.diff(), output_size=len(old))
         offsets = torch.arange(len(old) + 1, device=device)

@@ -282,7 +282,8 @@ def test_a_grpo_step(cuda, tiny, tokenizer, fields):
     optimizer.step()
 
 
-@pytest.mark.parametrize("fields", [(), ("--lora-rank", "2")], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize("fields", [(), ("--lora-rank", "2"), ("--token-mean",)],
+                         ids=["all weights", "LoRA", "mean of tokens"])
 def test_a_micro_batch_is_copied_once_and_waited_for_never(cuda, tiny, fields):
     c = tiny(*fields)
     model = own_policy(c).model

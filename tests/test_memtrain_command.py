@@ -88,6 +88,7 @@ BAD = {  # command: parts of the answer
     "--corpus p.jsonl --stages eval": ["--questions"], "--corpus p.jsonl --stages memagent": ["--train-questions"],
     "--corpus nope.jsonl --stages memtrain": ["nope.jsonl", "no such file"],
     "--init nope.safetensors --stages memtrain": ["nope.safetensors", "--init"],
+    "--released-probe --mask last --masked-text timeline": ["--released-probe", "--mask last"],
     "--world test": ["--world test", "eval or dev"],
     "--world dev --corpus p.jsonl --stages eval --questions q.jsonl": ["--world dev", "p.jsonl"],
     "--keep-steps 5,x": ["--keep-steps 5,x", "5,38"], "--keep-steps 38,5": ["--keep-steps 38,5", "ascending"],

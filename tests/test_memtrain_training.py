@@ -10,6 +10,7 @@ import zlib
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -296,13 +297,14 @@ def reading(tiny, decoder, tokenizer):
         return a, data, collect(a, data, "memtrain", 0)
 
 
-def test_micro_batches_never_change_the_gradient(reading, decoder):
+@pytest.mark.parametrize("token_mean", [False, True], ids=["mean of turns", "mean of tokens"])
+def test_micro_batches_never_change_the_gradient(token_mean, reading, decoder):
     a, _, batch = reading
     reference = decoder(a.c, a.tokenizer.size, seed=1)
     chosen = {e for e, g in enumerate(batch.group) if g in with_signal(batch)}
     caught, rows = Catch(a.model), []
     for limit in (1, 300, 700, 10**9):
-        c = dataclasses.replace(a.c, micro_tokens=limit)
+        c = dataclasses.replace(a.c, micro_tokens=limit, token_mean=token_mean)
         rows.append(update(a.model, reference, caught, c, batch, chosen))
         close(caught.steps[-1], caught.steps[0], 2e-6)
     assert len(caught.steps) == 4
@@ -311,6 +313,24 @@ def test_micro_batches_never_change_the_gradient(reading, decoder):
             assert row[name] == pytest.approx(rows[0][name], rel=1e-4, abs=1e-7), name
     assert rows[0]["tokens_trained"] > 1.5 * rows[-1]["tokens_trained"], "prefixes are shared where they can be"
     assert rows[0]["kl"] > 0 and rows[0]["clip_low"] == rows[0]["clip_high"] == 0
+
+
+def test_the_objective_is_a_mean_of_turns_or_of_tokens(reading):
+    """From the policy that sampled, each ratio is 1 and the objective is the mean advantage, of turns or of tokens:
+    where the turns differ in length, so do the two."""
+    a, _, batch = reading
+    turns = [Turn(t.prefix, t.given, t.sampled[:5 + i % 30], t.logprobs[:5 + i % 30]) for i, t in enumerate(batch.turns)]
+    batch = dataclasses.replace(batch, turns=turns)
+    chosen = {e for e, g in enumerate(batch.group) if g in with_signal(batch)}
+    mean = {g: np.mean([r for r, own in zip(batch.rewards, batch.group, strict=True) if own == g])
+            for g in batch.group}
+    used = [(batch.rewards[e] - mean[batch.group[e]], len(t.sampled)) for t, e in zip(
+        batch.turns, batch.entry, strict=True) if e in chosen]
+    wanted = {False: np.mean([x for x, _ in used]), True: np.average([x for x, _ in used], weights=[n for _, n in used])}
+    assert len({n for _, n in used}) > 1 and abs(wanted[False] - wanted[True]) > 1e-4
+    for token_mean, value in wanted.items():
+        c = dataclasses.replace(a.c, kl=0.0, token_mean=token_mean)
+        assert update(a.model, None, Catch(a.model), c, batch, chosen)["loss"] == pytest.approx(-value, abs=1e-6)
 
 
 def test_micro_batches_hold_every_turn_once_within_the_limit(reading):
@@ -539,10 +559,13 @@ def test_without_recall_the_reward_is_the_outcome(options, stage, agent, reading
     assert batch.document == batch.group == [0, 0, 0, 1, 1, 1]
 
 
-def test_recall_probes_hide_an_earlier_entity(reading):
-    """Section l before step k, its target nowhere in sight, the memory that of step k; within the section's length."""
+@pytest.mark.parametrize("released", [False, True], ids=["paper", "release"])
+def test_recall_probes_hide_an_earlier_entity(released, reading):
+    """Section l before step k, its target nowhere in sight, the memory that of step k; within the section's length. As
+    released: the memory before step k, and l from the second section to k itself."""
     a, data, _ = reading
-    seen = set()
+    a = memtrain.Agent(a.model, a.tokenizer, dataclasses.replace(a.c, released_probe=released))
+    seen, unread = set(), 0
     for i in range(60):
         problem = data.masked_problem(i)
         sections = [*a.sections(problem)]
@@ -554,15 +577,17 @@ def test_recall_probes_hide_an_earlier_entity(reading):
         masked, (k,), target = probe
         text = a.tokenizer.decode(masked)
         full = len(masked) == a.c.section  # [TARGET] is longer than most names: the end may have been cut off
-        hidden = [(s, s.replace(target, "[TARGET]")) for s in map(a.tokenizer.decode, sections[:k])]
+        k += released
+        hidden = [(s, s.replace(target, "[TARGET]")) for s in map(a.tokenizer.decode, sections[released:k + released])]
         sources = [s for s, h in hidden if h == text or (full and h.startswith(text))]
         assert sources, "an earlier section, changed by nothing but [TARGET]"
+        unread += released and sources == [a.tokenizer.decode(sections[k])]
         assert 1 <= k < len(sections) and "[TARGET]" in text and not occurs(text, target)
         assert target not in ("[MASK]", "MASK")
         assert full or text.count("[MASK]") == sources[0].count("[MASK]")
         assert len(masked) <= a.c.section
         seen.add((k, len(sections)))
-    assert len(seen) >= 2
+    assert len(seen) >= 2 and (unread > 0) == released
 
 
 @pytest.mark.parametrize("shared", [True, False])
