@@ -45,7 +45,7 @@ def memagent_steps(times: int, c: Mapping) -> dict:
 
 # steps of MemAgent and MEM1 after which more of them brought at most two points on the development world (entry 3 of
 # eval/results/REGISTER.md)
-SETTLED = {"nano": {"memagent_steps": 30, "mem1_steps": 30}}
+SETTLED = {"nano": {"memagent_steps": 30, "mem1_steps": 20}}
 
 
 def settled(c: Mapping) -> dict:

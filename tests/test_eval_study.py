@@ -79,7 +79,7 @@ def test_the_runs_of_a_study():
             assert c.stages == "memtrain,memtrain+memagent,eval" and c.memagent_steps == 75 and c.keep_steps == "5,38"
             assert c.eval_systems == "memtrain+memagent,memtrain+memagent@5,memtrain+memagent@38"
         elif arm == "settled":
-            assert c.memagent_steps == c.mem1_steps == 30 and c.eval_systems in c.stages
+            assert (c.memagent_steps, c.mem1_steps) == (30, 20) and c.eval_systems in c.stages
             assert c.stages == "memtrain,memagent,memtrain+memagent,mem1,memtrain+mem1,eval"
         elif name.startswith("s") and arm:
             assert c.stages == "memtrain,memtrain+memagent,eval" and c.eval_systems == (
