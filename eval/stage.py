@@ -23,7 +23,7 @@ from eval.changing import changing_readings, changing_row
 from eval.gpu import commit
 from eval.longqa import held_out_rows, long_qa_row
 from eval.memory import Memories
-from eval.report.ledger import stage_cost
+from eval.plan import stage_cost
 from eval.report.results import FORMAT, ONCE, number
 from eval.searchqa import search_row
 from kernels import kernels_in_use

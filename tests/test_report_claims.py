@@ -1,4 +1,4 @@
-"""The state of a claim, claims C4-C8, arms and backbones, the ledger, and what is refused: synthetic runs, no model
+"""The state of a claim, claims C4-C8, arms and backbones, what a stage cost, and what is refused: synthetic runs, no model
 involved."""
 
 import json
@@ -12,11 +12,10 @@ from synthetic import LENGTHS, SHARES, answers, make_run, memory_rows, qa_rows, 
 from data import InputError
 from data.config import ABLATIONS, Config
 from eval.metrics import bootstrap_mean
-from eval.plan import parameters
+from eval.plan import parameters, stage_cost
 from eval.report import curve
 from eval.report.arms import MIN_QUESTIONS, Difference, Table, backbones, group
 from eval.report.claims import on_arms, on_backbones, on_long_text, on_search, state, verdicts
-from eval.report.ledger import stage_cost
 from eval.report.page import embedded, main, write_report
 from eval.report.results import load_run
 from eval.report.tables import ablations
@@ -388,7 +387,7 @@ def test_both_pages_and_the_json_say_the_same_word(tmp_path):
 
 
 
-# ------------------------------------------------------------------------------------------------ ledger, readings
+# ------------------------------------------------------------------------------------------------ costs, readings
 
 
 def test_flops_are_counted_by_hand():
