@@ -224,23 +224,24 @@ def test_a_study_runs_everything_once_and_reports(stand_in, capsys):
     assert sorted(calls()) == sorted(RUNS) and calls()[0] == "t.base", "what starts from it waits for it"
     assert stand_in == [RUNS[1:]]
     out, err = capsys.readouterr()
-    assert "# pooled" in out and "report: runs/t/report.md" in out and "9 runs" in out
-    assert err.count("finished after") == 7 and "100%" in err and "\x1b" not in out
+    assert "# pooled" in out and "report: runs/t/report.md" in out and f"{len(RUNS)} runs" in out
+    assert err.count("finished after") == len(RUNS) and "100%" in err and "\x1b" not in out
     made = book()
     assert list(made) == RUNS and all(r["exit_code"] == 0 and r["seconds"] > 0 for r in made.values())
     assert made["t.s1.longer-memagent"]["arm"] == "longer-memagent"
     assert {"--seed=1", "--memagent-steps=8"} <= set(made["t.s1.longer-memagent"]["arguments"])
     assert all(Path(f"runs/{run}/output.log").exists() for run in RUNS)
 
-    assert main(STUDY) == 0 and len(calls()) == 7 and len(stand_in) == 2, "nothing is left but the report"
+    assert main(STUDY) == 0 and len(calls()) == len(RUNS) and len(stand_in) == 2, "nothing is left but the report"
     seeds = STUDY.index("--seeds") + 1
     more = [*STUDY[:seeds], "0,1,2", *STUDY[seeds + 1:]]
-    assert main(more) == 0 and sorted(calls()[7:]) == ["t.s2", "t.s2.longer-memagent", "t.s2.more-labels"]
-    assert main([*more, "--eval-lengths", "1,2"]) == 0 and len(calls()) == 10 + 10, "all evaluate more"
+    assert main(more) == 0 and sorted(calls()[len(RUNS):]) == ["t.s2", *(f"t.s2.{a}" for a in sorted(SCALING))]
+    whole = len(RUNS) + 1 + len(SCALING)
+    assert main([*more, "--eval-lengths", "1,2"]) == 0 and len(calls()) == 2 * whole, "all evaluate more"
     capsys.readouterr()
     assert main([*more, "--lr", "0.5"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("memtrain: ")]
-    assert "was started with lr=0.0003, now 0.5" in line and len(calls()) == 21, "a run's words, once for all"
+    assert "was started with lr=0.0003, now 0.5" in line and len(calls()) == 2 * whole + 1, "a run's words, once"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -290,15 +291,15 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(stand_in, capsys):
     err = capsys.readouterr().err
     (line,) = [line for line in err.splitlines() if "failed" in line]
     assert line.endswith("runs/t.s0: failed (exit code 3): memtrain: the card\\x1b caught fire")
-    assert "no report: 1 of 7 runs are not finished (t.s0)" in err and stand_in == []
-    assert not Path("runs/t/report.md").exists() and sum(r["exit_code"] == 0 for r in book().values()) == 6
+    assert f"no report: 1 of {len(RUNS)} runs are not finished (t.s0)" in err and stand_in == []
+    assert not Path("runs/t/report.md").exists() and sum(r["exit_code"] == 0 for r in book().values()) == len(RUNS) - 1
     Path("broken").unlink()
-    assert main(STUDY) == 0 and calls()[7:] == ["t.s0"] and len(stand_in) == 1
+    assert main(STUDY) == 0 and calls()[len(RUNS):] == ["t.s0"] and len(stand_in) == 1
 
 
 def test_without_its_base_nothing_is_started(stand_in, capsys):
     Path("broken").write_text("t.base")
-    assert main(STUDY) == 1 and calls() == ["t.base"] and "7 of 7 runs" in capsys.readouterr().err
+    assert main(STUDY) == 1 and calls() == ["t.base"] and f"{len(RUNS)} of {len(RUNS)} runs" in capsys.readouterr().err
 
 
 def test_one_study_a_folder(stand_in, capsys):
@@ -400,7 +401,8 @@ def test_the_plan_of_a_study_is_that_of_its_runs():
     vocab, made = plan.vocabulary(c), jobs(c)
     hours = sum(plan.run_cost(job.config, vocab, plan.CARDS["H100"])[0] for job in made)
     most = max(plan.peak(job.config, vocab)[1] for job in made)
-    assert f"a study of {3 * (len(ablations(vars(c))) + 1) + 1} runs" in plan.text(c, "H100", 8e9) and f"about {hours:,.2f} hours" in plan.text(
+    runs = 3 * (len(ablations(vars(c))) + 1) + 1
+    assert f"a study of {runs} runs" in plan.text(c, "H100", 8e9) and f"about {hours:,.2f} hours" in plan.text(
         c, "H100", 8e9)
     assert f"peak {most / 1e9:.1f} of 8 GB" in plan.text(c, "H100", 8e9) and most < 8e9 and hours < 2.5
     assert 20e6 < plan.parameters(c, vocab)[0] < 60e6 and c.window == 1024

@@ -1,4 +1,4 @@
-"""The state of a claim, claims C4-C8, arms and backbones, what a stage cost, and what is refused: synthetic runs, no model
+"""The state of a claim, claims C4-C8, arms and backbones, costs, and what is refused: synthetic runs, no model
 involved."""
 
 import json
