@@ -319,15 +319,16 @@ def test_the_objective_is_a_mean_of_turns_or_of_tokens(reading):
     """From the policy that sampled, each ratio is 1 and the objective is the mean advantage, of turns or of tokens:
     where the turns differ in length, so do the two."""
     a, _, batch = reading
-    turns = [Turn(t.prefix, t.given, t.sampled[:5 + i % 30], t.logprobs[:5 + i % 30]) for i, t in enumerate(batch.turns)]
-    batch = dataclasses.replace(batch, turns=turns)
+    batch = dataclasses.replace(batch, turns=[Turn(t.prefix, t.given, t.sampled[:n], t.logprobs[:n])
+                                              for n, t in enumerate(batch.turns, start=1)])
     chosen = {e for e, g in enumerate(batch.group) if g in with_signal(batch)}
     mean = {g: np.mean([r for r, own in zip(batch.rewards, batch.group, strict=True) if own == g])
             for g in batch.group}
     used = [(batch.rewards[e] - mean[batch.group[e]], len(t.sampled)) for t, e in zip(
         batch.turns, batch.entry, strict=True) if e in chosen]
-    wanted = {False: np.mean([x for x, _ in used]), True: np.average([x for x, _ in used], weights=[n for _, n in used])}
-    assert len({n for _, n in used}) > 1 and abs(wanted[False] - wanted[True]) > 1e-4
+    advantages, lengths = zip(*used, strict=True)
+    wanted = {False: np.mean(advantages), True: np.average(advantages, weights=lengths)}
+    assert len(set(lengths)) > 1 and abs(wanted[False] - wanted[True]) > 1e-4
     for token_mean, value in wanted.items():
         c = dataclasses.replace(a.c, kl=0.0, token_mean=token_mean)
         assert update(a.model, None, Catch(a.model), c, batch, chosen)["loss"] == pytest.approx(-value, abs=1e-6)

@@ -104,7 +104,7 @@ def deciding(claim: str, paper: str, d: Difference, said: str, ours: str = "", n
 
 # ------------------------------------------------------------------------------------------------ claims
 
-ON_TOP = "{}, the same labels and steps{}; MemTrain's steps come on top"
+ON_TOP = "labels and steps of {}{}; MemTrain's steps come on top"
 BUT_THE_ARM = "all but what the arm's name says"
 
 
