@@ -210,8 +210,8 @@ class Config:
     recall_group: int = option(8, "GRPO", "G2, samples of a recall prompt; 0: no IMR (the End-to-End ablation)")
     recall_weight: float = option(0.5, "GRPO", "lambda, weight of recall in R^E; 0: the Decoupled ablation")
     shared_probe: bool = option(False, "GRPO", "one recall target a document instead of one a rollout")
-    released_probe: bool = option(False, "GRPO", "recall as the public release asks it: of the memory before a section, "
-                                  "about any section up to that one, which it has not read")
+    released_probe: bool = option(False, "GRPO", "recall as the public release asks it: of a memory, about any "
+                                  "section read or the one next to come")
     divide_by_std: bool = option(False, "GRPO", "divide advantages by the group's standard deviation")
     token_mean: bool = option(False, "GRPO", "the objective as a mean over all tokens, as the public release has it, "
                               "instead of a mean over turns of their token means")
