@@ -41,7 +41,7 @@ from data.run.terminal import columns
 GB = 1e9
 CONTEXT = 0.5 * GB  # CUDA's context, compiled kernels and the libraries' workspaces: an allowance
 LOGITS = 4.0 * (1 << 25)  # bytes of a chunk of logits in training: kernels.grpo
-DRAW, DRAW_NUCLEUS = 20, 52  # bytes a logit at the worst moment of sampling.draw; with top_p < 1 it sorts
+DRAW = 8.0  # bytes a logit at the worst moment of Sampler._draw: logits and log-probs in fp32
 # Shares of the card's peaks in products and in decoding, and seconds that a block of a decoding step takes at least. On
 # an H200 a GRPO step of the 0.6B shape had the first, and 28 blocks took 4.3 ms (kernels/README.md, `step` and
 # `sample`); the second is assumed.
@@ -394,11 +394,11 @@ def learning(c, most: Pass, trained: int) -> dict[str, float]:
             "one block at work": work, "logits": LOGITS}
 
 
-def sampling(c, vocab: int, calls: Sequence[Call], top_p: float) -> tuple[dict[str, float], dict[str, float]]:
+def sampling(c, vocab: int, calls: Sequence[Call]) -> tuple[dict[str, float], dict[str, float]]:
     """(parts of sampling these calls that stay behind it, those that do not)."""
     made = slots(c, calls)
     keys = max(rows * suffix + groups * prefix for rows, groups, suffix, prefix in made)
-    drawn = float(DRAW if top_p >= 1 else DRAW_NUCLEUS) * vocab * max(rows for rows, *_ in made)
+    drawn = DRAW * vocab * max(rows for rows, *_ in made)
     copied = [math.prod(projections(c)[n]) for n in adapted(c)] if c.lora_merge else []
     return ({"KV cache": float(token_bytes(c) * keys), "captured decoding steps": drawn},
             {"second copy of adapted weights": element(c) * c.layers * sum(copied) + 8.0 * max(copied, default=0),
@@ -416,13 +416,13 @@ def memory(c, vocab: int) -> dict[str, dict[str, float]]:
         phases[stage] = always | learning(dataclasses.replace(c, kl=0.0), Pass(most, most * 6 // 10), trained)
     if kinds:
         steps = [step(c, kind) for kind in kinds]
-        stays, passing = sampling(c, vocab, sum(steps, ()), c.top_p)
+        stays, passing = sampling(c, vocab, sum(steps, ()))
         model = {"AdamW moments": 8.0 * trained, "reference model": 4.0 * base if c.kl and not c.lora_rank else 0.0}
         phases["sampling"] = always | model | stays | passing
         most = largest(p for calls in steps for p in training(calls, c.micro_tokens))
         phases["training"] = always | model | stays | learning(c, most, trained)
     if calls := evaluation(c):
-        own, passing = sampling(c, vocab, calls, c.eval_top_p)
+        own, passing = sampling(c, vocab, calls)
         phases["evaluation"] = always | {k: max(v, stays.get(k, 0.0)) for k, v in own.items()} | passing
     return phases or {"start": always}
 

@@ -180,8 +180,8 @@ class Sampler:
 
     def _draw(self, n: int) -> None:
         """The next token of the first n rows."""
-        logits = product(self.hidden[:n], self.head.T).float()  # (n,V)
-        logp = (logits / self.c.temperature).log_softmax(-1)
+        logits = product(self.hidden[:n], self.head.T).float().div_(self.c.temperature)  # (n,V)
+        logp = logits.log_softmax(-1)
         ended, count = self.done[:n], self.count[:n]
         at = torch.where(ended, self.tokens.shape[1] - 1, count)[:, None]
         drawn = draw(logp, self.random[:n].gather(1, at)[:, 0], self.c.top_p)
