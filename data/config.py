@@ -77,7 +77,7 @@ ABLATIONS: dict[str, dict | Callable[[Mapping], dict]] = {
     "longer-memagent": partial(memagent_steps, 2),
 }
 SCALING = ("settled", "more-labels", "longer-memagent")  # those that --scaling adds; --ablations adds the others
-CLAIMED = ("end-to-end", "decoupled", *SCALING)  # those that C4-C6 compare with: evaluated like the full run
+CLAIMED = ("end-to-end", "decoupled", *SCALING)  # what C2-C7 compare with: evaluated like the full run
 ARM_SECTIONS = 8  # the others are evaluated up to this length, which is a quarter of the work
 OTHER_BASE = ("paper-order", "memory-half", "memory-double")  # the base reads and writes otherwise in these
 
@@ -116,7 +116,7 @@ class Config:
     preset: str = option("nano", "run", "set of defaults: nano (two CPU cores, twenty minutes); small (one GPU, trains "
                          "its base); smollm2-135m (real weights that two cores can read with); qwen3-0.6b, "
                          "qwen2.5-1.5b, qwen3-4b, qwen2.5-7b (real weights on one GPU); paper, the same for any other "
-                         "--model; each of them with -consumer (batches for 24 GB)")
+                         "--model; these five also with -consumer (batches for 24 GB)")
     model: str = option("", "run", "real weights instead of our own: a folder as published (config.json, safetensors, "
                         "tokenizer), or its name on the hub; its shape replaces the fields of the group model")
     revision: str = option("main", "run", "branch, tag or commit of --model on the hub")
@@ -129,8 +129,8 @@ class Config:
     seeds: str = option("", "run", "a study: one run a seed, like 0,1,2, then one report of them all")
     ablations: bool = option(False, "run", "a study: also one run a seed for each of " + ", ".join(
         name for name in ABLATIONS if name not in SCALING) + f"; most of them evaluated up to {ARM_SECTIONS}x")
-    scaling: bool = option(False, "run", "a study: also " + " and ".join(SCALING) + ": MemAgent with and without "
-                           "MemTrain before it, at equal labels, steps and FLOPs")
+    scaling: bool = option(False, "run", "a study: also " + ", ".join(SCALING) + ": more steps of MemAgent (in "
+                           "settled of MEM1, too), after MemTrain and without it")
     init: str = option("", "run", "checkpoint instead of the shipped base, which the base stage trains on from; with "
                        "--model the folder of a PEFT adapter")
     device: str = option("auto", "run", "auto, cpu or cuda")
@@ -144,18 +144,20 @@ class Config:
 
     corpus: str = option("miniworld", "data", "miniworld, wikipedia, or a .jsonl/.json/.txt/.parquet file or folder")
     people: int = option(600, "data", "size of the mini-world: about 14 passages a person")
-    questions: str = option("", "data", "evaluation questions: a file (HotpotQA, 2WikiMultiHopQA, MuSiQue or FlashRAG "
-                            "form), or hotpotqa (its validation split, from the hub)")
-    train_questions: str = option("", "data", "training questions: a file, or hotpotqa:train")
-    entities: str = option("auto", "data", "entity finder: auto, rules or spacy")
+    questions: str = option("", "data", "evaluation questions: files, separated by commas (HotpotQA, 2WikiMultiHopQA, "
+                            "MuSiQue, FlashRAG, bAbI, LoCoMo or LongMemEval), or hotpotqa (the hub's, validation)")
+    train_questions: str = option("", "data", "training questions: likewise, or hotpotqa:train")
+    entities: str = option("auto", "data", "finder: rules, spacy (en_core_web_sm), spacy:MODEL, or auto: spacy where "
+                           "it is installed, else rules")
     masked_text: str = option("encyclopaedia", "data", "what MemTrain reads in the mini-world: encyclopaedia; "
                               "timeline, chronicles and dialogues in which facts change; or both, in turn")
     mask: str = option("any", "data", "what MemTrain hides: any entity of a passage drawn at random, everywhere (the "
                        "paper); last, one of the last section that competes with earlier ones of its type, there alone")
     passages: int = option(60, "data", "passages of a masked document (paper: 150)")
-    related: int = option(10, "data", "of them retrieved for the pivot (paper: 29)")
-    masked_sections: int = option(8, "data", "longest masked document, in sections; long passages are fewer (paper: 8)")
-    train_sections: int = option(4, "data", "of a training question's document, and about one more (paper: 5-8)")
+    related: int = option(10, "data", "of them retrieved for the pivot, whose entity is masked (paper: 29)")
+    masked_sections: int = option(8, "data", "of a masked document, at most; passages beyond are left out (paper: 8)")
+    train_sections: int = option(4, "data", "length of a training question's document; cuts between passages make "
+                                "it about one more (paper: 5-8)")
 
     benchmarks: str = option("", "data", "search QA: comma-separated NAME of the hub (triviaqa, bamboogle, hotpotqa, "
                              "nq, popqa, 2wikimultihopqa, musique; all), FILE or NAME=FILE of questions; --questions "
@@ -210,8 +212,8 @@ class Config:
     recall_group: int = option(8, "GRPO", "G2, samples of a recall prompt; 0: no IMR (the End-to-End ablation)")
     recall_weight: float = option(0.5, "GRPO", "lambda, weight of recall in R^E; 0: the Decoupled ablation")
     shared_probe: bool = option(False, "GRPO", "one recall target a document instead of one a rollout")
-    released_probe: bool = option(False, "GRPO", "recall as the public release asks it: of a memory, about any "
-                                  "section read or the one next to come")
+    released_probe: bool = option(False, "GRPO", "recall as the public release asks it: of a memory, about a section "
+                                  "read, but the first, or the one next to come")
     divide_by_std: bool = option(False, "GRPO", "divide advantages by the group's standard deviation")
     token_mean: bool = option(False, "GRPO", "the objective as a mean over all tokens, as the public release has it, "
                               "instead of a mean over turns of their token means")
@@ -255,8 +257,8 @@ class Config:
     eval_masked: int = option(100, "evaluation", "held-out masked documents for recall and reconstruction")
     changing: bool = option(False, "evaluation", "also ask about facts that change, in the mini-world's chronicles and "
                             "dialogues, as many questions at the same lengths")
-    eval_systems: str = option("", "evaluation", "what to evaluate, like base,memtrain+memagent; if empty, the base "
-                               "(also with the whole document in one window) and all that was trained")
+    eval_systems: str = option("", "evaluation", "what to evaluate, like base,memtrain+memagent; if empty, the base, "
+                               "base-one-window (the whole document in one window) and all that was trained")
 
     @property
     def half(self) -> bool:
@@ -385,7 +387,8 @@ def command_options(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace,
         parser.add_argument("--format", choices=("peft", "hf"), required=True, help="adapter, or whole weights")
         parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--checkpoint", type=Path, required=name == "export", metavar="RUN/STAGE",
-                        help="like runs/nano/memtrain; without it the shipped base, or --model's weights")
+                        help="like runs/nano/memtrain" + "; without it the shipped base, or --model's weights" * (
+                            name != "export"))
     options, fields = parser.parse_known_args(argv)
     for study in STUDY:
         refuse(study in given_fields(fields), f"--{study}: {name} is no study; leave it out")

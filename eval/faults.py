@@ -1,6 +1,6 @@
 """Kills a run at every moment that could hurt, takes it up again, and compares its end with that of a run left alone.
 
-    python -m eval.faults [--kills 50] [--seed 0] [--out FILE]        about six minutes on two cores
+    python -m eval.faults [--kills 50] [--seed 0] [--out FILE]        about four minutes on two cores
 
     whole run, announcing what it does -> moments to be killed at -> killed runs -> same weights, metrics, results?
 

@@ -1,6 +1,6 @@
 """Is my card right, and how fast is it? One command gives all figures: the first thing to run on a new GPU.
 
-    python -m eval.gpu --minutes 10 --out DIR [--done eval/results/gpu] [--only NAME,NAME] [--device cpu]
+    python -m eval.gpu --minutes 20 --out DIR [--done eval/results/gpu] [--only NAME,NAME] [--device cpu]
 
 Every step is a process of its own with a time limit: one that fails, hangs or is killed never stops the others. After
 each step DIR/gpu.json is written anew, whole or not at all. A step that was green on this card with the very sources

@@ -1,7 +1,7 @@
-"""The three operations that dominate the method: linear_logprob, grpo_loss, memory_attention (and memory_decode);
-linear_grpo_loss is the first two in one sweep, and fused what lies between the products of a block.
+"""The operations that dominate the method: memory_attention, memory_decode, linear_logprob, grpo_loss, the last two in
+one sweep (linear_grpo_loss), draw, and what lies between the products of a block (fused).
 
-Every file holds a Triton kernel and, beside it, the PyTorch reference with the same signature. One place decides
+The file of each holds a Triton kernel and, beside it, the PyTorch reference with the same signature. One place decides
 which of them runs: the kernel on CUDA, the reference elsewhere; MEMTRAIN_KERNELS=torch or =triton forces a side
 (triton on a CPU needs TRITON_INTERPRET=1, which is slow and meant for tests). fp64 always goes to the reference:
 checks are made with it.

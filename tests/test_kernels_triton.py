@@ -1,7 +1,7 @@
 """Triton kernels against fp64: on a GPU where there is one, else interpreted. tests/test_kernels.py has the truth.
 
 Interpreted, they show what is computed, not how fast, and every number as in the source; that they build for real
-cards is what test_kernels_build asks the compiler.
+cards is what the last test asks the compiler.
 """
 
 import importlib.util

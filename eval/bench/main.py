@@ -106,7 +106,7 @@ def parse(name: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]
         kind = {str: str, type: Path}.get(type(default), int)
         parser.add_argument(flag(option), type=kind, default=None if kind is Path else default,
                             required=kind is Path, choices=SHAPES if option == "shape" else None,
-                            help=f"{HELP[option]} (default: {default})")
+                            help=HELP[option] + f" (default: {default})" * (kind is not Path))
     options, fields = parser.parse_known_args([dashes(a) for a in argv])
     if fields and name not in FIELDS:
         raise InputError(f"{fields[0]}: unknown option; python -m eval.bench {name} --help lists them")
