@@ -1,6 +1,6 @@
 """Demonstrations for the base model that stands in for the paper's instruct model.
 
-A simulated reader goes through mini-world documents and shows the four formats: update the memory, answer from a
+A simulated reader goes through mini-world documents and shows four formats: update the memory, answer from a
 memory, recall a masked entity, answer straight from a text. Its memories are *valid but mediocre*: verbatim
 sentences, and what matters in the section just read is reliably noted, but from one update to the next the reader is
 
