@@ -239,7 +239,7 @@ def test_bad_input_is_refused(name, folder, base_checkpoint, capsys):
     assert content() == before
 
 
-def test_there_are_forty_bad_inputs_of_every_sort():
+def test_there_are_bad_inputs_of_every_sort():
     kinds = [name.split(":")[0] for name in BAD_INPUTS]
     assert len(kinds) >= 80 and {k: kinds.count(k) >= n for k, n in (
         ("command", 40), ("corpus", 9), ("questions", 6), ("checkpoint", 13), ("run folder", 4), ("tokenizer", 1),

@@ -1,1 +1,1 @@
-"""What a run keeps and where it says it: folder, files, ranks, terminal."""
+"""What a run keeps and where it says it: folder, files, ranks, threads, terminal."""
