@@ -156,8 +156,8 @@ class Config:
     passages: int = option(60, "data", "passages of a masked document (paper: 150)")
     related: int = option(10, "data", "of them retrieved for the pivot, whose entity is masked (paper: 29)")
     masked_sections: int = option(8, "data", "of a masked document, at most; passages beyond are left out (paper: 8)")
-    train_sections: int = option(4, "data", "length of a training question's document; cuts between passages make "
-                                "it about one more (paper: 5-8)")
+    train_sections: int = option(4, "data", "of a training question's document; cuts between passages make "
+                                "them about one more (paper: 5-8)")
 
     benchmarks: str = option("", "data", "search QA: comma-separated NAME of the hub (triviaqa, bamboogle, hotpotqa, "
                              "nq, popqa, 2wikimultihopqa, musique; all), FILE or NAME=FILE of questions; --questions "
