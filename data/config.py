@@ -148,7 +148,7 @@ class Config:
                             "MuSiQue, FlashRAG, bAbI, LoCoMo or LongMemEval), or hotpotqa (the hub's, validation)")
     train_questions: str = option("", "data", "training questions: likewise, or hotpotqa:train")
     entities: str = option("auto", "data", "finder: rules, spacy (en_core_web_sm), spacy:MODEL, or auto: spacy where "
-                           "it is installed, else rules")
+                           "it is installed, else and in the mini-world rules")
     masked_text: str = option("encyclopaedia", "data", "what MemTrain reads in the mini-world: encyclopaedia; "
                               "timeline, chronicles and dialogues in which facts change; or both, in turn")
     mask: str = option("any", "data", "what MemTrain hides: any entity of a passage drawn at random, everywhere (the "

@@ -35,7 +35,9 @@ class Data:
     """Training and held-out passages, the entity finder, training and evaluation questions of one configuration."""
 
     def __init__(self, c: Config, tokenizer: Tokenizer):
-        self.c, self.tokenizer, self.finder = c, tokenizer, make_finder(c.entities)
+        self.c, self.tokenizer = c, tokenizer
+        # the rules know the mini-world's names; its figures must not hang on what else is installed
+        self.finder = make_finder("rules" if (c.corpus, c.entities) == ("miniworld", "auto") else c.entities)
         self.world = self.held_out_world = None
         self.kept_out = 0  # passages that hold evidence of evaluation questions: nothing is trained on them
         stages = c.stages.split(",")
