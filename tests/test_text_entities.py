@@ -10,8 +10,8 @@ import pytest
 from conftest import cpu_seconds
 
 from data import InputError
-from data.text.corpus import load_passages
 from data.problems import Data
+from data.text.corpus import load_passages
 from data.text.entities import RuleFinder, SpacyFinder, make_finder, mask_entity, occurs
 
 WIKIPEDIA = Path(__file__).parents[2] / "shared" / "data" / "wikipedia_passages.jsonl"
@@ -194,7 +194,6 @@ def test_spacy_models_are_looked_up(nlp, monkeypatch, tiny, tokenizer):
     assert isinstance(make_finder("auto"), SpacyFinder)
     assert isinstance(make_finder("spacy"), SpacyFinder)
     assert Data(tiny(), tokenizer).finder.name == "rules", "the mini-world is the same whatever else is installed"
-    assert isinstance(Data(tiny("--entities", "spacy"), tokenizer).finder, SpacyFinder)
     with pytest.raises(InputError, match="no model de_core_news_sm"):
         make_finder("spacy:de_core_news_sm")
     monkeypatch.setattr(spacy.util, "is_package", lambda name: False)
