@@ -250,13 +250,13 @@ def test_there_are_bad_inputs_of_every_sort():
 @pytest.mark.parametrize(("argument", "limit"), [("--help", 0.5), ("--grup=4", 2), ("--run=../up", 2),
                                                  ("--eval-lengths=256", 2), ("--corpus=c.jsonl", 2)])
 def test_an_answer_comes_soon(argument, limit, tmp_path):
-    """As a user waits for it; the best of three tries, half as long again for a machine with others at work."""
-    spent = []
+    """In seconds of a processor, which others at work lengthen less than the wait; the best of three tries."""
+    spent, busy = [], lambda: sum(os.times()[2:4])  # of children
     for _ in range(3):
-        began = time.perf_counter()
+        began = busy()
         done = subprocess.run([sys.executable, ROOT / "memtrain.py", argument], cwd=tmp_path, capture_output=True,
                               text=True, timeout=20, check=False)
-        spent.append(time.perf_counter() - began)
+        spent.append(busy() - began)
         if spent[-1] < limit:
             break
     assert min(spent) < 1.5 * limit and list(tmp_path.iterdir()) == []
