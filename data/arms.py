@@ -73,8 +73,8 @@ def jobs(c: Config) -> list[Job]:
         made += [Job("full", dataclasses.replace(own, run=f"{c.run}.s{s}", seed=s)) for s in seeds]
     for name, change in arms.items():
         trains = {"longer-memagent": ("memagent",), "settled": TRAINED}.get(name, ("memtrain", "memtrain+memagent"))
-        shown = TRAINED[1:] if name == "settled" else [
-            trains[-1], *(f"{trains[-1]}@{n}" for n in change.get("keep_steps", "").split(",") if n)]
+        shown = [*(s for s in trains if s != "memtrain"),
+                 *(f"{trains[-1]}@{n}" for n in change.get("keep_steps", "").split(",") if n)]
         own = dataclasses.replace(alone, **change, stages=",".join([*trains, "eval"]),
                                   eval_lengths=c.eval_lengths if name in CLAIMED else short,
                                   eval_systems=",".join([*["base"] * (name in OTHER_BASE), *shown]))

@@ -2,8 +2,8 @@
 
 By default a thread of GNU OpenMP that has nothing to do looks 300,000 times whether there is work again. A look takes
 22 ns on a shared AMD EPYC, all of them 6.6 ms, which is longer than a turn on a core: beside another busy process it
-keeps from its core the very thread that it waits for. A thread that never looks has to be
-woken every time. Seconds of each way stand in kernels/README.md, "Threads beside other work".
+keeps from its core the very thread that it waits for. A thread that never looks has to be woken every time.
+Seconds of each way stand in kernels/README.md, "Threads beside other work".
 """
 
 from __future__ import annotations

@@ -142,17 +142,26 @@ def _falls_less(table: Table, budget: str) -> Claim:
                     matched=ON_TOP.format("MemAgent", budget))
 
 
-def on_long_text(table: Table, trained: Table | None = None, budget: str = "") -> tuple[list[Claim], list[Claim]]:
-    """C1-C3: (the lines that decide, detail). trained: where MemAgent is found, with the steps and labels `budget`."""
-    trained = trained or table
-    first, first_detail = _leads(table, "C1 MemTrain over base", "memtrain", "base", "base-one-window",
-                                 "labels, none on either side")
-    second, second_detail = _leads(trained, "C2 MemTrain+MemAgent over MemAgent", BOTH, AGENT, AGENT,
-                                   ON_TOP.format("MemAgent", budget), WEAK_BASELINE)
+def over_base(table: Table) -> tuple[Claim, list[Claim]]:
+    """C1: (the line that decides, detail)."""
     a, b = "memtrain", "base-one-window"
+    first, detail = _leads(table, "C1 MemTrain over base", a, "base", b, "labels, none on either side")
     window = table.compare(a, b, table.shared(a, b))
-    beside = Claim("C1 MemTrain over base in one window, average", gap(PAPER_TABLE1, a, b), str(window), window)
-    return [first, second, _falls_less(trained, budget)], [beside, *first_detail, *second_detail]
+    return first, [Claim("C1 MemTrain over base in one window, average", gap(PAPER_TABLE1, a, b), str(window), window),
+                   *detail]
+
+
+def over_memagent(table: Table, budget: str = "") -> tuple[list[Claim], list[Claim]]:
+    """C2 and C3: (the lines that decide, detail). budget: of MemAgent, in words."""
+    second, detail = _leads(table, "C2 MemTrain+MemAgent over MemAgent", BOTH, AGENT, AGENT,
+                            ON_TOP.format("MemAgent", budget), WEAK_BASELINE)
+    return [second, _falls_less(table, budget)], detail
+
+
+def on_long_text(table: Table) -> tuple[list[Claim], list[Claim]]:
+    """C1-C3 of one table: (the lines that decide, detail)."""
+    (first, of_first), (others, of_others) = over_base(table), over_memagent(table)
+    return [first, *others], [*of_first, *of_others]
 
 
 def _arm(arms: Sequence[Arm], name: str) -> Arm | None:
@@ -276,12 +285,12 @@ def verdicts(found: dict[str, list[Arm]]) -> tuple[list[Claim], list[Claim]]:
     arms = next(iter(found.values()))
     full = arms[0]
     settled = _arm(arms, "settled") or full
-    agent, mem1 = _budget(settled, "memagent_steps"), _budget(settled, "mem1_steps")
-    first, detail = on_long_text(full.table, settled.table, agent)
-    search, by_benchmark = on_search(settled.search, mem1)
-    detail += [*_otherwise_matched(arms), *by_benchmark]
+    first, detail = over_base(full.table)
+    others, of_others = over_memagent(settled.table, _budget(settled, "memagent_steps"))
+    search, by_benchmark = on_search(settled.search, _budget(settled, "mem1_steps"))
+    detail += [*of_others, *_otherwise_matched(arms), *by_benchmark]
     if settled is not full:
-        short = [*on_long_text(full.table)[0][1:], on_search(full.search)[0]]
+        short = [*over_memagent(full.table)[0], on_search(full.search)[0]]
         for c, field in zip(short, ("memagent_steps", "memagent_steps", "mem1_steps"), strict=True):
             detail.append(Claim(c.claim + _budget(full, field), "—", c.ours, c.difference))
-    return [*first, *on_arms(arms), search, on_backbones(found)], detail
+    return [first, *others, *on_arms(arms), search, on_backbones(found)], detail
