@@ -1,4 +1,5 @@
-"""Whether MemTrain has something to select on: one step sampled, nothing trained, on the development world.
+"""Whether MemTrain has something to select on: steps sampled, nothing trained, on the development world; where
+something else is hidden or read than in the paper's task, on the documents of training.
 
 Part of `python memtrain.py gates [--temperature 2] [--section 40] ...`. Rule 6 of the register: a claim about recall is
 tested only where recall has room.
@@ -26,7 +27,8 @@ ROOM = {  # name: (lowest, highest) that passes, what it says
 def health(agent, c: Config, recall_probe: Callable, steps: int = 2) -> dict[str, float]:
     """{name of ROOM: share, "tokens": sampled in a step}, over the documents of `steps` steps."""
     data = Data(replace(c, corpus="miniworld", world="dev", stages="report"), agent.tokenizer)
-    problems, finder = [data.masked_problem(i, held_out=True) for i in range(steps * c.documents)], data.finder
+    papers = (c.mask, c.masked_text) == ("any", "encyclopaedia")
+    problems, finder = [data.masked_problem(i, held_out=papers) for i in range(steps * c.documents)], data.finder
     keys = [("health", i, g) for i in range(len(problems)) for g in range(c.group)]
     rollouts = agent.read([problems[i] for _, i, _ in keys], keys)
     sampled = sum(len(t.sampled) for r in rollouts for t in r.turns)

@@ -2,9 +2,12 @@
 
 import random
 
+import pytest
+
 import memtrain
 from eval.gates import show
 from eval.health import ROOM, differing, filled_memory, health
+from memtrain import Agent
 
 
 def test_a_group_has_a_signal_where_its_rewards_differ():
@@ -36,3 +39,17 @@ def test_health_of_a_step(agent, lottery, capsys):
     show(value | {"recall_own": 0.149, "recall_filled": 0.4}, ROOM, {"tokens": "sampled"}, "one step")
     out = capsys.readouterr().out
     assert "recall_own       0.149  0.15-1.00  FAIL" in out and "recall_filled    0.400  0.40-1.00  ok" in out
+
+
+@pytest.mark.parametrize(("fields", "kinds"), [
+    ((), {"masked"}), (("--masked-text", "timeline", "--mask", "last"), {"masked-last"}),
+    (("--masked-text", "both", "--mask", "last"), {"masked", "masked-last"})])
+def test_health_is_of_the_documents_that_are_trained_on(agent, lottery, monkeypatch, fields, kinds):
+    a, read, seen = agent(*fields), Agent.read, set()
+
+    def note(self, problems, *rest, **named):
+        seen.update(p.kind for p in problems)
+        return read(self, problems, *rest, **named)
+
+    monkeypatch.setattr(Agent, "read", note)
+    assert 0 <= health(a, a.c, memtrain.recall_probe, 1)["recall_own"] <= 1 and seen == kinds

@@ -132,7 +132,7 @@ HUGE = {"one word": "the ", "one name": "Paris ", "no space": "a", "boxes": "\\b
 
 
 @pytest.mark.parametrize("name", HUGE)
-def test_a_hundred_thousand_repeats_take_linear_time(name):
+def test_fifty_thousand_repeats_take_linear_time(name):
     def read(text: str) -> None:
         ids = TOKENIZER.encode(text)
         split_sections([text], TOKENIZER, 160)
@@ -144,13 +144,13 @@ def test_a_hundred_thousand_repeats_take_linear_time(name):
         md(text)
         assert TOKENIZER.decode(ids) == text
 
-    small, large = (cpu_seconds(lambda text=HUGE[name] * n: read(text)) for n in (25_000, 100_000))
+    small, large = (cpu_seconds(lambda text=HUGE[name] * n: read(text)) for n in (12_500, 50_000))
     assert large < 8 * small + 0.5, "four times the text; quadratic would be sixteen"
 
 
-def test_ten_megabytes_on_one_line(folder):
+def test_five_megabytes_on_one_line(folder):
     """A corpus line, a question line and a paragraph of that size are read in seconds, whatever is made of them."""
-    text = "Paris and the Seine. " * 500_000
+    text = "Paris and the Seine. " * 250_000
     (folder / "c.jsonl").write_text(json.dumps({"title": "t", "text": text}))
     (folder / "c.txt").write_text(text)
     (folder / "q.jsonl").write_text(json.dumps({"id": "q", "question": text, "golden_answers": ["Seine"]}))
@@ -162,7 +162,7 @@ def test_ten_megabytes_on_one_line(folder):
     with pytest.raises(InputError) as error:
         load_passages("broken.jsonl")
     assert len(str(error.value)) < 300
-    assert time.process_time() - began < 40, "measured 7 to 20 s; what is not linear takes hours"
+    assert time.process_time() - began < 20, "measured 4 to 10 s; what is not linear takes hours"
 
 
 # ---- the whole command

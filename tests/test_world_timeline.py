@@ -273,6 +273,20 @@ def test_the_report_on_facts_that_change(tmp_path):
     assert changing.Facts(arms[0]) is changing.Facts(arms[0]), "built once"
 
 
+def test_an_arm_that_hides_something_else_starts_from_the_same_base(tmp_path):
+    rows = {"full": {"base": (0.2, 0.5), "memtrain": (0.4, 0.3)}, "last": {"memtrain": (0.5, 0.2)},
+            "other": {"memtrain": (0.5, 0.2)}}
+    config = {"full": {"mask": "any"}, "last": {"mask": "last"}, "other": {"mask": "last", "section": 80}}
+    arms = group([load_run(make_run(tmp_path / f"{arm}{seed}", seed, config[arm], changing=[
+        changing_row(s, seed, n, *share) for s, share in shares.items() for n in (1, 4)]))
+        for arm, shares in rows.items() for seed in range(3)])
+    lines = [line for line in changing.effects(arms) if line[0].endswith(", minus base")]
+    assert len(lines) == 1 and arms[1].name in lines[0][0], "other sections: another base, not evaluated"
+    ours, base = (changing.Facts(arm).right.accuracy(s, [1, 4], range(3)) for arm, s in (
+        (arms[1], "memtrain"), (arms[0], "base")))
+    assert abs(float(lines[0][1].split(" ")[0]) - 100 * (ours[0] - base[0])) < 0.1 and lines[0][2] == "helps"
+
+
 def test_without_such_rows_nothing_is_said_of_them(tmp_path):
     text = write_report(make_run(tmp_path / "s0")).read_text()
     assert "Facts that change" not in text and not (tmp_path / "s0" / "changing.png").exists()

@@ -19,6 +19,7 @@ from eval.report.results import SYSTEMS
 HELPS, HARMS, OPEN = "helps", "harms", "inconclusive"
 RULE = (f"Helps: at least {MIN_SEEDS} seeds and a whole 95% interval on the good side of zero, more right or less "
         f"stale. Harms: on the other side. Inconclusive: all else, and always with fewer seeds.")
+MASKED = {"mask", "masked_text"}  # arms that differ in these alone start from the full one's base
 DISTANCES = ("under 1", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64+")  # sections, by the digit of `distance`
 
 
@@ -123,7 +124,8 @@ def effects(arms: Sequence[Arm]) -> list[list[str]]:
              for a, b in (("memtrain", "base"), ("memagent", "base"), (BOTH, "memagent"), (BOTH, "base"))]
     for arm in arms[1:]:
         own = Facts(arm)
-        pairs += [(f"MemTrain, {arm.name}, minus base", own, "memtrain", own, "base"),
+        start = own if own.all.has("base") or arm.changed.keys() - MASKED else full
+        pairs += [(f"MemTrain, {arm.name}, minus base", own, "memtrain", start, "base"),
                   (f"MemTrain, {arm.name}, minus MemTrain", own, "memtrain", full, "memtrain")]
     for name, one, a, other, b in pairs:
         if not (one.all.has(a) and other.all.has(b)):
