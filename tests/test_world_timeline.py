@@ -141,8 +141,24 @@ def test_readers_are_careless_about_updates(timelines, agent):
     for d in demos:
         for _, response in d.suffixes:
             assert response[-1] == demo.tokenizer.end and len(response) <= 41
+            assert "[MASK]" not in decode(response), "what is asked for is nothing to note"
     prompts = [decode(d.prefix) for d in demos]
     assert any("Name [MASK]." in p for p in prompts) and any(" now" in p for p in prompts)
+
+
+def test_names_alone_tell_what_a_demonstration_is_about(timelines, agent):
+    """A base that was shown one thread a document noted any line that looked like one."""
+    chronicler, others, lines = Chronicler(Demonstrator(MiniWorld(200, 5, "train"), agent().prompts, 160, 40)), [], []
+    for i in range(60):
+        asked = chronicler.timeline.asked(i)
+        own, hidden = [t.key for t in asked.threads], "Mara keeps [MASK] as guide."
+        passages = chronicler.document(asked, 320, random.Random(i), hidden)
+        assert sum(hidden in p for p in passages) == 1 and hidden in "\n".join(passages[-5:])
+        told = [p for p in passages if f" {asked.threads[0].slot.noun}" in p and hidden not in p]
+        lines.append(sum(any(k in p for k in own) for p in told))
+        others.append(len(told) - lines[-1])
+        assert {x.text for t in asked.threads for x in t.lines} <= {p.partition(": ")[2] for p in passages}
+    assert sum(others) > 0.2 * sum(lines), "of the same slot; the other two come on top"
 
 
 def test_an_answer_follows_from_its_memory(timelines):

@@ -20,11 +20,11 @@ from data.prompts import LAST_PROBLEM
 from data.tasks import MASK, split_sections
 from data.text.entities import mask_entity
 from data.world.demonstrations import LENGTHS, Demo, Demonstrator, sentences
-from data.world.timeline import PHRASES, SETTING, Asked, Line, Timeline
+from data.world.timeline import PHRASES, SETTING, SLOTS, Asked, Line, Thread, Timeline
 
 DILIGENT_TIMELINE = 0.33  # share of updates that copy the old memory
 READERS = {"up to date": 0.4, "hoarding": 0.3, "stubborn": 0.15, "loose": 0.15}
-CLOZE = 0.4  # share of questions on what holds now that come as a sentence with [MASK]
+CLOZE = 0.6  # share of questions on what holds now that come as a sentence with [MASK]
 
 
 def needed(kind: str, lines: Sequence[Line]) -> list[Line]:
@@ -45,6 +45,10 @@ def suffices(asked: Asked, lines: Sequence[Line]) -> bool:
     return set(needed(asked.kind, whole)) <= set(lines) and needed(asked.kind, lines) == needed(asked.kind, whole)
 
 
+def recap(thread: Thread, value: str, rng: random.Random) -> str:
+    return rng.choice(PHRASES["recap"]).format(n=thread.slot.noun, k=thread.key, v=value)
+
+
 class Chronicler:
     """Draws demonstrations on changing facts over the world and the prompts of a Demonstrator."""
 
@@ -55,22 +59,21 @@ class Chronicler:
         """(the question, ""), or (the problem of a sentence that the end of the text hides, that sentence)."""
         if asked.kind != "now" or rng.random() > CLOZE:
             return asked.question, ""
-        thread = asked.threads[0]
-        recap = rng.choice(PHRASES["recap"]).format(n=thread.slot.noun, k=thread.key, v=asked.answer)
-        hidden = mask_entity(recap, asked.answer, MASK)[0]
+        hidden = mask_entity(recap(asked.threads[0], asked.answer, rng), asked.answer, MASK)[0]
         return LAST_PROBLEM.format(sentence=hidden), hidden
 
     def read(self, seed: int, index: int, rng: random.Random, readers: int) -> list[Demo]:
         """`readers` readings of one document: updates with a shared prefix, answers from final memories that do."""
         demo, asked = self.demo, self.timeline.asked(index, seed)
         length = round(rng.choice(LENGTHS) * demo.section)
-        problem = self.timeline.problem(asked, rng.choice((1, 2, 3, 4)) * length)
         (question, hidden), line_of = self.wording(asked, rng), {x.text: x for t in asked.threads for x in t.lines}
-        passages = [*problem.passages, *([f"{problem.passages[-1].partition(': ')[0]}: {hidden}"] if hidden else [])]
+        passages = self.document(asked, rng.choice((1, 2, 3, 4)) * length, rng, hidden)
         demos, memories = [], [demo.earlier(rng) for _ in range(readers)]
         for ids in split_sections(passages, demo.tokenizer, length):
             said = [p.partition(": ")[2] for p in demo.tokenizer.decode(ids).split("\n") if p]
-            said = [s for s in said if s != hidden] or said  # what is asked for is nothing to note
+            said = [s for s in said if s != hidden]  # what is asked for is nothing to note
+            if not said:
+                continue
             lines, suffixes = [line_of[s] for s in said if s in line_of], []
             for r, old in enumerate(memories):
                 prefix, given = demo.prompts.update(question, ids, demo.memory_ids(old))
@@ -83,6 +86,19 @@ class Chronicler:
             if suffices(asked, [line_of[s] for s in memory if s in line_of]):
                 demos.append(self.answer(question, memory, asked.answer))
         return demos
+
+    def document(self, asked: Asked, tokens: int, rng: random.Random, hidden: str) -> list[str]:
+        """Passages of about `tokens` tokens or more: the threads that are asked about among others, so that only their
+        names tell what matters; at the end what holds of those, and the hidden sentence."""
+        threads = list(asked.threads)
+        for _ in range(rng.randint(0, 3)):
+            slot = rng.choice(SLOTS[asked.genre])
+            threads.append(self.timeline.thread(slot, rng, [t.key for t in threads]))
+        passages, _ = self.timeline.write(asked.genre, threads, tokens, rng)
+        last = [recap(t, t.held[-1], rng) for t in threads[len(asked.threads):] if rng.random() < 0.6]
+        last += [hidden] if hidden else []
+        speaker = passages[-1].partition(": ")[0]
+        return [*passages, *(f"{speaker}: {s}" for s in rng.sample(last, len(last)))]
 
     def update(self, kind: str, memory: list[str], said: list[str], lines: list[Line], line_of: dict[str, Line],
                rng: random.Random) -> list[str]:
