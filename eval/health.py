@@ -36,7 +36,8 @@ def health(agent, c: Config, recall_probe: Callable, steps: int = 2) -> dict[str
     for r, key in zip(rollouts, keys, strict=True):
         if probe := recall_probe(agent, finder, r, random.Random(repr(key))):
             own.append((probe, key))
-            read = [filled_memory(agent.tokenizer, r.sections[:k], c.memory, random.Random(repr((key, k))))
+            own_too = r.problem.kind == "masked-last"  # its probe asks for the section just read
+            read = [filled_memory(agent.tokenizer, r.sections[:k + own_too], c.memory, random.Random(repr((key, k))))
                     for k in range(len(r.sections))]
             given, r.memories = r.memories, read
             filled.append((recall_probe(agent, finder, r, random.Random(repr(key))), key))
