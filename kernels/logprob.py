@@ -275,7 +275,7 @@ class _Reference(torch.autograd.Function):
         head, kept = head_for(weight), []
         keep = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= KEPT
         for rows in _chunks(len(hidden), len(weight)):
-            z = product(hidden[rows], head.T).div_(temperature)  # (n,V)
+            z = _divided(product(hidden[rows], head.T), temperature)  # (n,V)
             lse[rows] = z.logsumexp(-1)
             logprob[rows] = z.gather(-1, target[rows, None])[:, 0] - lse[rows]
             p = (z - lse[rows, None]).exp_()
@@ -290,25 +290,37 @@ class _Reference(torch.autograd.Function):
     def backward(ctx, g_logprob, g_entropy):
         hidden, weight, target, lse, entropy, *kept = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
+        d_weight, wanted = None, ctx.needs_input_grad[1]
         head = head_for(weight)
         for i, rows in enumerate(_chunks(len(hidden), len(weight))):
             if kept and g_entropy is None:
-                p = kept[i]
+                dz = kept[i] * -g_logprob[rows, None]
             else:
-                logp = product(hidden[rows], head.T).div_(ctx.temperature).sub_(lse[rows, None])  # (n,V)
-                p = logp.exp()
-            dz = torch.zeros_like(p) if g_logprob is None else p * -g_logprob[rows, None]
+                logp = _divided(product(hidden[rows], head.T), ctx.temperature).sub_(lse[rows, None])  # (n,V)
+                if g_entropy is None:
+                    dz = logp.exp_().mul_(-g_logprob[rows, None])
+                else:
+                    p = logp.exp()
+                    dz = torch.zeros_like(p) if g_logprob is None else p * -g_logprob[rows, None]
+                    dz -= g_entropy[rows, None] * p * (logp + entropy[rows, None])
             if g_logprob is not None:
                 dz.scatter_add_(-1, target[rows, None], g_logprob[rows, None])
-            if g_entropy is not None:
-                dz -= g_entropy[rows, None] * p * (logp + entropy[rows, None])
-            dz = dz.div_(ctx.temperature).to(hidden.dtype)
+            dz = _divided(dz, ctx.temperature).to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[rows] = dz @ weight
-            if d_weight is not None:
-                d_weight += (dz.T @ hidden[rows]).to(lse.dtype)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
+            if wanted and not kept and d_weight is not None and dz.dtype == d_weight.dtype:
+                d_weight.addmm_(dz.T, hidden[rows])  # of a large head, adding takes as long as the product
+            elif wanted:
+                part = (dz.T @ hidden[rows]).to(lse.dtype)
+                d_weight = part if d_weight is None else d_weight.add_(part)
+        if wanted and d_weight is None:  # of no rows
+            d_weight = torch.zeros_like(weight)
+        return d_hidden, d_weight.to(weight.dtype) if wanted else None, None, None
+
+
+def _divided(x: torch.Tensor, temperature: float) -> torch.Tensor:
+    """x / temperature, in place; x as it is where that changes nothing, since a pass over all logits takes a while."""
+    return x if temperature == 1 else x.div_(temperature)
 
 
 def _chunks(n: int, vocabulary: int):
