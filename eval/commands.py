@@ -75,7 +75,7 @@ def gates(argv: Sequence[str], policy: Callable, agent: Callable, recall_probe: 
         return int(not passed(real_gates(own, c, Data(c, opened.tokenizer))))
     fit = passed(gates(own, c))
     show(health(own, c, recall_probe), ROOM, {"tokens": "sampled a step"},
-         "one step of MemTrain, development world, sampled as in training")
+         "two steps of MemTrain, sampled as in training, nothing trained")
     return int(not fit)
 
 
