@@ -386,6 +386,7 @@ def test_all_command(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "there" / "table.md").read_text()
     assert "sample **failed**, exit 2: bench: transformers is not installed" in text
     assert "trl **failed**, exit 1: both sides do not compute the same" in text and "EPYC" in text
+    assert text.startswith("`python -m eval.bench all --to "), "the command that makes the table"
     assert "| step | peer | 3,000.00 | 3,000.00 | 3.00x |" in text and "| kernels | peer |" in text
     assert text in capsys.readouterr().out
     assert bench.main(["all", "--to", "memtrain.py"]) == 2 and "source of memtrain" in capsys.readouterr().err

@@ -63,7 +63,7 @@ def everything(options, fields, figures: Figures) -> bool:
                           f"{'both sides do not compute the same' if 'rows' in found else said}")
         else:
             rows += [Row(**row) for row in found["rows"]]
-            where = heading(found["environment"])
+            where = heading(found["environment"] | {"command": figures["environment"]["command"]})
     text = "\n\n".join([where or "Nothing was measured.", table(rows), *failed]) + "\n"
     with replacing(out / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
