@@ -169,11 +169,15 @@ class Data:
     def _retriever(self) -> Retriever | Dense:
         return retriever_of(self.c.retriever, self.searched)
 
+    @property
+    def papers_mask(self) -> bool:
+        """Whether training hides what the paper hides: any entity, in an encyclopaedia."""
+        return self.c.mask == "any" and self.c.masked_text == "encyclopaedia"
+
     def masked_problem(self, index: int, held_out: bool = False) -> Problem:
         """Masked document `index` of the training (or held-out) passages; differs by --seed in training only. Held-out
         ones are the paper's, whatever is trained on."""
-        text = self.c.masked_text
-        if not held_out and (self.c.mask == "last" or text != "encyclopaedia") and not (text == "both" and index % 2):
+        if not held_out and not self.papers_mask and not (self.c.masked_text == "both" and index % 2):
             return self._masked_in_order(index)
         corpus, seed = (self.held_out, -1) if held_out else (self.train, self.c.seed)
         return masked_document(corpus, self.finder, seed, index, self.c.passages, self.c.related,

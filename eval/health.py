@@ -27,8 +27,8 @@ ROOM = {  # name: (lowest, highest) that passes, what it says
 def health(agent, c: Config, recall_probe: Callable, steps: int = 2) -> dict[str, float]:
     """{name of ROOM: share, "tokens": sampled in a step}, over the documents of `steps` steps."""
     data = Data(replace(c, corpus="miniworld", world="dev", stages="report"), agent.tokenizer)
-    papers = (c.mask, c.masked_text) == ("any", "encyclopaedia")
-    problems, finder = [data.masked_problem(i, held_out=papers) for i in range(steps * c.documents)], data.finder
+    problems = [data.masked_problem(i, held_out=data.papers_mask) for i in range(steps * c.documents)]
+    finder = data.finder
     keys = [("health", i, g) for i in range(len(problems)) for g in range(c.group)]
     rollouts = agent.read([problems[i] for _, i, _ in keys], keys)
     sampled = sum(len(t.sampled) for r in rollouts for t in r.turns)

@@ -313,8 +313,6 @@ class _Reference(torch.autograd.Function):
             elif wanted:
                 part = (dz.T @ hidden[rows]).to(lse.dtype)
                 d_weight = part if d_weight is None else d_weight.add_(part)
-        if wanted and d_weight is None:  # of no rows
-            d_weight = torch.zeros_like(weight)
         return d_hidden, d_weight.to(weight.dtype) if wanted else None, None, None
 
 
@@ -325,4 +323,4 @@ def _divided(x: torch.Tensor, temperature: float) -> torch.Tensor:
 
 def _chunks(n: int, vocabulary: int):
     step = max(1, CHUNK // vocabulary, min(LEAST, KEPT // vocabulary))
-    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+    return [slice(i, min(i + step, n)) for i in range(0, max(1, n), step)]  # of no rows one, whose sums are zero

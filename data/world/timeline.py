@@ -109,6 +109,10 @@ class Thread:
     def changes(self) -> int:
         return len(self.held) - 1
 
+    def recap(self, rng: random.Random) -> str:
+        """A sentence on what holds in the end."""
+        return rng.choice(PHRASES["recap"]).format(n=self.slot.noun, k=self.key, v=self.held[-1])
+
 
 @dataclass(frozen=True)
 class Changing(Problem):
@@ -187,6 +191,10 @@ class Timeline:
             say("recall" if was in held else "float", was)
         return Thread(slot, key, tuple(lines), tuple(held), settled)
 
+    def another(self, genre: str, threads: Sequence[Thread], rng: random.Random) -> Thread:
+        """One more thread of a document of this genre, of a key that these have not."""
+        return self.thread(rng.choice(SLOTS[genre]), rng, [t.key for t in threads])
+
     def asked(self, index: int, seed: int = 0, kind: str = "") -> Asked:
         """Question number `index`: a function of (world, seed, index), and of `kind` where one is wanted."""
         w = self.world
@@ -241,15 +249,13 @@ class Timeline:
             end = rng.uniform(0.3, 1)
             place(thread.lines, rng.uniform(0, 0.7 * end), end)
             if recaps and rng.random() < 0.7:
-                text = rng.choice(PHRASES["recap"])
-                text = text.format(n=thread.slot.noun, k=thread.key, v=thread.held[-1])
-                place([Line(text, thread.key, "recap", thread.held[-1])], max(end, 1 - 120 / tokens), 1)
+                place([Line(thread.recap(rng), thread.key, "recap", thread.held[-1])], max(end, 1 - 120 / tokens), 1)
 
         for thread in threads:
             run(thread)
         while room > 0:
             if rng.random() < 0.12:
-                other = self.thread(rng.choice(SLOTS[genre]), rng, [t.key for t in threads])
+                other = self.another(genre, threads, rng)
                 if sum(len(self.tokenizer.encode(x.text)) + 4 for x in other.lines) < room:
                     threads.append(other)
                     run(other)
@@ -290,7 +296,7 @@ class Timeline:
         genre = rng.choice(list(SLOTS))
         threads: list[Thread] = []
         for _ in range(3):
-            threads.append(self.thread(rng.choice(SLOTS[genre]), rng, [t.key for t in threads]))
+            threads.append(self.another(genre, threads, rng))
         return self.write(genre, threads, tokens, rng, recaps=True)[0]
 
     def determined(self, name: str, passages: Sequence[str]) -> bool:

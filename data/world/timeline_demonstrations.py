@@ -20,7 +20,7 @@ from data.prompts import LAST_PROBLEM
 from data.tasks import MASK, split_sections
 from data.text.entities import mask_entity
 from data.world.demonstrations import LENGTHS, Demo, Demonstrator, sentences
-from data.world.timeline import PHRASES, SETTING, SLOTS, Asked, Line, Thread, Timeline
+from data.world.timeline import SETTING, Asked, Line, Timeline
 
 DILIGENT_TIMELINE = 0.33  # share of updates that copy the old memory
 READERS = {"up to date": 0.4, "hoarding": 0.3, "stubborn": 0.15, "loose": 0.15}
@@ -45,10 +45,6 @@ def suffices(asked: Asked, lines: Sequence[Line]) -> bool:
     return set(needed(asked.kind, whole)) <= set(lines) and needed(asked.kind, lines) == needed(asked.kind, whole)
 
 
-def recap(thread: Thread, value: str, rng: random.Random) -> str:
-    return rng.choice(PHRASES["recap"]).format(n=thread.slot.noun, k=thread.key, v=value)
-
-
 class Chronicler:
     """Draws demonstrations on changing facts over the world and the prompts of a Demonstrator."""
 
@@ -59,7 +55,7 @@ class Chronicler:
         """(the question, ""), or (the problem of a sentence that the end of the text hides, that sentence)."""
         if asked.kind != "now" or rng.random() > CLOZE:
             return asked.question, ""
-        hidden = mask_entity(recap(asked.threads[0], asked.answer, rng), asked.answer, MASK)[0]
+        hidden = mask_entity(asked.threads[0].recap(rng), asked.answer, MASK)[0]
         return LAST_PROBLEM.format(sentence=hidden), hidden
 
     def read(self, seed: int, index: int, rng: random.Random, readers: int) -> list[Demo]:
@@ -92,10 +88,9 @@ class Chronicler:
         names tell what matters; at the end what holds of those, and the hidden sentence."""
         threads = list(asked.threads)
         for _ in range(rng.randint(0, 3)):
-            slot = rng.choice(SLOTS[asked.genre])
-            threads.append(self.timeline.thread(slot, rng, [t.key for t in threads]))
+            threads.append(self.timeline.another(asked.genre, threads, rng))
         passages, _ = self.timeline.write(asked.genre, threads, tokens, rng)
-        last = [recap(t, t.held[-1], rng) for t in threads[len(asked.threads):] if rng.random() < 0.6]
+        last = [t.recap(rng) for t in threads[len(asked.threads):] if rng.random() < 0.6]
         last += [hidden] if hidden else []
         speaker = passages[-1].partition(": ")[0]
         return [*passages, *(f"{speaker}: {s}" for s in rng.sample(last, len(last)))]
